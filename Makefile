@@ -1,0 +1,71 @@
+# Thin aliases of the `simplear` verbs. Every target sets .venv up if need be; ARGS="…" is passed on.
+#   make demo                                      the whole story on two CPU cores, offline
+#   make train-sft ARGS="--trainer.max_steps 10"   one stage of the demo, with an override
+#   make train-sft CONFIG="configs/paper/sft-0.5b.yaml configs/paper/a100x32.yaml"
+
+PYTHON ?= python3
+ARGS ?=
+CKPT ?= checkpoints/demo/sft
+LOGDIR ?= checkpoints
+VENV := .venv
+READY := $(VENV)/.ready
+SIMPLEAR := $(VENV)/bin/simplear
+configs = $(foreach file,$(or $(CONFIG),$(1)),--config $(file))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-long lint train-tokenizer tokenize pretrain train-sft evaluate generate tensorboard bench clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 18
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one: make PYTHON=python3.11"; exit 1; }
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $(READY)
+
+setup: $(READY)  ## make .venv and install; every other target does so by itself
+
+demo: $(READY)  ## train everything small from nothing and look at what it draws (about 15 minutes)
+	@$(SIMPLEAR) demo $(ARGS)
+
+test: $(READY)  ## the tests
+	@$(VENV)/bin/python -m pytest $(ARGS)
+
+test-long: $(READY)  ## the tests that take many minutes
+	@$(VENV)/bin/python -m pytest -m long $(ARGS)
+
+lint: $(READY)  ## style, types and import directions
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+train-tokenizer: $(READY)  ## train the text tokenizer and the visual tokenizer
+	@test -d data/demo/text_tokenizer || $(SIMPLEAR) train-text-tokenizer --config configs/demo/text_tokenizer.yaml
+	@$(SIMPLEAR) fit $(call configs,configs/demo/visual_tokenizer.yaml) $(ARGS)
+
+tokenize: $(READY)  ## pictures and captions into token shards
+ifdef CONFIG
+	@$(SIMPLEAR) tokenize $(call configs,) $(ARGS)
+else
+	@for part in pretrain pretrain-validation sft sft-validation; do $(SIMPLEAR) tokenize --config configs/demo/tokenize-$$part.yaml $(ARGS) || exit; done
+endif
+
+pretrain: $(READY)  ## pretrain the language model
+	@$(SIMPLEAR) fit $(call configs,configs/demo/pretrain.yaml) $(ARGS)
+
+train-sft: $(READY)  ## fine-tune at the higher resolution
+	@$(SIMPLEAR) fit $(call configs,configs/demo/sft.yaml) $(ARGS)
+
+evaluate: $(READY)  ## scene accuracy of CKPT
+	@$(SIMPLEAR) evaluate scenes $(CKPT) --out $(CKPT)/evaluation $(ARGS)
+
+generate: $(READY)  ## draw with CKPT: ARGS='--prompt "a photo of a red circle"'
+	@$(SIMPLEAR) generate $(CKPT) --out $(CKPT)/images $(ARGS)
+
+tensorboard: $(READY)  ## curves and pictures of all runs
+	@$(VENV)/bin/tensorboard --logdir $(LOGDIR) $(ARGS)
+
+clean:  ## remove what the demo wrote, not .venv
+	rm -rf data/demo checkpoints/demo

@@ -1,0 +1,192 @@
+"""`simplear VERB`: Lightning's verbs (fit, validate, test, predict) and the project's own.
+
+Configurations compose by repeating ``--config``; a later file or flag overrides an earlier one, and ``${…}`` refers to
+the composed whole (jsonargparse's ``omegaconf+`` mode), so an overlay can change what another file refers to. A verb
+imports only what it runs, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import inspect
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
+
+LIGHTNING_VERBS = {
+    "fit": "train a stage: --config configs/….yaml, repeated; --key value overrides",
+    "validate": "loss on held-out data",
+    "test": "as validate, on test data",
+    "predict": "Lightning's predict",
+}
+OWN_VERBS = {
+    "train-text-tokenizer": ("simplear.data", "train_text_tokenizer_on", "train a byte-level BPE on captions"),
+    "tokenize": ("simplear.data", "tokenize", "pictures and captions → token shards"),
+    "generate": ("simplear.generation", "generate", "checkpoint and prompts → images"),
+    "demo": ("simplear.demo", "demo", "the whole story, small, on two cores"),
+}
+BENCHMARKS = {"scenes": ("simplear.evaluation", "evaluate_scenes", "accuracy on drawn scenes by an exact detector")}
+PARSER_MODE = "omegaconf+"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one verb. Exits with 2 on a mistake in the command line, as argparse does."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    verb = arguments[0] if arguments else "--help"
+    if verb in ("-h", "--help"):
+        print(_overview())
+    elif verb == "--version":
+        import simplear
+
+        print(f"simplear {simplear.__version__}")
+    elif verb in LIGHTNING_VERBS:
+        _quieten()
+        run_lightning(arguments)
+    elif verb in OWN_VERBS:
+        _quieten()
+        run_function(*OWN_VERBS[verb][:2], arguments[1:], program=f"simplear {verb}")
+    elif verb == "evaluate":
+        benchmark = arguments[1] if len(arguments) > 1 else ""
+        if benchmark not in BENCHMARKS:
+            _fail(f"simplear evaluate: name a benchmark, one of {', '.join(BENCHMARKS)}.")
+        _quieten()
+        run_function(*BENCHMARKS[benchmark][:2], arguments[2:], program=f"simplear evaluate {benchmark}")
+    else:
+        nearest = difflib.get_close_matches(verb, [*LIGHTNING_VERBS, *OWN_VERBS, "evaluate"], n=1)
+        _fail(f"simplear: no verb {verb!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else "; see simplear --help."))
+
+
+def run_lightning(arguments: Sequence[str]) -> None:
+    """One of Lightning's verbs over any stage and data module of the configuration."""
+    from lightning.pytorch import LightningDataModule, LightningModule
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+    class ArgumentParser(_SuggestingParser, LightningArgumentParser):
+        pass
+
+    with _errors_for_the_reader():
+        # Checkpoints hold no hyperparameters, so resuming (--ckpt_path last) cannot override the command line.
+        LightningCLI(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            parser_class=ArgumentParser,
+            parser_kwargs={"parser_mode": PARSER_MODE, "prog": "simplear"},
+            save_config_kwargs={"overwrite": True},
+            load_from_checkpoint_support=False,
+            args=list(arguments),
+        )
+
+
+def run_function(module: str, name: str, arguments: Sequence[str], program: str) -> None:
+    """A verb that is a function: its signature and docstring are the command line and its help."""
+    from jsonargparse import ArgumentParser
+
+    class FunctionParser(_SuggestingParser, ArgumentParser):
+        pass
+
+    function = getattr(importlib.import_module(module), name)
+    summary = (function.__doc__ or "").split("\n\n")[0]
+    parser = FunctionParser(prog=program, description=summary, parser_mode=PARSER_MODE)
+    parser.add_argument("--config", action="config", help="YAML with any of the options below; may be repeated")
+    parser.add_function_arguments(function, as_positional=False)
+    options = parser.instantiate_classes(parser.parse_args(_spelled_out(arguments, function)))
+    options.pop("config", None)
+    with _errors_for_the_reader():
+        function(**vars(options))
+
+
+def _spelled_out(arguments: Sequence[str], function: Callable[..., Any]) -> list[str]:
+    """``CKPT --prompts-file F`` → ``--checkpoint CKPT --prompts_file F``."""
+    spelled = [re.sub(r"^--[\w.-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in arguments]
+    if "checkpoint" in inspect.signature(function).parameters and spelled and not spelled[0].startswith("-"):
+        spelled.insert(0, "--checkpoint")
+    return spelled
+
+
+class _SuggestingParser:
+    """Names the nearest known option beside an unknown one."""
+
+    def error(self, message: str, *args: Any, **kwargs: Any) -> NoReturn:
+        unknown = re.search(r"(?:unrecognized arguments: --|ption ')([\w.]+)", message)
+        if unknown:
+            options = {option.lstrip("-") for action in self._actions for option in action.option_strings}  # type: ignore[attr-defined]
+            nearest = _nearest(unknown[1], options | _class_arguments())
+            message += f". Did you mean {nearest!r}?" if nearest else ""
+        super().error(message, *args, **kwargs)  # type: ignore[misc]
+        raise SystemExit(2)
+
+
+def _nearest(unknown: str, known: set[str]) -> str | None:
+    matches = difflib.get_close_matches(unknown, known, n=1) or difflib.get_close_matches(
+        unknown.rpartition(".")[2], {name.rpartition(".")[2] for name in known}, n=1
+    )
+    return matches[0] if matches else None
+
+
+def _class_arguments() -> set[str]:
+    """Names that init_args of the project's classes may have, and the Trainer's options."""
+    from lightning.pytorch import Trainer
+
+    names = {f"trainer.{name}" for name in inspect.signature(Trainer).parameters}
+    for package in ("stages", "data", "callbacks", "language_model", "visual_tokenizer"):
+        module = importlib.import_module(f"simplear.{package}")
+        for public in module.__all__:
+            for base in getattr(getattr(module, public), "__mro__", ()):
+                if base.__module__.startswith("simplear."):
+                    names.update(inspect.signature(base).parameters)
+    return names - {"args", "kwargs", "self"}
+
+
+@contextlib.contextmanager
+def _errors_for_the_reader() -> Iterator[None]:
+    """Mistakes in input end in one message, without the trace that a defect of the program deserves."""
+    from simplear.language_model import CheckpointError
+
+    expected: tuple[type[Exception], ...] = (CheckpointError, FileNotFoundError, FileExistsError)
+    try:
+        yield
+    except expected as error:
+        if os.environ.get("SIMPLEAR_TRACEBACK"):
+            raise
+        _fail(f"error: {error}\n(SIMPLEAR_TRACEBACK=1 shows where it was raised)")
+
+
+def _quieten() -> None:
+    """Keep the terminal for what the user asked for: the libraries' own bars and hints are left out."""
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for noisy in ("httpx", "filelock", "fsspec", "PIL", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch").propagate = False  # it has a handler of its own
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter is intended.*")
+    # Denormal numbers slow small models on CPUs many times over and carry no information.
+    torch.set_flush_denormal(True)
+
+
+def _overview() -> str:
+    verbs = {**LIGHTNING_VERBS, **{verb: entry[2] for verb, entry in OWN_VERBS.items()}}
+    verbs["evaluate"] = f"checkpoint → report: simplear evaluate {'|'.join(BENCHMARKS)} CKPT --out DIR"
+    lines = [f"  {verb:<22}{text}" for verb, text in verbs.items()]
+    return "\n".join(["usage: simplear VERB [options]", "", *lines, "", "simplear VERB --help explains a verb."])
+
+
+def _fail(message: str) -> NoReturn:
+    print(message, file=sys.stderr)
+    raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main()

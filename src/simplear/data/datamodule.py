@@ -1,0 +1,171 @@
+"""What both DataModules share: loaders in the pure order, and the position in the data.
+
+The position is the number of global batches consumed, and the DataModule's own state in a Lightning checkpoint. Each
+micro-batch carries its running number, noted when a training step receives it; so prefetching workers do not matter,
+and neither does `trainer.global_step`. Loaders begin at the position and never end by themselves: Lightning counts the
+micro-batches of an epoch, and after a restart it goes on counting from where it was, with a fresh iterator.
+
+Resuming under another accumulation works too: Lightning's count of micro-batches within the epoch is put into the new
+unit. A stage must not read `trainer.estimated_stepping_batches`: under sharded strategies that builds the loaders
+before the position is restored.
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.loops.progress import _ProcessedTracker
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch.utils.data import DataLoader, Dataset
+
+from simplear.data.order import DataOrder, MicroBatch, MicroBatchSampler
+
+
+class BatchDataset(Dataset[dict[str, Any]], ABC):
+    """Rows in buckets that makes whole micro-batches, so that work on a batch is done once and not row by row."""
+
+    bucket_sizes: tuple[int, ...]
+    """Rows of each bucket; rows of one bucket have one shape."""
+
+    @abstractmethod
+    def make_batch(self, micro_batch: MicroBatch) -> dict[str, Any]:
+        """The batch of these positions."""
+
+    def __getitem__(self, micro_batch: MicroBatch) -> dict[str, Any]:
+        return {**self.make_batch(micro_batch), "number": micro_batch.number}
+
+
+class OrderedDataModule(lightning.LightningDataModule):
+    """Base of the DataModules; subclasses set `training` and `validation` in ``setup``."""
+
+    def __init__(self, global_batch_size: int, seed: int, num_workers: int, shuffle: bool) -> None:
+        super().__init__()
+        self.global_batch_size = global_batch_size
+        self.seed = seed
+        self.num_workers = num_workers
+        self.shuffle = shuffle
+        self.training: BatchDataset | None = None
+        self.validation: BatchDataset | None = None
+        self._next_micro_batch = 0
+        self._accumulation = 1
+        self._restored: dict[str, Any] | None = None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Begin at the first batch; Lightning restores a saved position after this."""
+        self._next_micro_batch = 0
+
+    @property
+    def global_batches_consumed(self) -> int:
+        """Position in the data: global batches whose training step has ended, over all epochs."""
+        in_flight = 0
+        if self.trainer is not None:
+            progress = _progress(self.trainer)
+            in_flight = int(self.trainer.training and progress.ready > progress.processed)
+        return (self._next_micro_batch - in_flight) // self._accumulation
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, and what it is a position in."""
+        return {
+            "global_batches": self.global_batches_consumed,
+            "accumulate_grad_batches": self._accumulation,
+            **self._order_settings(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a saved position; it is compared with the configuration when training begins."""
+        self._restored = state_dict
+        self._accumulation = state_dict["accumulate_grad_batches"]
+        self._next_micro_batch = state_dict["global_batches"] * self._accumulation
+
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Micro-batches of this rank, beginning at the position.
+
+        Raises ValueError when the global batch does not divide over ranks and accumulation, and when the run being
+        resumed had another order (seed, global batch size, rows).
+        """
+        assert self.training is not None, "setup() comes first."
+        accumulation = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
+        sampler = self._sampler(self.training, self.shuffle, accumulation, endless=self.trainer is not None)
+        sampler.start = lambda: self.global_batches_consumed
+        if self._restored is not None:
+            self._require_same_order(self._restored)
+            self._recount_micro_batches(self._restored["accumulate_grad_batches"], accumulation)
+            self._restored = None
+            # Lightning knows of resumable loaders alone, not of this position.
+            warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")
+        consumed = self.global_batches_consumed
+        self._accumulation = accumulation
+        self._next_micro_batch = consumed * accumulation
+        return self._loader(self.training, sampler)
+
+    def val_dataloader(self) -> Any:
+        """Micro-batches of this rank in the order of the files, the same at each validation; none without data."""
+        if self.validation is None:
+            return []
+        accumulation = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
+        return self._loader(self.validation, self._sampler(self.validation, False, accumulation, endless=False))
+
+    def test_dataloader(self) -> Any:
+        """The validation data."""
+        return self.val_dataloader()
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Move the tensors; captions and metadata need no walk through them."""
+        return {
+            key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for key, value in batch.items()
+        }
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Note the position and take the running number out of the batch."""
+        number = batch.pop("number")
+        if self.trainer is not None and self.trainer.training:
+            self._next_micro_batch = number + 1
+        return batch
+
+    def _order_settings(self) -> dict[str, Any]:
+        rows = list(self.training.bucket_sizes) if self.training is not None else []
+        return {"seed": self.seed, "global_batch_size": self.global_batch_size, "shuffle": self.shuffle, "rows": rows}
+
+    def _require_same_order(self, restored: dict[str, Any]) -> None:
+        for key, value in self._order_settings().items():
+            if restored[key] != value:
+                raise ValueError(
+                    f"the run to resume had {key} = {restored[key]}, now it is {value}, so its position in the data "
+                    f"means nothing: set it back, or start a new run from the exported checkpoint."
+                )
+
+    def _recount_micro_batches(self, before: int, now: int) -> None:
+        if self.trainer is None:
+            return
+        # Also brings a checkpoint that was cut within a step, or within an accumulation, back to the last whole step.
+        progress = _progress(self.trainer)
+        whole_steps = progress.processed // before * now
+        progress.completed += whole_steps - progress.processed
+        progress.ready = progress.started = progress.processed = whole_steps
+
+    def _sampler(self, dataset: BatchDataset, shuffle: bool, accumulation: int, endless: bool) -> MicroBatchSampler:
+        order = DataOrder(dataset.bucket_sizes, self.global_batch_size, self.seed, shuffle)
+        if order.rows_left_out:
+            rank_zero_info(
+                "%d of %d rows fill no global batch of %d and are left out of an epoch",
+                order.rows_left_out,
+                sum(dataset.bucket_sizes),
+                self.global_batch_size,
+            )
+        rank, world_size = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        return MicroBatchSampler(order, rank=rank, world_size=world_size, accumulation=accumulation, endless=endless)
+
+    def _loader(self, dataset: BatchDataset, sampler: MicroBatchSampler) -> DataLoader[dict[str, Any]]:
+        return DataLoader(dataset, sampler=sampler, batch_size=None, num_workers=self.num_workers)
+
+
+def _progress(trainer: lightning.Trainer) -> _ProcessedTracker:
+    """Lightning's count of micro-batches in the running epoch."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress.current
+    assert isinstance(progress, _ProcessedTracker)
+    return progress

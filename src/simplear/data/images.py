@@ -1,0 +1,112 @@
+"""Pictures and captions as training batches, for the visual tokenizer and for CLIP: the same order and position as
+`TokenDataModule`, over pictures in memory or read when they are needed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import torch
+
+from simplear.data.datamodule import BatchDataset, OrderedDataModule
+from simplear.data.order import MicroBatch, choose_captions
+from simplear.data.pictures import Drop, Pixels, resize_and_crop, to_pixels
+from simplear.data.sources import IndexedSource, Sample, Source
+
+logger = logging.getLogger(__name__)
+
+
+class ImageBatches(BatchDataset):
+    """Micro-batches of pictures of one size."""
+
+    def __init__(self, source: Source, height: int, width: int, seed: int, cache: bool) -> None:
+        self.source, self.height, self.width, self.seed = source, height, width, seed
+        self.cached: list[tuple[str, list[str], Pixels]] | None = None
+        if cache:
+            drops: Counter[str] = Counter()
+            self.cached = [self._row(sample) for unit in source.units() for sample in source.read(unit, drops)]
+            for reason, count in sorted(drops.items()):
+                logger.warning("%d pictures dropped: %s", count, reason)
+            self.bucket_sizes = (len(self.cached),)
+        elif isinstance(source, IndexedSource):
+            self.bucket_sizes = (len(source),)
+        else:
+            raise ValueError(
+                f"{type(source).__name__} cannot be read in random order: set cache to true, or unpack it."
+            )
+
+    def make_batch(self, micro_batch: MicroBatch) -> dict[str, Any]:
+        """See `ImageDataModule`."""
+        rows = micro_batch.positions
+        keys, captions, images = zip(*(self._read(int(row)) for row in rows), strict=True)
+        return {
+            "pixels": torch.from_numpy(to_pixels(np.stack(images))),
+            "captions": choose_captions(captions, self.seed, micro_batch.epoch, rows),
+            "keys": list(keys),
+        }
+
+    def _read(self, row: int) -> tuple[str, list[str], Pixels]:
+        if self.cached is not None:
+            return self.cached[row]
+        assert isinstance(self.source, IndexedSource)
+        try:
+            return self._row(self.source.sample(row))
+        except Drop as reason:
+            raise ValueError(
+                f"sample {row} of {self.source.describe()}: {reason}; remove it, or set cache."
+            ) from reason
+
+    def _row(self, sample: Sample) -> tuple[str, list[str], Pixels]:
+        return sample.key, list(sample.captions), resize_and_crop(sample.image, self.height, self.width)
+
+
+class ImageDataModule(OrderedDataModule):
+    """Batches of pictures, in an order that no restart and no number of processes changes.
+
+    A batch is a dictionary of ``pixels`` (B, 3, height, width) float32 in [-1, 1], ``captions`` (one of each
+    picture's, drawn anew each epoch) and ``keys``. B is the global batch size divided by ranks and accumulation.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        global_batch_size: int,
+        height: int,
+        width: int,
+        *,
+        validation_source: Source | None = None,
+        cache: bool = True,
+        seed: int = 0,
+        num_workers: int = 0,
+        shuffle: bool = True,
+    ) -> None:
+        """
+        Args:
+            source: Pictures and captions: ScenesSource, ImageFolderSource, WebDatasetSource, or a class path.
+            global_batch_size: Pictures of one optimizer step, over all ranks and accumulated micro-batches.
+            height: Pixels; pictures are resized and cropped to it.
+            width: Pixels; like height.
+            validation_source: Pictures for validation and test; none by default.
+            cache: Read all pictures once and keep them in memory, 3 bytes a pixel; broken ones are dropped and counted.
+                False reads each when it is needed, and a broken one is an error.
+            seed: Of the order and of the choice of captions.
+            num_workers: Data loader processes on each rank; 0 loads in the training process.
+            shuffle: False takes the pictures in the source's order, in every epoch.
+        """
+        super().__init__(global_batch_size, seed, num_workers, shuffle)
+        self.source, self.validation_source = source, validation_source
+        self.height, self.width, self.cache = height, width, cache
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the sources, and read them when cached."""
+        super().setup(stage)
+        if stage in (None, "fit"):
+            self.training = self._batches(self.source)
+        if self.validation_source is not None:
+            self.validation = self._batches(self.validation_source)
+
+    def _batches(self, source: Source) -> ImageBatches:
+        return ImageBatches(source, self.height, self.width, self.seed, self.cache)

@@ -1,0 +1,69 @@
+"""Picture files to RGB arrays of one size: orientation, modes, crop.
+
+Left out: filters by size or quality. A picture smaller than asked for is enlarged.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+Pixels = npt.NDArray[np.uint8]
+
+WHITE = (255, 255, 255)
+"""Shows through where a picture is transparent."""
+
+
+class Drop(Exception):
+    """A sample that cannot be used; its text is the reason that is counted."""
+
+
+def open_rgb(file: str | Path | IO[bytes]) -> Image.Image:
+    """The picture as RGB, upright as its EXIF orientation says; of an animation the first frame.
+
+    Transparency goes over white, 16-bit grey becomes 8-bit. Raises `Drop` for a broken picture, and for the modes
+    whose range nothing states (32-bit integers and floats).
+    """
+    try:
+        with Image.open(file) as opened:
+            opened.load()
+            picture = ImageOps.exif_transpose(opened)
+            if picture.mode in ("I", "F"):
+                raise Drop(f"picture of mode {picture.mode}, whose range is unknown")
+            if picture.mode.startswith("I;16"):
+                picture = Image.fromarray((np.asarray(picture).astype(np.uint32) // 257).astype(np.uint8))
+            if picture.has_transparency_data:
+                layer = picture.convert("RGBA")
+                picture = Image.new("RGB", layer.size, WHITE)
+                picture.paste(layer, mask=layer.getchannel("A"))
+            return picture.convert("RGB")
+    except FileNotFoundError as error:
+        raise Drop("picture file missing") from error
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise Drop("broken picture") from error
+
+
+def resize_and_crop(image: Image.Image | Pixels, height: int, width: int) -> Pixels:
+    """The centre of the picture at (height, width), as large a part as has that aspect; uint8 (height, width, 3).
+
+    Lanczos resampling; a picture of that size already is returned as it is.
+    """
+    if isinstance(image, np.ndarray):
+        if image.shape[:2] == (height, width):
+            return image
+        image = Image.fromarray(image)
+    if image.size != (width, height):
+        scale = min(image.width / width, image.height / height)
+        left, top = (image.width - width * scale) / 2, (image.height - height * scale) / 2
+        box = (left, top, left + width * scale, top + height * scale)
+        image = image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+    return np.asarray(image)
+
+
+def to_pixels(images: Pixels) -> npt.NDArray[np.float32]:
+    """(B, H, W, 3) uint8 as (B, 3, H, W) float32 in [-1, 1]."""
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2)).astype(np.float32) / 127.5 - 1

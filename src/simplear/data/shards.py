@@ -1,0 +1,441 @@
+"""Token shards: tokenized images with their captions, as Arrow files that are read by memory map.
+
+A directory holds one Arrow stream for each unit of work (``NAME.arrow``, which `datasets.Dataset.from_file` opens
+too), its sidecar (``NAME.json``: rows, bytes, SHA-256, grids, drops), ``settings.json`` (what the codes were made with
+and how), and ``manifest.json``, which merges them once all units are there. Files are written to a temporary name,
+synced and renamed, the sidecar after its shard: a shard that has its sidecar is committed, whatever was killed when.
+
+Reading goes past `datasets`: a row is two offsets and a slice of one mapped array. A ``.jsonl`` of prompts reads as
+rows with an empty grid. Nothing here knows of pictures, of text tokenizers or of the order of training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+FORMAT_VERSION = 1
+"""Raised when a shard, sidecar or manifest changes so that older code would misread it."""
+
+MANIFEST_FILE = "manifest.json"
+SETTINGS_FILE = "settings.json"
+TEMPORARY_MARK = ".tmp-"
+
+SCHEMA = pa.schema(
+    {
+        "key": pa.string(),
+        "tokens": pa.list_(pa.uint16()),
+        "height": pa.int32(),
+        "width": pa.int32(),
+        "captions": pa.list_(pa.string()),
+        "metadata": pa.string(),
+        "source": pa.string(),
+    }
+)
+MAX_CODEBOOK_SIZE = 2**16
+"""Codes are stored as uint16."""
+
+Grid = tuple[int, int]
+Int64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """One tokenized image."""
+
+    key: str
+    """Names the image within its source."""
+    codes: npt.NDArray[np.uint16]
+    """(h, w) codes; (0, 0) for text alone."""
+    captions: Sequence[str]
+    """At least one."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """Anything that JSON holds."""
+    source: str = ""
+    """The unit of work that the row comes from."""
+
+
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
+    """The file appears complete or not at all, also when the machine stops; an older one is replaced."""
+    temporary = path.with_name(f".{path.name}{TEMPORARY_MARK}{os.getpid()}")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """`write_atomically` of indented JSON."""
+    write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def rows_table(rows: Sequence[TokenRow]) -> pa.Table:
+    """Rows as an Arrow table of one chunk. Raises ValueError, naming the row, for one without a caption."""
+    for row in rows:
+        if not row.captions:
+            raise ValueError(f"row {row.key!r} of {row.source!r} has no caption; an empty string would be one.")
+    ends = np.cumsum([0, *(row.codes.size for row in rows)], dtype=np.int32)
+    values = np.concatenate([np.empty(0, np.uint16), *(row.codes.reshape(-1) for row in rows)])
+    columns = {
+        "key": [row.key for row in rows],
+        "tokens": pa.ListArray.from_arrays(pa.array(ends), pa.array(values, pa.uint16())),
+        "height": [row.codes.shape[0] for row in rows],
+        "width": [row.codes.shape[1] for row in rows],
+        "captions": [list(row.captions) for row in rows],
+        "metadata": [json.dumps(row.metadata, ensure_ascii=False) for row in rows],
+        "source": [row.source for row in rows],
+    }
+    return pa.table(columns, schema=SCHEMA)
+
+
+def write_shard(directory: Path, name: str, rows: Sequence[TokenRow], drops: Mapping[str, int] | None = None) -> None:
+    """Write and commit the shard of one unit.
+
+    Args:
+        directory: existing directory.
+        name: name of the unit, which names the files.
+        rows: the unit's rows in their order; may be empty.
+        drops: pictures that gave no row, counted by reason.
+    """
+    table = rows_table(rows)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, SCHEMA) as writer:
+        writer.write_table(table)
+    content = memoryview(sink.getvalue())
+    grids: dict[str, int] = {}
+    for row in rows:
+        grid = "x".join(map(str, row.codes.shape))
+        grids[grid] = grids.get(grid, 0) + 1
+    sidecar = {
+        "file": f"{name}.arrow",
+        "rows": len(rows),
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "grids": dict(sorted(grids.items())),
+        "drops": dict(sorted((drops or {}).items())),
+    }
+    write_atomically(directory / f"{name}.arrow", content)
+    write_json(directory / f"{name}.json", sidecar)
+
+
+def is_committed(directory: Path, name: str) -> bool:
+    """Whether a unit's shard is there with its sidecar and has the size that the sidecar states."""
+    try:
+        sidecar = json.loads((directory / f"{name}.json").read_text())
+        return (directory / sidecar["file"]).stat().st_size == sidecar["bytes"]
+    except FileNotFoundError:
+        return False
+
+
+def claim_directory(directory: Path, settings: Mapping[str, Any]) -> None:
+    """Make the directory one of these settings, or make sure that it is already.
+
+    Args:
+        settings: ``visual_tokenizer`` (fingerprint), ``codebook_size``, ``downsample``, and whatever else decides what
+            the shards hold; JSON values.
+
+    Raises:
+        ValueError: the directory holds shards of other settings; names the first that differs.
+    """
+    settings = json.loads(json.dumps({"format_version": FORMAT_VERSION, **settings}))
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / SETTINGS_FILE
+    if not path.exists():
+        write_json(path, settings)
+    present = _flat(_read_json(path))
+    wanted = _flat(settings)
+    for key in sorted(present.keys() | wanted.keys()):
+        if present.get(key) != wanted.get(key):
+            raise ValueError(
+                f"{directory} was begun with {key} = {present.get(key)!r}, not {wanted.get(key)!r}: use the same "
+                "setting, or another directory."
+            )
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def merge_manifest(directory: Path, names: Iterable[str]) -> dict[str, Any]:
+    """Write and return ``manifest.json`` from ``settings.json`` and the sidecars of the named units, in their order.
+
+    Raises ValueError naming the first unit that is not committed.
+    """
+    shards = []
+    for name in names:
+        if not is_committed(directory, name):
+            raise ValueError(f"unit {name} in {directory} is not finished: run the same tokenization again.")
+        shards.append(_read_json(directory / f"{name}.json"))
+    settings = _read_json(directory / SETTINGS_FILE)
+    manifest = {**settings, "rows": sum(shard["rows"] for shard in shards), "shards": shards}
+    write_json(directory / MANIFEST_FILE, manifest)
+    return manifest
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON ({error}): delete it and tokenize again.") from error
+
+
+def read_prompts(path: Path) -> list[TokenRow]:
+    """Rows of a ``.jsonl`` of prompts: ``prompt``, and ``metadata`` or, without one, all other keys as metadata.
+
+    Raises ValueError naming file and line.
+    """
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            prompt = entry.pop("prompt")
+        except (json.JSONDecodeError, AttributeError, TypeError, KeyError) as error:
+            raise ValueError(f'{path}, line {number} is no JSON object with a "prompt": {error}.') from error
+        metadata = entry.get("metadata", entry)
+        if not isinstance(prompt, str) or not isinstance(metadata, dict):
+            raise ValueError(f'{path}, line {number}: "prompt" must be text and "metadata" an object.')
+        rows.append(TokenRow(str(number), np.empty((0, 0), np.uint16), [prompt], metadata, path.name))
+    return rows
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of one grid, column by column."""
+
+    keys: list[str]
+    codes: npt.NDArray[np.uint16]
+    """(B, h, w)"""
+    captions: list[list[str]]
+    metadata: list[dict[str, Any]]
+
+
+@dataclass
+class _Shard:
+    path: Path
+    rows: int
+    grids: dict[Grid, int]
+    sha256: str = ""
+    table: pa.Table | None = None
+    """Prompts alone are held; files are mapped when first read."""
+
+
+class TokenShards:
+    """Random access to the rows of one or several directories of shards, or files of prompts, one after another.
+
+    Opening reads the manifests and compares file sizes; shards are mapped when first read.
+    """
+
+    def __init__(self, paths: str | Path | Sequence[str | Path]) -> None:
+        """
+        Args:
+            paths: directories that `simplear tokenize` wrote, and ``.jsonl`` files of prompts.
+
+        Raises:
+            FileNotFoundError: a path, manifest or shard is missing.
+            ValueError: a manifest of a newer version, a shard of another size than its sidecar states, or directories
+                of different visual tokenizers.
+        """
+        self.fingerprint: str | None = None
+        """Of the visual tokenizer; None when there are prompts alone."""
+        self.codebook_size: int | None = None
+        """None when there are prompts alone."""
+        self.downsample: int | None = None
+        """Pixels per code along each side; None when there are prompts alone."""
+        self._shards: list[_Shard] = []
+        self._columns: dict[int, _Columns] = {}
+        for path in [Path(paths)] if isinstance(paths, str | Path) else map(Path, paths):
+            if path.suffix == ".jsonl":
+                rows = read_prompts(path)
+                self._shards.append(_Shard(path, len(rows), {(0, 0): len(rows)}, table=rows_table(rows)))
+            else:
+                self._add_directory(path)
+        self._shards = [shard for shard in self._shards if shard.rows]
+        self._starts = np.cumsum([0, *(shard.rows for shard in self._shards)])
+
+    def _add_directory(self, directory: Path) -> None:
+        manifest_path = directory / MANIFEST_FILE
+        if not directory.is_dir():
+            raise FileNotFoundError(f"{directory} does not exist: make it with `simplear tokenize --out {directory}`.")
+        if not manifest_path.exists():
+            raise FileNotFoundError(
+                f"{manifest_path} is missing, so not all shards are written: run the same `simplear tokenize` again; "
+                "it goes on where it stopped."
+            )
+        manifest = _read_json(manifest_path)
+        if manifest["format_version"] > FORMAT_VERSION:
+            raise ValueError(
+                f"{manifest_path} has format version {manifest['format_version']}, this code reads up to "
+                f"{FORMAT_VERSION}: update simplear, or tokenize again."
+            )
+        if self.fingerprint not in (None, manifest["visual_tokenizer"]):
+            raise ValueError(
+                f"{directory} was made with the visual tokenizer {manifest['visual_tokenizer'][:12]}…, the directories "
+                f"before it with {str(self.fingerprint)[:12]}…: codes of two tokenizers do not mix; tokenize one again."
+            )
+        self.fingerprint = manifest["visual_tokenizer"]
+        self.codebook_size = manifest["codebook_size"]
+        self.downsample = manifest["downsample"]
+        for entry in manifest["shards"]:
+            path = directory / entry["file"]
+            if not path.exists():
+                raise FileNotFoundError(f"{path} is missing: run the same `simplear tokenize` again to write it.")
+            if (size := path.stat().st_size) != entry["bytes"]:
+                raise ValueError(
+                    f"{path} has {size} bytes instead of {entry['bytes']}: it is cut short or changed; run the same "
+                    "`simplear tokenize` again to write it."
+                )
+            grids = {_grid(name): count for name, count in entry["grids"].items()}
+            self._shards.append(_Shard(path, entry["rows"], grids, entry["sha256"]))
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Data loader processes map the files anew: mapped columns would be copied into them.
+        return self.__dict__ | {"_columns": {}}
+
+    @property
+    def grids(self) -> dict[Grid, int]:
+        """Rows of each grid (h, w), sorted by grid."""
+        counts: dict[Grid, int] = {}
+        for shard in self._shards:
+            for grid, count in shard.grids.items():
+                counts[grid] = counts.get(grid, 0) + count
+        return dict(sorted(counts.items()))
+
+    def bucket(self, grid: Grid) -> Bucket:
+        """The rows of one grid; reads heights and widths of shards of mixed grids alone."""
+        starts: list[int] = []
+        counts: list[int] = []
+        picks: dict[int, Int64] = {}
+        for index, shard in enumerate(self._shards):
+            if grid not in shard.grids:
+                continue
+            if len(shard.grids) > 1:
+                columns = self._open(index)
+                picks[len(starts)] = np.flatnonzero((columns.height == grid[0]) & (columns.width == grid[1]))
+            starts.append(int(self._starts[index]))
+            counts.append(shard.grids[grid])
+        return Bucket(np.array(starts), np.cumsum(counts), picks)
+
+    def read(self, rows: Int64) -> Rows:
+        """The rows with these numbers, shape (B,), which must have one grid.
+
+        Raises IndexError for a row that does not exist, and ValueError, naming file and key, for a code outside the
+        codebook or a damaged file.
+        """
+        rows = np.asarray(rows)
+        if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
+            wrong = rows[(rows < 0) | (rows >= len(self))][0]
+            raise IndexError(f"row {wrong} lies outside the {len(self)} rows of {self._shards[0].path.parent}, ….")
+        shard_indices = np.searchsorted(self._starts, rows, side="right") - 1
+        keys, codes, captions, metadata = [], [], [], []
+        for shard, local in zip(shard_indices.tolist(), (rows - self._starts[shard_indices]).tolist(), strict=True):
+            columns = self._open(shard)
+            first, end = columns.offsets[local], columns.offsets[local + 1]
+            codes.append(columns.tokens[first:end].reshape(columns.height[local], columns.width[local]))
+            keys.append(columns.key[local].as_py())
+            captions.append(columns.captions[local].as_py())
+            metadata.append(json.loads(columns.metadata[local].as_py()))
+        stacked = np.stack(codes)
+        if stacked.size and self.codebook_size is not None and (top := int(stacked.max())) >= self.codebook_size:
+            row = int(np.flatnonzero((stacked >= self.codebook_size).any((1, 2)))[0])
+            raise ValueError(
+                f"{self._shards[shard_indices[row]].path}, key {keys[row]!r}: code {top} in a codebook of "
+                f"{self.codebook_size}. The shard is damaged: delete it and tokenize again."
+            )
+        return Rows(keys, stacked, captions, metadata)
+
+    def verify(self) -> None:
+        """Read every byte and compare SHA-256 with the manifest. Raises ValueError naming the first that differs."""
+        for shard in self._shards:
+            if shard.sha256:
+                with open(shard.path, "rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                if digest != shard.sha256:
+                    raise ValueError(
+                        f"{shard.path} has SHA-256 {digest[:12]}…, its sidecar {shard.sha256[:12]}…: delete it and "
+                        "run the same `simplear tokenize` again."
+                    )
+
+    def _open(self, index: int) -> _Columns:
+        if index not in self._columns:
+            shard = self._shards[index]
+            self._columns[index] = _Columns(_map_table(shard.path) if shard.table is None else shard.table)
+        return self._columns[index]
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Rows of one grid: positions in the bucket to numbers of rows."""
+
+    starts: Int64
+    """(S,) first row of each shard that has the grid."""
+    ends: Int64
+    """(S,) running total of the grid's rows."""
+    picks: dict[int, Int64]
+    """Of shards with several grids: the rows of this one, from the shard's beginning."""
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def rows(self, positions: Int64) -> Int64:
+        """Numbers of rows of positions in ``[0, len(self))``, shape (B,)."""
+        shards = np.searchsorted(self.ends, positions, side="right")
+        local = positions - np.concatenate([[0], self.ends])[shards]
+        for shard, picks in self.picks.items():
+            inside = shards == shard
+            local[inside] = picks[local[inside]]
+        return self.starts[shards] + local
+
+
+class _Columns:
+    """Columns of a table as views into its memory."""
+
+    def __init__(self, table: pa.Table) -> None:
+        tokens = _one_chunk(table["tokens"])
+        self.offsets = tokens.offsets.to_numpy()
+        self.tokens = tokens.values.to_numpy()
+        self.height = _one_chunk(table["height"]).to_numpy()
+        self.width = _one_chunk(table["width"]).to_numpy()
+        self.key = _one_chunk(table["key"])
+        self.captions = _one_chunk(table["captions"])
+        self.metadata = _one_chunk(table["metadata"])
+
+
+def _one_chunk(column: pa.ChunkedArray) -> Any:
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def _map_table(path: Path) -> pa.Table:
+    try:
+        # Closing keeps what was read mapped and gives the file descriptor back: there may be thousands of shards.
+        with pa.memory_map(str(path)) as mapped, pa.ipc.open_stream(mapped) as stream:
+            return stream.read_all()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path} is no readable Arrow stream ({error}): delete it and tokenize again.") from error
+
+
+def _grid(name: str) -> Grid:
+    height, width = name.split("x")
+    return int(height), int(width)

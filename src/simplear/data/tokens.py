@@ -1,0 +1,201 @@
+"""Token shards as training batches for language-model stages and for GRPO.
+
+Captions are chosen, prefixed and dropped anew each epoch by pure functions of (seed, epoch, row); sequences are built
+by `simplear.sequence`. A ``.jsonl`` of prompts among the paths gives rows with an empty grid, for GRPO.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from simplear.data.datamodule import BatchDataset, OrderedDataModule
+from simplear.data.order import DROPOUT, PREFIX, MicroBatch, choose_captions, uniforms
+from simplear.data.shards import TokenShards
+from simplear.language_model import load_text_tokenizer
+from simplear.sequence import (
+    MAX_TEXT_TOKENS,
+    SPECIAL_TOKENS,
+    START_OF_IMAGE,
+    TEXT_TO_IMAGE,
+    TokenLayout,
+    add_special_tokens,
+    encode_captions,
+    token_layout,
+    training_batch,
+    truncate,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class TokenBatches(BatchDataset):
+    """Micro-batches of token shards."""
+
+    def __init__(
+        self,
+        shards: TokenShards,
+        tokenizer: PreTrainedTokenizerBase,
+        layout: TokenLayout,
+        *,
+        seed: int,
+        caption_dropout: float,
+        caption_prefixes: Sequence[str],
+        max_text_tokens: int,
+    ) -> None:
+        self.shards, self.tokenizer, self.layout, self.seed = shards, tokenizer, layout, seed
+        self.caption_dropout, self.caption_prefixes = caption_dropout, list(caption_prefixes) or [""]
+        self.max_text_tokens = max_text_tokens
+        self.buckets = [shards.bucket(grid) for grid in shards.grids]
+        self.bucket_sizes = tuple(len(bucket) for bucket in self.buckets)
+
+    def make_batch(self, micro_batch: MicroBatch) -> dict[str, Any]:
+        """See `TokenDataModule`; ``truncated`` (B,) bool comes on top."""
+        epoch = micro_batch.epoch
+        rows = self.buckets[micro_batch.bucket].rows(micro_batch.positions)
+        read = self.shards.read(rows)
+        captions = choose_captions(read.captions, self.seed, epoch, rows)
+        prefixes = choose_captions([self.caption_prefixes] * len(rows), self.seed, epoch, rows, purpose=PREFIX)
+        dropped = uniforms(self.seed, epoch, rows, DROPOUT) < self.caption_dropout
+        texts = [
+            "" if drop else prefix + caption for drop, prefix, caption in zip(dropped, prefixes, captions, strict=True)
+        ]
+        cut = [truncate(ids, self.max_text_tokens) for ids in encode_captions(self.tokenizer, texts)]
+        codes = torch.from_numpy(read.codes.astype(np.int64))
+        return {
+            "codes": codes,
+            **training_batch([ids for ids, _ in cut], codes, self.layout),
+            "dropped": torch.from_numpy(dropped),
+            "truncated": torch.tensor([was_cut for _, was_cut in cut]),
+            "captions": captions,
+            "metadata": read.metadata,
+            "keys": read.keys,
+        }
+
+
+class TokenDataModule(OrderedDataModule):
+    """Batches of token shards, in an order that no restart and no number of processes changes.
+
+    A batch, of one grid (h, w), is a dictionary of ``codes`` (B, h, w) int64; ``input_ids``, ``labels`` and
+    ``attention_mask`` (B, L) int64 as `simplear.sequence.training_batch` makes them; ``dropped`` (B,) bool: the caption
+    was left out; ``captions``: the chosen ones, without prefix and whether dropped or not; ``metadata``: dictionaries;
+    ``keys``. B is the global batch size divided by ranks and accumulation.
+
+    Validation and test take every row once, captions never dropped.
+    """
+
+    def __init__(
+        self,
+        paths: str | list[str],
+        global_batch_size: int,
+        tokenizer: str,
+        *,
+        validation_paths: str | list[str] | None = None,
+        codebook_size: int | None = None,
+        caption_dropout: float = 0.1,
+        caption_prefixes: Sequence[str] = (),
+        max_text_tokens: int = MAX_TEXT_TOKENS,
+        seed: int = 0,
+        num_workers: int = 0,
+        shuffle: bool = True,
+    ) -> None:
+        """
+        Args:
+            paths: Directories of token shards, or .jsonl files with a "prompt" in each line.
+            global_batch_size: Images of one optimizer step, over all ranks and accumulated micro-batches.
+            tokenizer: Directory or hub id of the text tokenizer; missing special tokens are appended in memory.
+            validation_paths: Token shards or prompts for validation and test; none by default.
+            codebook_size: Number of image codes; needed with prompts alone, else the shards say it.
+            caption_dropout: Probability that a training caption is empty, for classifier-free guidance.
+            caption_prefixes: One of these, drawn at random, is put before each caption, exactly as it is written.
+            max_text_tokens: Longer captions are cut at their end, and counted.
+            seed: Of the order and of all choices about captions.
+            num_workers: Data loader processes on each rank; 0 loads in the training process.
+            shuffle: False takes the rows in the order of the files, in every epoch.
+        """
+        super().__init__(global_batch_size, seed, num_workers, shuffle)
+        if not 0 <= caption_dropout <= 1:
+            raise ValueError(f"caption_dropout {caption_dropout} is no probability.")
+        self.paths, self.validation_paths = paths, validation_paths
+        self.tokenizer_path, self.codebook_size = tokenizer, codebook_size
+        self.caption_dropout, self.caption_prefixes = caption_dropout, caption_prefixes
+        self.max_text_tokens = max_text_tokens
+        self.fingerprint: str | None = None
+        """Of the visual tokenizer that made the codes; after setup, None with prompts alone."""
+        self.truncated_captions = 0
+        """Captions of training batches that were cut on this rank, so far."""
+
+    @property
+    def grids(self) -> list[tuple[int, int]]:
+        """Grids (h, w) of training and validation rows, sorted; after setup. Prompts have (0, 0)."""
+        batches = [data for data in (self.training, self.validation) if isinstance(data, TokenBatches)]
+        return sorted({grid for data in batches for grid in data.shards.grids})
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the shards and the text tokenizer.
+
+        Raises:
+            FileNotFoundError, ValueError: what `TokenShards` raises; shards of two tokenizers; no codebook size.
+        """
+        super().setup(stage)
+        training = TokenShards(self.paths) if stage in (None, "fit") else None
+        validation = TokenShards(self.validation_paths) if self.validation_paths else None
+        for shards in (training, validation):
+            if shards is not None and shards.fingerprint is not None:
+                self._require_same_tokenizer(shards)
+        if self.codebook_size is None:
+            raise ValueError("prompts alone do not say the number of image codes: give codebook_size.")
+        self.text_tokenizer = load_text_tokenizer(self.tokenizer_path)
+        vocabulary = self.text_tokenizer.get_vocab()
+        if TEXT_TO_IMAGE in vocabulary and START_OF_IMAGE in vocabulary:
+            # A released checkpoint's: adding the other tokens would shift its image ids.
+            present = [token for token in SPECIAL_TOKENS if token in vocabulary]
+            self.text_tokenizer.add_tokens(present, special_tokens=True)
+        else:
+            add_special_tokens(self.text_tokenizer)
+        self.layout = token_layout(self.text_tokenizer, self.codebook_size)
+        self.training = None if training is None else self._batches(training, self.caption_dropout)
+        self.validation = None if validation is None else self._batches(validation, 0.0)
+
+    def teardown(self, stage: str) -> None:
+        """Say how many captions were cut."""
+        if self.truncated_captions:
+            logger.warning(
+                "%d captions were cut to %d tokens in this run", self.truncated_captions, self.max_text_tokens
+            )
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Also count the captions that were cut."""
+        truncated = int(batch.pop("truncated").sum())
+        if self.trainer is not None and self.trainer.training:
+            self.truncated_captions += truncated
+        return super().on_before_batch_transfer(batch, dataloader_idx)
+
+    def _require_same_tokenizer(self, shards: TokenShards) -> None:
+        if self.codebook_size not in (None, shards.codebook_size):
+            raise ValueError(
+                f"the shards have {shards.codebook_size} codes, not {self.codebook_size} as codebook_size or the "
+                "training shards say: they were made with another visual tokenizer."
+            )
+        if self.fingerprint not in (None, shards.fingerprint):
+            raise ValueError(
+                f"validation shards were made with the visual tokenizer {str(shards.fingerprint)[:12]}…, training "
+                f"shards with {str(self.fingerprint)[:12]}…: tokenize one of them again."
+            )
+        self.codebook_size, self.fingerprint = shards.codebook_size, shards.fingerprint
+
+    def _batches(self, shards: TokenShards, caption_dropout: float) -> TokenBatches:
+        return TokenBatches(
+            shards,
+            self.text_tokenizer,
+            self.layout,
+            seed=self.seed,
+            caption_dropout=caption_dropout,
+            caption_prefixes=self.caption_prefixes,
+            max_text_tokens=self.max_text_tokens,
+        )

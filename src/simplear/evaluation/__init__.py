@@ -1,0 +1,39 @@
+"""Measuring checkpoints: scene accuracy, intervals, and the report with its table, pictures and TensorBoard events."""
+
+from simplear.evaluation.grid import Cell, image_grid
+from simplear.evaluation.intervals import stratified_interval, wilson_interval
+from simplear.evaluation.report import (
+    Result,
+    accuracy_result,
+    markdown_table,
+    merge_run,
+    read_report,
+    write_tensorboard,
+)
+from simplear.evaluation.scenes import (
+    JudgedImage,
+    blind_accuracy,
+    draw_and_judge,
+    evaluate_scenes,
+    reconstruction_accuracy,
+    scene_result,
+)
+
+__all__ = [
+    "Cell",
+    "JudgedImage",
+    "Result",
+    "accuracy_result",
+    "blind_accuracy",
+    "draw_and_judge",
+    "evaluate_scenes",
+    "image_grid",
+    "markdown_table",
+    "merge_run",
+    "read_report",
+    "reconstruction_accuracy",
+    "scene_result",
+    "stratified_interval",
+    "wilson_interval",
+    "write_tensorboard",
+]

@@ -1,0 +1,123 @@
+"""The report of evaluations: one ``report.json`` that runs are added to, and its readable forms.
+
+    {"runs": {name: {"overall": {"accuracy" or "score", "low", "high", "n"}, category: {…}, …}},
+     "settings": {name: {…}}}
+
+A run's result is the inner dictionary. Whoever adds a run leaves the others as they are, so the stages of a training
+can be evaluated at different times and still stand side by side.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from simplear.evaluation.intervals import stratified_interval, wilson_interval
+
+REPORT_FILE = "report.json"
+OVERALL = "overall"
+
+Result = dict[str, dict[str, float]]
+"""``overall`` and each category, each with ``accuracy`` (or ``score``), ``low``, ``high`` and ``n``."""
+
+
+def accuracy_result(verdicts: Mapping[str, Sequence[bool]]) -> Result:
+    """Accuracy by category; overall is the mean of the categories, as in GenEval, its interval stratified.
+
+    Args:
+        verdicts: of each category, whether each image was right; at least one image a category.
+    """
+    counts = {category: (sum(right), len(right)) for category, right in verdicts.items()}
+    mean, low, high = stratified_interval(list(counts.values()))
+    result: Result = {OVERALL: {"accuracy": mean, "low": low, "high": high, "n": sum(n for _, n in counts.values())}}
+    for category, (right, n) in counts.items():
+        low, high = wilson_interval(right, n)
+        result[category] = {"accuracy": right / n, "low": low, "high": high, "n": n}
+    return result
+
+
+def read_report(path: str | Path) -> dict[str, Any]:
+    """The report at ``path``; an empty one where there is none. Raises ValueError for a file that is no report."""
+    path = Path(path)
+    if not path.exists():
+        return {"runs": {}}
+    try:
+        report = json.loads(path.read_text())
+        if not isinstance(report["runs"], dict):
+            raise TypeError("runs is no object")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no report ({error!r}): move it away, or write to another directory.") from error
+    return report
+
+
+def merge_run(
+    path: str | Path, name: str, result: Result, settings: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Add a run to the report, or replace the one of that name; all others stay.
+
+    The file is replaced in one step: a reader, or a machine that stops, finds the old report or the new one. Its table
+    is written beside it under the same name with ``.md``.
+
+    Args:
+        path: the report; created with its directory if missing.
+        name: of the run.
+        result: of the run.
+        settings: what the result was made with, JSON-able.
+
+    Returns:
+        the whole report.
+    """
+    path = Path(path)
+    report = read_report(path)
+    report["runs"][name] = result
+    if settings is not None:
+        report.setdefault("settings", {})[name] = dict(settings)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, json.dumps(report, indent=2) + "\n")
+    _write(path.with_suffix(".md"), markdown_table(report))
+    return report
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def markdown_table(report: Mapping[str, Any]) -> str:
+    """All runs side by side with their 95 % intervals: accuracies in percent, scores as they are."""
+    runs: Mapping[str, Result] = report["runs"]
+    categories = list(dict.fromkeys(category for result in runs.values() for category in result if category != OVERALL))
+    rows = [["category", *runs], ["---", *["---:" for _ in runs]]]
+    for category in [*categories, OVERALL]:
+        title = f"**{category}**" if category == OVERALL else category
+        rows.append([title, *[_cell(result.get(category)) for result in runs.values()]])
+    rows.append(["images", *[f"{result[OVERALL]['n']:,.0f}" for result in runs.values()]])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def _cell(entry: Mapping[str, float] | None) -> str:
+    if entry is None:
+        return ""
+    if "accuracy" in entry:
+        return f"{entry['accuracy']:.1%} ({100 * entry['low']:.1f}–{100 * entry['high']:.1f})"
+    return f"{entry['score']:.3f} ({entry['low']:.3f}–{entry['high']:.3f})"
+
+
+def write_tensorboard(directory: str | Path, result: Result, image: Image.Image, tag: str = "evaluation") -> None:
+    """Scalars of a result and its picture as TensorBoard events in ``directory``, under ``tag/…``."""
+    import numpy as np
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(directory)) as writer:
+        for category, entry in result.items():
+            writer.add_scalar(f"{tag}/{category}", entry.get("accuracy", entry.get("score")), 0)
+        writer.add_image(f"{tag}/images", np.asarray(image), 0, dataformats="HWC")

@@ -1,0 +1,257 @@
+"""Scene accuracy: draw what held-out captions ask for, read the images back with the exact detector, and judge.
+
+GenEval in small: the same six categories and the same overall, the mean of the categories, with a detector that does
+not err. Two lines of comparison frame the number: the same checkpoint drawing from the empty caption, judged by the
+same prompts (what a model that ignores its caption reaches), and drawings that only pass through the visual tokenizer
+(what no language model on top of it can exceed).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from simplear.evaluation.grid import Cell, image_grid
+from simplear.evaluation.report import REPORT_FILE, Result, accuracy_result, markdown_table, merge_run, write_tensorboard
+from simplear.generation import SimpleARPipeline
+from simplear.scenes import Verdict, detect, draw, evaluation_prompts, metadata, sample_scene, verdict
+from simplear.visual_tokenizer import VisualTokenizer
+
+FOLDER = "scenes"
+VERDICTS_FILE = "verdicts.jsonl"
+TOKENIZER_RUN = "tokenizer"
+SHOWN_PER_CATEGORY = 4
+"""Images of each category in the grid: the first ones, not chosen ones."""
+
+
+@dataclass(frozen=True)
+class JudgedImage:
+    """An image, what was asked of it and whether it shows that."""
+
+    prompt: dict[str, Any]
+    """As `simplear.scenes.evaluation_prompts` gives it."""
+    image: NDArray[np.uint8]
+    """(H, W, 3)."""
+    verdict: Verdict
+
+
+def evaluate_scenes(
+    checkpoint: str,
+    *,
+    out: str,
+    run: str | None = None,
+    prompts_per_category: int = 100,
+    images_per_prompt: int = 1,
+    seed: int = 0,
+    guidance_scale: float | None = None,
+    blind_prompts: int = 0,
+    tokenizer_ceiling: bool = False,
+    compare_with: str | None = None,
+    engine: str = "cached",
+    batch_size: int = 100,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Scene accuracy of a checkpoint, in six categories, on captions whose shapes and colours it never saw together.
+
+    Writes into OUT: ``report.json`` (other runs stay) and its table ``report.md``; under ``scenes/`` the picture
+    ``RUN.png``, and in ``scenes/RUN/`` every image, its verdict (``verdicts.jsonl``) and events for TensorBoard.
+
+    Args:
+        checkpoint: directory or hub id of the checkpoint.
+        out: directory of the report.
+        run: name of the result in the report; the checkpoint directory's own name if not given.
+        prompts_per_category: prompts of each of the six categories.
+        images_per_prompt: images drawn for each prompt.
+        seed: an image depends on this, on its prompt and on its number among the prompt's images, on nothing else.
+        guidance_scale: classifier-free guidance; the checkpoint's default if not given.
+        blind_prompts: also draw this many images from the empty caption and judge them by as many prompts of each
+            category, as run RUN-blind; 0 leaves it out.
+        tokenizer_ceiling: also judge drawings that went through the visual tokenizer alone, as run "tokenizer".
+        compare_with: an earlier run in OUT on the same prompts; the picture shows its images beside the new ones.
+        engine: how codes are drawn.
+        batch_size: images drawn at a time.
+        device: where to draw; chosen by what there is if not given.
+
+    Returns:
+        the whole report.
+
+    Raises:
+        ValueError: `compare_with` has no images of these prompts, or a number is too small.
+    """
+    for name, value in (("prompts_per_category", prompts_per_category), ("images_per_prompt", images_per_prompt)):
+        if value < 1:
+            raise ValueError(f"{name} {value} must be at least 1.")
+    if not 0 <= blind_prompts <= prompts_per_category:
+        raise ValueError(f"blind_prompts {blind_prompts} must lie in [0, {prompts_per_category}], the prompts there are.")
+    prompts = evaluation_prompts(prompts_per_category, seed)
+    name = run or Path(checkpoint).name
+    if compare_with is not None:
+        _shown(Path(out), [compare_with], prompts)
+    pipeline = SimpleARPipeline.from_pretrained(checkpoint, engine=engine, device=device)
+    report_file = Path(out) / REPORT_FILE
+    settings: dict[str, Any] = {"checkpoint": checkpoint, "seed": seed, "engine": engine}
+    if tokenizer_ceiling:
+        resolution = pipeline.settings.grid[0] * pipeline.settings.downsample
+        ceiling = reconstruction_accuracy(pipeline.visual_tokenizer, resolution, len(prompts), seed, pipeline.device)
+        merge_run(report_file, TOKENIZER_RUN, ceiling, {"checkpoint": checkpoint, "seed": seed, "resolution": resolution})
+    if blind_prompts:
+        blind = blind_accuracy(pipeline, prompts, blind_prompts, seed, batch_size)
+        merge_run(report_file, f"{name}-blind", blind, {**settings, "images": blind_prompts})
+    judged = draw_and_judge(pipeline, prompts, images_per_prompt, seed, guidance_scale, batch_size)
+    _write_images(Path(out) / FOLDER / name, judged)
+    runs = [name] if compare_with is None else [compare_with, name]
+    picture = _shown(Path(out), runs, prompts)
+    picture.save(Path(out) / FOLDER / f"{name}.png")
+    result = scene_result(judged)
+    write_tensorboard(Path(out) / FOLDER / name, result, picture, tag=FOLDER)
+    settings |= {
+        "prompts_per_category": prompts_per_category,
+        "images_per_prompt": images_per_prompt,
+        "guidance_scale": pipeline.settings.generation.guidance_scale if guidance_scale is None else guidance_scale,
+    }
+    # Last, so that a run in the report has its images beside it.
+    report = merge_run(report_file, name, result, settings)
+    print(f"\n{markdown_table(report)}\nreport: {report_file}\nimages: {Path(out) / FOLDER / f'{name}.png'}")
+    return report
+
+
+def draw_and_judge(
+    pipeline: SimpleARPipeline,
+    prompts: Sequence[dict[str, Any]],
+    images_per_prompt: int = 1,
+    seed: int = 0,
+    guidance_scale: float | None = None,
+    batch_size: int = 100,
+) -> list[JudgedImage]:
+    """Draw each prompt and judge the images, in the order of the prompts. Arguments as for `evaluate_scenes`."""
+    asked = [(prompt, sample) for prompt in prompts for sample in range(images_per_prompt)]
+    captions = [prompt["prompt"] for prompt, _ in asked]
+    seeds = [image_seed(seed, prompt["prompt"], sample) for prompt, sample in asked]
+    images = _draw(pipeline, captions, seeds, batch_size, "drawing", guidance_scale=guidance_scale)
+    return [_judged(prompt, image) for (prompt, _), image in zip(asked, images, strict=True)]
+
+
+def scene_result(judged: Sequence[JudgedImage]) -> Result:
+    """Accuracy with 95 % intervals, overall and by category."""
+    verdicts: dict[str, list[bool]] = {}
+    for item in judged:
+        verdicts.setdefault(item.prompt["tag"], []).append(item.verdict.correct)
+    return accuracy_result(verdicts)
+
+
+def blind_accuracy(
+    pipeline: SimpleARPipeline, prompts: Sequence[dict[str, Any]], count: int, seed: int = 0, batch_size: int = 100
+) -> Result:
+    """Accuracy of images drawn from the empty caption, without prefix and guidance, judged by prompts all the same.
+
+    Image k is judged by the k-th prompt of each category: the images of one category are independent, those of
+    different ones the same, which the interval of the overall takes no account of.
+    """
+    seeds = [image_seed(seed, "", sample) for sample in range(count)]
+    images = _draw(
+        pipeline, [""] * count, seeds, batch_size, "drawing blind", guidance_scale=1.0, prompt_prefix="", negative_prompt=""
+    )
+    by_category: dict[str, list[dict[str, Any]]] = {}
+    for prompt in prompts:
+        by_category.setdefault(prompt["tag"], []).append(prompt)
+    pairs = [pair for members in by_category.values() for pair in zip(members[:count], images, strict=True)]
+    return scene_result([_judged(prompt, image) for prompt, image in pairs])
+
+
+def reconstruction_accuracy(
+    visual_tokenizer: VisualTokenizer,
+    resolution: int,
+    count: int = 600,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    batch_size: int = 100,
+) -> Result:
+    """Accuracy of drawings that were encoded and decoded: the ceiling of any model on this visual tokenizer.
+
+    Args:
+        visual_tokenizer: encodes and decodes.
+        resolution: pixels of a side.
+        count: scenes, a sixth of them of each category; they come from where the evaluation's prompts do.
+        seed: another seed draws other scenes.
+        device: where the tokenizer is.
+        batch_size: drawings at a time.
+    """
+    scenes = [sample_scene(seed, index, "evaluation") for index in range(count)]
+    judged = []
+    for start in tqdm(range(0, count, batch_size), desc="reconstructing", disable=None, leave=False):
+        members = scenes[start : start + batch_size]
+        drawings = torch.from_numpy(np.stack([draw(scene, resolution) for scene in members]))
+        pixels = drawings.permute(0, 3, 1, 2).to(device).float() / 127.5 - 1
+        decoded = visual_tokenizer.decode(visual_tokenizer.encode(pixels))
+        images = ((decoded.float() + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        judged += [_judged(metadata(scene), image) for scene, image in zip(members, images, strict=True)]
+    return scene_result(judged)
+
+
+def image_seed(seed: int, prompt: str, sample: int) -> int:
+    """Seed of one image, in [0, 2**62): the same whichever other prompts are drawn with it."""
+    digest = hashlib.sha256(f"{seed}\n{sample}\n{prompt}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 2
+
+
+def _draw(
+    pipeline: SimpleARPipeline, captions: list[str], seeds: list[int], batch_size: int, title: str, **options: Any
+) -> list[NDArray[np.uint8]]:
+    images: list[NDArray[np.uint8]] = []
+    with tqdm(total=len(captions), desc=title, unit="image", disable=None, leave=False) as bar:
+        for start in range(0, len(captions), batch_size):
+            part = slice(start, start + batch_size)
+            drawn = pipeline(captions[part], seed=seeds[part], batch_size=batch_size, **options).images
+            images += [np.asarray(image) for image in drawn]
+            bar.update(len(drawn))
+    return images
+
+
+def _judged(prompt: dict[str, Any], image: NDArray[np.uint8]) -> JudgedImage:
+    return JudgedImage(prompt, image, verdict(prompt, detect(image)))
+
+
+def _write_images(directory: Path, judged: Sequence[JudgedImage]) -> None:
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    rows = []
+    for number, item in enumerate(judged):
+        file = f"{number:05d}.png"
+        Image.fromarray(item.image).save(directory / file)
+        rows.append({"file": file, **item.prompt, "correct": item.verdict.correct, "reason": item.verdict.reason})
+    (directory / VERDICTS_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _shown(out: Path, runs: Sequence[str], prompts: Sequence[dict[str, Any]]) -> Image.Image:
+    """The first prompts of each category as drawn by each run, side by side, from the files that the runs wrote."""
+    found: list[dict[str, dict[str, Any]]] = []
+    for run in runs:
+        file = out / FOLDER / run / VERDICTS_FILE
+        rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        # The first image of a prompt that has several.
+        found.append({row["prompt"]: row for row in reversed(rows)})
+        if missing := [prompt["prompt"] for prompt in prompts if prompt["prompt"] not in found[-1]]:
+            raise ValueError(
+                f"run {run!r} has no image of {missing[0]!r} in {file}: evaluate it into the same directory with the "
+                "same seed and as many prompts_per_category."
+            )
+    sections: dict[str, list[Cell]] = {}
+    for prompt in prompts:
+        cells = sections.setdefault(prompt["tag"].replace("_", " "), [])
+        if len(cells) < SHOWN_PER_CATEGORY:
+            rows = [by_prompt[prompt["prompt"]] for by_prompt in found]
+            images = tuple(Image.open(out / FOLDER / run / row["file"]) for run, row in zip(runs, rows, strict=True))
+            marks = tuple(row["correct"] for row in rows)
+            cells.append(Cell(prompt["prompt"], images, marks, tuple(runs) if len(runs) > 1 else ()))
+    return image_grid(sections)

@@ -1,0 +1,28 @@
+"""The decoder: Qwen2 through transformers, its vocabulary grown by image codes, its losses and its checkpoints."""
+
+from simplear.language_model.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    CheckpointSettings,
+    GenerationDefaults,
+    load_checkpoint,
+    save_checkpoint,
+)
+from simplear.language_model.loss import Normalizer, next_token_losses
+from simplear.language_model.model import LanguageModel, LanguageModelConfig, load_text_tokenizer
+from simplear.language_model.text_tokenizer import train_text_tokenizer
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "CheckpointSettings",
+    "GenerationDefaults",
+    "LanguageModel",
+    "LanguageModelConfig",
+    "Normalizer",
+    "load_checkpoint",
+    "load_text_tokenizer",
+    "next_token_losses",
+    "save_checkpoint",
+    "train_text_tokenizer",
+]

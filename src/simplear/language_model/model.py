@@ -1,0 +1,203 @@
+"""The language model: a plain Qwen2 decoder and the knowledge of which of its ids are image codes.
+
+`LanguageModel` adds no weights to the decoder. It owns three things that every stage and engine needs: hidden states
+for positions of either RoPE kind, the image head (logits over the code rows alone, a third of the full head's cost
+with Qwen2.5's vocabulary), and the training losses. Sampling, caches and optimisation live elsewhere.
+
+Under FSDP2 the root module is this one, so the head's weights are gathered inside `forward`.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer, Cache, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
+
+from simplear.language_model.loss import Normalizer, next_token_losses
+from simplear.language_model.rope import Qwen2Rope2DConfig, Qwen2Rope2DForCausalLM
+from simplear.sequence import TokenLayout, add_special_tokens, positions_2d, positions_2d_at, text_lengths, token_layout
+
+logger = logging.getLogger(__name__)
+
+RopeKind = Literal["1d", "2d"]
+
+
+class LanguageModel(nn.Module):
+    """A decoder over text and image ids.
+
+    Args:
+        decoder: Qwen2 with ``layout.vocab_size`` embedding rows.
+        layout: where image ids begin.
+    """
+
+    def __init__(self, decoder: Qwen2ForCausalLM, layout: TokenLayout) -> None:
+        super().__init__()
+        rows = decoder.config.vocab_size
+        if rows != layout.vocab_size:
+            raise ValueError(
+                f"the model has {rows} embedding rows but tokenizer and codebook need {layout.image_token_offset} + "
+                f"{layout.codebook_size} = {layout.vocab_size}: it belongs to another text or visual tokenizer."
+            )
+        self.decoder = decoder
+        self.layout = layout
+
+    @property
+    def rope(self) -> RopeKind:
+        """Kind of rotary positions."""
+        return "2d" if isinstance(self.decoder, Qwen2Rope2DForCausalLM) else "1d"
+
+    @property
+    def max_positions(self) -> int:
+        """Longest sequence that the decoder was made for."""
+        return self.decoder.config.max_position_embeddings
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        grid: tuple[int, int],
+        *,
+        normalizer: Normalizer = "by_modality",
+        with_text: bool = True,
+        chunk_rows: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Image loss (B,) and text loss (B,) of right-padded sequences; see `next_token_losses`.
+
+        Padding follows every real token, so causal attention alone keeps it out and no mask is needed.
+        """
+        position_ids = self.training_positions(input_ids, grid)
+        hidden = self.hidden_states(input_ids, position_ids, attention_mask=None)
+        return next_token_losses(
+            hidden,
+            self.decoder.lm_head.weight,
+            labels,
+            self.layout,
+            normalizer=normalizer,
+            with_text=with_text,
+            chunk_rows=chunk_rows,
+        )
+
+    def training_positions(self, input_ids: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Positions of right-padded sequences (B, L): (1, L) for 1-D RoPE, (2, B, L) for 2-D."""
+        length = input_ids.shape[1]
+        if self.rope == "2d":
+            return positions_2d(text_lengths(input_ids, self.layout), length, grid[1])
+        return torch.arange(length, device=input_ids.device)[None]
+
+    def positions_at(self, position: Tensor, prompt_lengths: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Positions for a step of generation.
+
+        Args:
+            position: (B, T) places in each row's own sequence, counted without padding.
+            prompt_lengths: (B,) tokens before each row's image.
+        """
+        return positions_2d_at(position, prompt_lengths, grid[1]) if self.rope == "2d" else position
+
+    def hidden_states(
+        self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None, cache: Cache | None = None
+    ) -> Tensor:
+        """Final hidden states (B, T, D).
+
+        Args:
+            input_ids: (B, T) the new tokens.
+            position_ids: of the new tokens, from `training_positions` or `positions_at`.
+            attention_mask: (B, past + T), 1 where there is a token; None: every token attends to all before it.
+            cache: keys and values of the past, extended in place.
+        """
+        # A dict passes the decoder's mask construction by: with None, attention is causal and needs no mask tensor.
+        mask = {"full_attention": None} if attention_mask is None else attention_mask
+        return self.decoder.model(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
+
+    def image_logits(self, hidden: Tensor) -> Tensor:
+        """Logits over the codebook alone, (…, codebook_size), for hidden states (…, D)."""
+        return F.linear(hidden, self.decoder.lm_head.weight[self.layout.image_token_offset : self.layout.vocab_size])
+
+
+@dataclass
+class LanguageModelConfig:
+    """What `build` makes a language model of."""
+
+    tokenizer: str
+    """Directory or hub id of the text tokenizer; missing ones of the seven special tokens are added."""
+    codebook_size: int
+    """Number of codes of the visual tokenizer."""
+    pretrained: str | None = None
+    """Directory or hub id of a Qwen2-style language model to start from; None starts from random weights."""
+    architecture: dict[str, Any] = field(default_factory=dict)
+    """Fields of transformers' Qwen2Config; on top of the pretrained model's own where there is one."""
+    rope: RopeKind = "1d"
+    """Rotary positions: 1d is plain Qwen2, 2d gives codes a row and a column."""
+
+    def build(self) -> tuple[LanguageModel, PreTrainedTokenizerBase]:
+        """The model and its text tokenizer, on CPU in float32.
+
+        Random weights come from torch's global generator: seed it first. Grown rows of a pretrained model start at
+        the mean of the rows that its tokenizer uses.
+        """
+        tokenizer = load_text_tokenizer(self.tokenizer)
+        text_rows = len(tokenizer)
+        add_special_tokens(tokenizer)
+        layout = token_layout(tokenizer, self.codebook_size)
+        if self.pretrained is None:
+            decoder = self.random_decoder(layout.vocab_size)
+        else:
+            config_class, model_class = _CLASSES[self.rope]
+            base = AutoConfig.from_pretrained(self.pretrained).to_dict()
+            base.pop("model_type", None)
+            config = config_class(**{**base, **self.architecture})
+            decoder = model_class.from_pretrained(self.pretrained, config=config, dtype=torch.float32)
+            grow_vocabulary(decoder, text_rows, layout.vocab_size)
+        return LanguageModel(decoder, layout), tokenizer
+
+    def random_decoder(self, vocab_size: int) -> Qwen2ForCausalLM:
+        """A decoder of this architecture with random weights, on torch's current default device."""
+        config_class, model_class = _CLASSES[self.rope]
+        return model_class(config_class(**{**self.architecture, "vocab_size": vocab_size}))
+
+
+_CLASSES: dict[str, tuple[type[Qwen2Config], type[Qwen2ForCausalLM]]] = {
+    "1d": (Qwen2Config, Qwen2ForCausalLM),
+    "2d": (Qwen2Rope2DConfig, Qwen2Rope2DForCausalLM),
+}
+
+
+def load_text_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """A fast tokenizer from a directory or the hub. Raises ValueError for one without a fast implementation."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if not tokenizer.is_fast:
+        raise ValueError(f"the text tokenizer at {path} has no fast implementation, which plain-text captions need.")
+    return tokenizer
+
+
+@torch.no_grad()
+def grow_vocabulary(decoder: Qwen2ForCausalLM, text_rows: int, vocab_size: int) -> None:
+    """Resize input and output embeddings to ``vocab_size`` rows in place.
+
+    Rows from ``text_rows`` on, padding rows of the original model included, are set to the mean of the rows before
+    them: Qwen2.5 has 151,936 rows of which its tokenizer uses 151,665.
+
+    Raises ValueError when the tokenizer has more ids than the model has rows.
+    """
+    original_rows = decoder.config.vocab_size
+    if text_rows > original_rows:
+        raise ValueError(
+            f"the tokenizer has {text_rows} ids but the pretrained model {original_rows} rows: "
+            "they do not belong together."
+        )
+    decoder.resize_token_embeddings(vocab_size, mean_resizing=False)
+    weights = {id(w): w for w in (decoder.get_input_embeddings().weight, decoder.get_output_embeddings().weight)}
+    for weight in weights.values():
+        weight[text_rows:] = weight[:text_rows].mean(dim=0)
+    logger.info("vocabulary grown from %d used rows of %d to %d", text_rows, original_rows, vocab_size)

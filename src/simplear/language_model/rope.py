@@ -1,0 +1,51 @@
+"""2-D rotary positions: a Qwen2 whose image codes know their row and their column.
+
+Text at position p turns all frequencies by p, as in Qwen2. A code at (row, column) turns the even-indexed frequencies
+by its row and the odd-indexed by its column, so that both axes have fast and slow ones. A text-only sequence is
+therefore exactly plain Qwen2. Positions come from `simplear.sequence.positions_2d`.
+
+A 2-D checkpoint has a ``model_type`` of its own: transformers and vLLM then refuse it instead of misreading it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+
+
+class Qwen2Rope2DConfig(Qwen2Config):
+    """Qwen2's configuration under another ``model_type``."""
+
+    model_type = "simplear_qwen2_rope_2d"
+
+
+# So that this process reads such directories without warnings; stock transformers elsewhere still refuses them.
+AutoConfig.register(Qwen2Rope2DConfig.model_type, Qwen2Rope2DConfig)
+
+
+class RotaryEmbedding2D(Qwen2RotaryEmbedding):
+    """Qwen2's rotary embedding for positions (2, B, L); plain (B, L) positions give Qwen2's own result."""
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, each (B, L, head_dim) in x's dtype. Angles are computed in float32, as Qwen2 does."""
+        if position_ids.ndim == 2:
+            return super().forward(x, position_ids)
+        frequencies = self.inv_freq.to(device=x.device, dtype=torch.float)
+        angles_by_axis = position_ids[..., None].float() * frequencies
+        by_column = torch.arange(len(frequencies), device=x.device) % 2 == 1
+        angles = torch.where(by_column, angles_by_axis[1], angles_by_axis[0])
+        angles = torch.cat([angles, angles], dim=-1)
+        return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
+
+
+class Qwen2Rope2DForCausalLM(Qwen2ForCausalLM):
+    """Qwen2 with `RotaryEmbedding2D`; weights have Qwen2's names and shapes."""
+
+    config_class = Qwen2Rope2DConfig
+
+    def __init__(self, config: Qwen2Config) -> None:
+        super().__init__(config)
+        self.model.rotary_emb = RotaryEmbedding2D(config=config)

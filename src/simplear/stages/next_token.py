@@ -1,0 +1,190 @@
+"""What pretraining and supervised fine-tuning share: next-token prediction over caption and image (Eq. 1).
+
+The two stages differ only in where their model comes from. A subclass gives that in `load_language_model`; the loss
+itself is `simplear.language_model.next_token_losses`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from simplear.data import TokenDataModule
+from simplear.language_model import CheckpointSettings, GenerationDefaults, LanguageModel, Normalizer
+from simplear.sequence import MAX_TEXT_TOKENS
+from simplear.stages.optimizers import parameter_groups
+from simplear.stages.sharding import shard_language_model
+from simplear.visual_tokenizer import VisualTokenizer, load_visual_tokenizer
+
+DEFAULT_DOWNSAMPLE = 16
+"""Of Cosmos DV8x16x16, the paper's visual tokenizer."""
+
+
+@dataclass(frozen=True)
+class NextTokenObjective:
+    """The training loss: image loss + ``text_loss_weight`` × text loss."""
+
+    normalizer: Normalizer = "by_modality"
+    """by_modality: image targets over image ids, text targets over text ids; full: one softmax over all ids."""
+    text_loss_weight: float = 0.0
+    """0 is the paper's Eq. 1, 1 is what its release trains with."""
+    chunk_rows: int | None = None
+    """Rows of logits held in memory at once; None holds them all. Same loss, less memory."""
+
+
+class NextTokenModule(LightningModule):
+    """Base of the language-model stages.
+
+    Args:
+        visual_tokenizer: directory of the visual tokenizer that made the codes; it is copied into the checkpoint.
+        optimizer: any torch optimizer class by class_path. Norms and biases get no weight decay.
+        lr_scheduler: any scheduler class by class_path, stepped every optimizer step; None keeps the rate constant.
+        objective: the loss.
+        generation: defaults of generation that are written into the checkpoint.
+        activation_checkpointing: recompute each layer's activations in the backward pass: less memory, about a third
+            more arithmetic.
+    """
+
+    language_model: LanguageModel
+    text_tokenizer: PreTrainedTokenizerBase
+
+    def __init__(
+        self,
+        visual_tokenizer: str | None = None,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-4, weight_decay=0.01),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        objective: NextTokenObjective = NextTokenObjective(),
+        generation: GenerationDefaults | None = None,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.visual_tokenizer_path = visual_tokenizer
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.objective = objective
+        self.generation = generation
+        self.activation_checkpointing = activation_checkpointing
+        self.grid: tuple[int, int] | None = None
+
+    def load_language_model(self) -> tuple[LanguageModel, PreTrainedTokenizerBase]:
+        """The model to train and its text tokenizer; whole, on CPU, in float32."""
+        raise NotImplementedError
+
+    def configure_model(self) -> None:
+        """Build the model, and shard it under FSDP2."""
+        if hasattr(self, "language_model"):
+            return
+        self.language_model, self.text_tokenizer = self.load_language_model()
+        self.language_model.train()
+        if self.activation_checkpointing:
+            self.language_model.decoder.gradient_checkpointing_enable()
+        if self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
+            shard_language_model(self.language_model, self.device_mesh["data_parallel"])
+
+    def on_fit_start(self) -> None:
+        """Check that data and model belong together before the first step is paid for."""
+        self._check_data()
+
+    def on_validation_start(self) -> None:
+        """As `on_fit_start`, for validation on its own."""
+        self._check_data()
+
+    def _check_data(self) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, TokenDataModule):
+            return
+        if data.codebook_size != self.language_model.layout.codebook_size:
+            raise ValueError(
+                f"the token shards have a codebook of {data.codebook_size} codes, the model one of "
+                f"{self.language_model.layout.codebook_size}: tokenize with the checkpoint's visual tokenizer."
+            )
+        if self.visual_tokenizer_path is not None:
+            fingerprint = self._visual_tokenizer.fingerprint
+            if data.fingerprint != fingerprint:
+                raise ValueError(
+                    f"the token shards were made by visual tokenizer {data.fingerprint[:12]}…, but "
+                    f"{self.visual_tokenizer_path} is {fingerprint[:12]}…: tokenize again with that one, or name the "
+                    "one that made them (--model.init_args.visual_tokenizer)."
+                )
+        for height, width in data.grids:
+            longest = height * width + data.max_text_tokens + 2
+            if longest > self.language_model.max_positions:
+                raise ValueError(
+                    f"a {height} × {width} grid with up to {data.max_text_tokens} caption tokens takes {longest} "
+                    f"positions, the model has {self.language_model.max_positions}: lower --data.max_text_tokens or "
+                    "raise max_position_embeddings."
+                )
+
+    def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
+        """Loss of one micro-batch, mean over its samples."""
+        return self._loss(batch, "train")
+
+    def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
+        """Loss on held-out captions."""
+        self._loss(batch, "validation")
+
+    def test_step(self, batch: dict[str, Any], batch_index: int) -> None:
+        """As validation."""
+        self._loss(batch, "test")
+
+    def _loss(self, batch: dict[str, Any], name: str) -> Tensor:
+        height, width = batch["codes"].shape[1:]
+        self.grid = (height, width)
+        image_loss, text_loss = self.language_model(
+            batch["input_ids"],
+            batch["labels"],
+            self.grid,
+            normalizer=self.objective.normalizer,
+            with_text=self.objective.text_loss_weight > 0,
+            chunk_rows=self.objective.chunk_rows,
+        )
+        loss = image_loss.mean() + self.objective.text_loss_weight * text_loss.mean()
+        values = {f"{name}/loss": loss.detach(), f"{name}/image_loss": image_loss.detach().mean()}
+        if self.objective.text_loss_weight > 0:
+            values[f"{name}/text_loss"] = text_loss.detach().mean()
+        training = name == "train"
+        self.log_dict(values, on_step=training, on_epoch=not training, sync_dist=not training, batch_size=len(image_loss))
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer over `parameter_groups`, and the schedule if there is one."""
+        optimizer = self.optimizer(parameter_groups(self.language_model))  # type: ignore[arg-type]
+        if self.lr_scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
+
+    @cached_property
+    def _visual_tokenizer(self) -> VisualTokenizer:
+        assert self.visual_tokenizer_path is not None
+        return load_visual_tokenizer(self.visual_tokenizer_path)
+
+    def checkpoint_settings(self) -> CheckpointSettings:
+        """What ``simplear.json`` says of the model as trained here; the grid is the last batch's."""
+        if self.grid is None:
+            raise RuntimeError("no batch has been seen yet, so the grid of the checkpoint is not known.")
+        data = getattr(self.trainer, "datamodule", None)
+        layout = self.language_model.layout
+        return CheckpointSettings(
+            image_token_offset=layout.image_token_offset,
+            codebook_size=layout.codebook_size,
+            grid=self.grid,
+            downsample=self.downsample,
+            rope=self.language_model.rope,
+            max_text_tokens=data.max_text_tokens if isinstance(data, TokenDataModule) else MAX_TEXT_TOKENS,
+            generation=self.generation or GenerationDefaults(),
+            visual_tokenizer=self.visual_tokenizer_path,
+            visual_tokenizer_fingerprint=self._visual_tokenizer.fingerprint if self.visual_tokenizer_path else None,
+        )
+
+    @property
+    def downsample(self) -> int:
+        """Pixels a code; the paper's tokenizer's where none is named."""
+        return self._visual_tokenizer.downsample if self.visual_tokenizer_path else DEFAULT_DOWNSAMPLE

@@ -1,0 +1,139 @@
+"""Training a visual tokenizer: reconstruct pictures through their codes.
+
+The stage asks two things of the tokenizer: ``forward(pixels) → (reconstruction, codes)`` for training and the methods
+of `VisualTokenizer` for everything after. It draws no random numbers of its own, so a resumed run repeats an
+uninterrupted one bit for bit as soon as its data does. Adversarial and perceptual losses are left out: the tokenizer
+of the paper comes pretrained, and flat drawings need neither.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from simplear.stages.optimizers import parameter_groups
+from simplear.visual_tokenizer import save_visual_tokenizer
+
+LARGEST_DIFFERENCE = 2.0
+"""Between two values of pixels in [-1, 1]."""
+
+CONTRAST_REACH = 3
+"""Pixels around one that stands out which count as much as it does; without them, outlines swell and notches fill."""
+
+
+def reconstruction_loss(reconstruction: Tensor, pixels: Tensor, contrast_weight: float = 0.0) -> Tensor:
+    """Mean absolute error, scalar; what differs from its picture's background may count more, with its surroundings.
+
+    Args:
+        reconstruction: (B, 3, H, W) float.
+        pixels: (B, 3, H, W) float in [-1, 1].
+        contrast_weight: a pixel's weight is 1 plus this times its contrast: the largest difference from the picture's
+            median colour, over the channels and over all pixels up to `CONTRAST_REACH` away, as a share of the largest
+            possible one. 0: the plain mean.
+    """
+    error = (reconstruction - pixels).abs()
+    if contrast_weight == 0:
+        return error.mean()
+    median = pixels.flatten(2).median(dim=2).values[:, :, None, None]
+    contrast = (pixels - median).abs().amax(dim=1, keepdim=True) / LARGEST_DIFFERENCE
+    contrast = F.max_pool2d(contrast, 2 * CONTRAST_REACH + 1, stride=1, padding=CONTRAST_REACH)
+    return (error * (1 + contrast_weight * contrast)).mean()
+
+
+def psnr(reconstruction: Tensor, pixels: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio (B,) in dB of (B, 3, H, W) in [-1, 1], as on [0, 1]; infinite where they are equal."""
+    squared = ((reconstruction.clamp(-1, 1) - pixels) / LARGEST_DIFFERENCE).square().flatten(1).mean(dim=1)
+    return -10 * squared.log10()
+
+
+def codebook_use(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Share of the codebook that occurs, in [0, 1], and perplexity of the codes, in [1, size], from counts (size,)."""
+    probability = counts.double() / counts.sum()
+    entropy = -torch.xlogy(probability, probability).sum()
+    return (counts > 0).double().mean(), entropy.exp()
+
+
+def reconstruction_grid(reconstruction: Tensor, pixels: Tensor) -> Tensor:
+    """Originals in a row over their reconstructions, (3, 2 H, B W) in [0, 1], from two (B, 3, H, W) in [-1, 1]."""
+    rows = [torch.cat(list(pictures), dim=2) for pictures in (pixels, reconstruction.clamp(-1, 1))]
+    return (torch.cat(rows, dim=1) + 1) / 2
+
+
+class VisualTokenizerModule(LightningModule):
+    """Batches are ``{"pixels": (B, 3, H, W) float in [-1, 1], …}``; other keys are not read."""
+
+    def __init__(
+        self,
+        tokenizer: nn.Module,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-3),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        contrast_weight: float = 0.0,
+        grid_pictures: int = 8,
+        export_dir: str | None = None,
+    ) -> None:
+        """Takes the tokenizer's weights as they are.
+
+        Args:
+            tokenizer: the visual tokenizer to train, such as simplear.visual_tokenizer.FSQAutoencoder.
+            optimizer: any torch optimizer class by class_path. Biases get no weight decay.
+            lr_scheduler: any scheduler class by class_path, stepped every optimizer step; none keeps the rate constant.
+            contrast_weight: extra weight in the loss of what stands out from its picture's median colour; 0 for none.
+            grid_pictures: pictures of the first validation batch to show in TensorBoard over their reconstructions.
+            export_dir: where to write the trained tokenizer when training ends; none writes nothing.
+        """
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.contrast_weight = contrast_weight
+        self.grid_pictures = grid_pictures
+        self.export_dir = export_dir
+        size = int(tokenizer.codebook_size)  # type: ignore[arg-type]
+        self.register_buffer("code_counts", torch.zeros(size, dtype=torch.long), persistent=False)
+        self.code_counts: Tensor
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer(parameter_groups(self.tokenizer))  # type: ignore[arg-type]
+        if self.lr_scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        reconstruction, _ = self.tokenizer(batch["pixels"])
+        loss = reconstruction_loss(reconstruction, batch["pixels"], self.contrast_weight)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        self.code_counts.zero_()
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        pixels = batch["pixels"]
+        reconstruction, codes = self.tokenizer(pixels)
+        self.code_counts += codes.flatten().bincount(minlength=len(self.code_counts))
+        values = {
+            "validation/loss": reconstruction_loss(reconstruction, pixels, self.contrast_weight),
+            "validation/psnr": psnr(reconstruction, pixels).mean(),
+        }
+        self.log_dict(values, prog_bar=True, batch_size=len(pixels), sync_dist=True)
+        if batch_idx == 0 and self.grid_pictures and isinstance(self.logger, TensorBoardLogger):
+            shown = slice(self.grid_pictures)
+            grid = reconstruction_grid(reconstruction[shown].float(), pixels[shown].float())
+            self.logger.experiment.add_image("validation/reconstructions", grid, self.global_step)
+
+    def on_validation_epoch_end(self) -> None:
+        counts = self.trainer.strategy.reduce(self.code_counts, reduce_op="sum")
+        assert isinstance(counts, Tensor)
+        used, perplexity = codebook_use(counts)
+        values = {"validation/codebook_used": used.float(), "validation/code_perplexity": perplexity.float()}
+        self.log_dict(values, sync_dist=True)
+
+    def on_train_end(self) -> None:
+        if self.export_dir is not None and self.trainer.is_global_zero:
+            save_visual_tokenizer(self.tokenizer, self.export_dir)  # type: ignore[arg-type]

@@ -1,0 +1,77 @@
+"""What a visual tokenizer is to the rest of the system: two functions, three facts, and the errors they share.
+
+Left out on purpose: losses, training and the code vectors themselves. Whoever holds codes needs only this.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class VisualTokenizer(Protocol):
+    """Turns pictures into codes and codes into pictures; fully convolutional, so one serves every resolution."""
+
+    codebook_size: int
+    """Number of codes; every code lies in ``[0, codebook_size)``."""
+    downsample: int
+    """Pixels a code stands for along each side."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of configuration and weights: names what a set of codes was made with."""
+        ...
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Codes (B, H / downsample, W / downsample) int64 of pixels (B, 3, H, W) float in [-1, 1].
+
+        Raises ValueError when H or W is no multiple of `downsample`.
+        """
+        ...
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Pixels (B, 3, h * downsample, w * downsample) float in [-1, 1] of codes (B, h, w) int64.
+
+        Raises ValueError, with value and place, on a code outside ``[0, codebook_size)``.
+        """
+        ...
+
+
+def require_whole_patches(pixels: Tensor, downsample: int) -> None:
+    """Raise ValueError unless pixels are (B, 3, H, W) with H and W multiples of `downsample`."""
+    if pixels.ndim != 4 or pixels.shape[1] != 3:
+        raise ValueError(f"pixels have shape {tuple(pixels.shape)}, not (B, 3, H, W).")
+    height, width = pixels.shape[-2:]
+    if height % downsample or width % downsample:
+        raise ValueError(
+            f"a picture of {height} x {width} pixels is not made of whole patches of {downsample} x {downsample}: "
+            f"resize or crop it to multiples of {downsample}."
+        )
+
+
+def require_codes(codes: Tensor, codebook_size: int) -> None:
+    """Raise ValueError unless codes are (B, h, w) in ``[0, codebook_size)``."""
+    if codes.ndim != 3:
+        raise ValueError(f"codes have shape {tuple(codes.shape)}, not (B, h, w).")
+    outside = (codes < 0) | (codes >= codebook_size)
+    if outside.any():
+        image, row, column = outside.nonzero()[0].tolist()
+        raise ValueError(
+            f"code {int(codes[image, row, column])} at image {image}, row {row}, column {column} lies outside "
+            f"[0, {codebook_size}): the codes were made with another visual tokenizer or are damaged. Decode them "
+            "with the tokenizer that made them."
+        )
+
+
+def fingerprint(init_args: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 (hex) over arguments and weights; the same on every device, another when one weight differs."""
+    digest = hashlib.sha256(json.dumps(dict(init_args), sort_keys=True).encode())
+    for name, weight in sorted(weights.items()):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

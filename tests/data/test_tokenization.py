@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from simplear.data import ImageFolderSource, Sample, ScenesSource, Source, TokenShards, Unit, tokenize
+from simplear.data.pictures import to_pixels
+from simplear.data.shards import MANIFEST_FILE, TEMPORARY_MARK
+from simplear.visual_tokenizer import FSQAutoencoder, save_visual_tokenizer
+
+from .conftest import MeanTokenizer
+
+
+def hashes(directory: Path) -> dict[str, str]:
+    manifest = json.loads((directory / MANIFEST_FILE).read_text())
+    return {shard["file"]: shard["sha256"] for shard in manifest["shards"]}
+
+
+def run(source: Source, out: Path, **options: Any) -> dict[str, str]:
+    tokenizer = options.pop("tokenizer", MeanTokenizer())
+    tokenize(source=source, visual_tokenizer=tokenizer, out=str(out), accelerator="cpu", **options)
+    return hashes(out)
+
+
+def test_shards_hold_the_codes_of_the_source_in_its_order(tmp_path: Path) -> None:
+    source = ScenesSource(23, 16, rows_per_unit=10)
+    run(source, tmp_path, batch_size=4)
+    shards = TokenShards(tmp_path)
+    shards.verify()
+    assert (len(shards), shards.grids, shards.downsample) == (23, {(4, 4): 23}, 4)
+    read = shards.read(np.arange(23))
+    samples = [source.sample(index) for index in range(23)]
+    pixels = torch.from_numpy(to_pixels(np.stack([np.asarray(sample.image) for sample in samples])))
+    np.testing.assert_array_equal(read.codes, MeanTokenizer().encode(pixels).numpy())
+    assert read.keys == [sample.key for sample in samples]
+    assert read.captions == [list(sample.captions) for sample in samples]
+    assert read.metadata == [json.loads(json.dumps(sample.metadata)) for sample in samples]
+
+
+def test_pictures_of_several_sizes_keep_order_and_drops_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    sizes = [(8, 8), (16, 8), (8, 8), (9, 8), (16, 8), (8, 8)]  # (width, height)
+    for number, size in enumerate(sizes):
+        Image.new("RGB", size, (number, 0, 0)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"picture {number}")
+    (folder / "6.png").write_bytes(b"broken")
+    (folder / "6.txt").write_text("x")
+    run(ImageFolderSource(str(folder)), tmp_path / "own", batch_size=2)
+    sidecar = json.loads((tmp_path / "own/images-000000000.json").read_text())
+    assert sidecar["grids"] == {"2x2": 3, "2x4": 2} and sidecar["rows"] == 5
+    assert sidecar["drops"] == {"broken picture": 1, "sides are no multiples of 4": 1}
+    assert "1 pictures dropped on rank 0: broken picture" in caplog.text
+    shards = TokenShards(tmp_path / "own")
+    assert [shards.read(np.array([row])).keys[0] for row in range(5)] == [f"{n}.png" for n in (0, 1, 2, 4, 5)]
+    run(ImageFolderSource(str(folder)), tmp_path / "cropped", height=12, width=12)
+    assert TokenShards(tmp_path / "cropped").grids == {(3, 3): 6}
+
+
+def test_a_unit_without_a_usable_picture_is_committed(tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "a.png")
+    run(ImageFolderSource(str(folder)), tmp_path / "out")
+    assert len(TokenShards(tmp_path / "out")) == 0
+
+
+def test_loader_processes_do_not_change_the_shards(tmp_path: Path) -> None:
+    source = ScenesSource(25, 16, rows_per_unit=5)
+    alone = run(source, tmp_path / "alone", batch_size=2)
+    assert len(alone) == 5
+    assert run(source, tmp_path / "workers", batch_size=2, num_workers=2) == alone
+
+
+class SlowSource(ScenesSource):
+    """Leaves time to be killed."""
+
+    def read(self, unit: Unit, drops: Counter[str]) -> Iterator[Sample]:
+        for sample in super().read(unit, drops):
+            time.sleep(0.01)
+            yield sample
+
+
+def test_killed_and_resumed_gives_the_same_shards(tmp_path: Path) -> None:
+    source = ScenesSource(60, 16, rows_per_unit=10)
+    whole = run(source, tmp_path / "whole", batch_size=4)
+    out = tmp_path / "killed"
+
+    def child() -> None:
+        torch.set_num_threads(1)
+        run(SlowSource(60, 16, rows_per_unit=10), out, batch_size=4)
+
+    for committed in (1, 3):
+        process = multiprocessing.get_context("fork").Process(target=child)
+        process.start()
+        while process.is_alive() and len(list(out.glob("train-*.json"))) < committed:
+            time.sleep(0.005)
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL and not (out / MANIFEST_FILE).exists()
+    # What a kill in the middle of a write leaves behind.
+    (out / f".train-seed0-000000050.arrow{TEMPORARY_MARK}1").write_bytes(b"half a shard")
+    (out / "train-seed0-000000040.arrow").write_bytes(b"a shard without its sidecar")
+    before = {file.name: file.stat().st_mtime_ns for file in out.glob("*.arrow") if file.with_suffix(".json").exists()}
+    assert len(before) >= 3
+    assert run(source, out, batch_size=4) == whole
+    assert {name: (out / name).stat().st_mtime_ns for name in before} == before
+    assert not list(out.glob(f".*{TEMPORARY_MARK}*"))
+    TokenShards(out).verify()
+
+
+def test_a_shard_of_the_wrong_size_is_written_again(tmp_path: Path) -> None:
+    source = ScenesSource(20, 16, rows_per_unit=10)
+    whole = run(source, tmp_path)
+    shard = tmp_path / "train-seed0-000000010.arrow"
+    shard.write_bytes(shard.read_bytes()[:-8])
+    assert run(source, tmp_path) == whole
+    TokenShards(tmp_path).verify()
+
+
+def test_other_settings_in_the_same_directory_are_refused(tmp_path: Path) -> None:
+    run(ScenesSource(4, 16), tmp_path)
+    with pytest.raises(ValueError, match=r"begun with source\.seed = 0, not 1"):
+        run(ScenesSource(4, 16, seed=1), tmp_path)
+    with pytest.raises(ValueError, match=r"begun with height = None, not 32"):
+        run(ScenesSource(4, 16), tmp_path, height=32, width=32)
+    other = MeanTokenizer()
+    other.fingerprint = "f" * 64
+    with pytest.raises(ValueError, match=r"begun with visual_tokenizer = "):
+        run(ScenesSource(4, 16), tmp_path, tokenizer=other)
+
+
+def test_what_cannot_be_encoded_is_refused_before_work(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"18 x 16 pixels are no multiples"):
+        run(ScenesSource(4, 16), tmp_path, height=18, width=16)
+    with pytest.raises(ValueError, match=r"give both, or neither"):
+        run(ScenesSource(4, 16), tmp_path, height=16)
+    large = MeanTokenizer()
+    large.codebook_size = 2**16 + 1
+    with pytest.raises(ValueError, match=r"65537 codes do not fit"):
+        run(ScenesSource(4, 16), tmp_path, tokenizer=large)
+    assert not list(tmp_path.iterdir())
+
+
+def test_codes_outside_the_codebook_are_refused(tmp_path: Path) -> None:
+    small = MeanTokenizer()
+    small.codebook_size = 3
+    with pytest.raises(ValueError, match=r"but states a codebook of 3"):
+        run(ScenesSource(4, 16), tmp_path, tokenizer=small)
+
+
+def test_from_a_command_line(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tokenizer = FSQAutoencoder(levels=[4, 4], downsample=8)
+    save_visual_tokenizer(tokenizer, tmp_path / "tokenizer")
+    arguments = ["--source", "ScenesSource", "--source.count", "3", "--source.resolution", "16", "--accelerator", "cpu"]
+    arguments += ["--visual_tokenizer", str(tmp_path / "tokenizer"), "--out", str(tmp_path / "out")]
+    jsonargparse.auto_cli(tokenize, args=arguments)
+    shards = TokenShards(tmp_path / "out")
+    assert shards.grids == {(2, 2): 3} and shards.fingerprint == tokenizer.fingerprint
+
+
+TWO_PROCESSES = """
+import sys
+sys.path.insert(0, sys.argv[2])
+from data.conftest import MeanTokenizer
+from simplear.data import ScenesSource, tokenize
+
+if __name__ == "__main__":
+    source = ScenesSource(25, 16, rows_per_unit=5)
+    tokenize(
+        source=source, visual_tokenizer=MeanTokenizer(), out=sys.argv[1],
+        batch_size=2, accelerator="cpu", devices=2, strategy="ddp",
+    )
+"""
+
+
+@pytest.mark.long
+def test_two_processes_write_the_shards_of_one(tmp_path: Path) -> None:
+    script = tmp_path / "two.py"
+    script.write_text(TWO_PROCESSES)
+    tests = Path(__file__).parent.parent
+    subprocess.run([sys.executable, script, tmp_path / "two", tests], check=True, timeout=120)
+    assert hashes(tmp_path / "two") == run(ScenesSource(25, 16, rows_per_unit=5), tmp_path / "one", batch_size=2)
