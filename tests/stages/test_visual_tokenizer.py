@@ -70,19 +70,20 @@ def test_loss_without_weights_is_the_mean_absolute_error():
     assert reconstruction_loss(reconstruction, pixels).item() == pytest.approx(0.6 / 12)
 
 
-def test_contrast_weight_raises_the_share_of_what_stands_out_and_of_three_pixels_around_it():
-    """A picture at -1 with one pixel at (0, -1, -1): contrast 1/2, so errors on and near it weigh 1 + 6/2 = 4."""
+def test_contrast_weight_counts_for_what_stands_out_and_for_two_pixels_around_it():
     pixels = torch.full((1, 3, 16, 16), -1.0)
     pixels[0, 0, 8, 8] = 0.0
+    pixels[0, 0, 3, 3] = -0.95  # below the threshold
 
     def loss_of_error_at(row: int, column: int) -> float:
         reconstruction = pixels.clone()
         reconstruction[0, :, row, column] += 0.3
         return reconstruction_loss(reconstruction, pixels, 6.0).item() * 256 / 0.3
 
-    assert loss_of_error_at(8, 8) == pytest.approx(4, rel=1e-4)
-    assert loss_of_error_at(11, 5) == pytest.approx(4, rel=1e-4)
-    assert loss_of_error_at(12, 8) == pytest.approx(1, rel=1e-4)
+    assert loss_of_error_at(8, 8) == pytest.approx(7, rel=1e-4)
+    assert loss_of_error_at(10, 6) == pytest.approx(7, rel=1e-4)
+    assert loss_of_error_at(11, 8) == pytest.approx(1, rel=1e-4)
+    assert loss_of_error_at(3, 3) == pytest.approx(1, rel=1e-4)
 
 
 def test_psnr_is_measured_on_zero_to_one():

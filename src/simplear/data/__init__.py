@@ -4,7 +4,6 @@ from simplear.data.captions import train_text_tokenizer_on
 from simplear.data.images import ImageDataModule
 from simplear.data.shards import TokenRow, TokenShards, merge_manifest, write_shard
 from simplear.data.sources import ImageFolderSource, Sample, ScenesSource, Source, Unit, WebDatasetSource
-from simplear.data.text_tokenizer import train_text_tokenizer_on
 from simplear.data.tokenization import tokenize
 from simplear.data.tokens import TokenDataModule
 

@@ -105,6 +105,7 @@ class OrderedDataModule(lightning.LightningDataModule):
     def val_dataloader(self) -> Any:
         """Micro-batches of this rank in the order of the files, the same at each validation; none without data."""
         if self.validation is None:
+            warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero.*")
             return []
         accumulation = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
         return self._loader(self.validation, self._sampler(self.validation, False, accumulation, endless=False))
@@ -161,7 +162,12 @@ class OrderedDataModule(lightning.LightningDataModule):
         return MicroBatchSampler(order, rank=rank, world_size=world_size, accumulation=accumulation, endless=endless)
 
     def _loader(self, dataset: BatchDataset, sampler: MicroBatchSampler) -> DataLoader[dict[str, Any]]:
-        return DataLoader(dataset, sampler=sampler, batch_size=None, num_workers=self.num_workers)
+        return DataLoader(dataset, sampler=sampler, batch_size=None, num_workers=self.num_workers, collate_fn=_as_made)
+
+
+def _as_made(batch: Any) -> Any:
+    """In place of PyTorch's conversion, which would walk through all metadata."""
+    return batch
 
 
 def _progress(trainer: lightning.Trainer) -> _ProcessedTracker:

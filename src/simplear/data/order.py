@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -31,7 +31,7 @@ halves."""
 ROW_ORDER, BATCH_ORDER, CAPTION, PREFIX, DROPOUT = range(5)
 
 
-def _mix(words: UInt64) -> UInt64:
+def mix(words: UInt64) -> UInt64:
     """The finaliser of SplitMix64 (Steele et al., 2014): each output bit depends on each input bit."""
     words = words + np.uint64(0x9E3779B97F4A7C15)
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -43,13 +43,13 @@ def _key(*words: int) -> UInt64:
     """One 64-bit key (an array of length 1, whose arithmetic wraps silently) from several integers."""
     key = np.zeros(1, dtype=np.uint64)
     for word in words:
-        key = _mix(key ^ np.array([word % 2**64], dtype=np.uint64))
+        key = mix(key ^ np.array([word % 2**64], dtype=np.uint64))
     return key
 
 
 def uniforms(seed: int, epoch: int, rows: Int64, purpose: int) -> npt.NDArray[np.float64]:
     """One number in [0, 1) for each row, a pure function of (seed, epoch, row, purpose), shape (B,)."""
-    bits = _mix(_key(seed, epoch, purpose) ^ _mix(rows.astype(np.uint64)))
+    bits = mix(_key(seed, epoch, purpose) ^ mix(rows.astype(np.uint64)))
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
@@ -76,8 +76,14 @@ class Permutation:
         mask = (np.uint64(1) << self._half_bits) - np.uint64(1)
         left, right = values >> self._half_bits, values & mask
         for key in self._round_keys:
-            left, right = right, left ^ (_mix(right ^ key) & mask)
+            left, right = right, left ^ (mix(right ^ key) & mask)
         return (left << self._half_bits) | right
+
+
+@lru_cache(maxsize=64)
+def _permutation(size: int, *key: int) -> Permutation:
+    """Consecutive batches share their epoch's permutations."""
+    return Permutation(size, *key)
 
 
 class GlobalBatch(NamedTuple):
@@ -132,12 +138,12 @@ class DataOrder:
         """Global batch `number`, counted from the beginning of the first epoch."""
         epoch, index = divmod(number, self.batches_per_epoch)
         if self.shuffle:
-            index = int(Permutation(self.batches_per_epoch, self.seed, epoch, BATCH_ORDER)(np.array([index]))[0])
+            index = int(_permutation(self.batches_per_epoch, self.seed, epoch, BATCH_ORDER)(np.array([index]))[0])
         bucket = int(np.searchsorted(self._ends, index, side="right"))
         first = (index - (int(self._ends[bucket - 1]) if bucket else 0)) * self.global_batch_size
         positions = np.arange(first, first + self.global_batch_size)
         if self.shuffle:
-            positions = Permutation(self.bucket_sizes[bucket], self.seed, epoch, ROW_ORDER, bucket)(positions)
+            positions = _permutation(self.bucket_sizes[bucket], self.seed, epoch, ROW_ORDER, bucket)(positions)
         return GlobalBatch(epoch, bucket, positions)
 
 

@@ -162,4 +162,4 @@ def badge_of(right: bool, size: int) -> Image.Image:
         for x, y in (points[0], points[-1]):
             radius = full / 18
             drawing.ellipse((x - radius, y - radius, x + radius, y + radius), fill=(*PAPER, 255))
-    return badge.resize((size, size), Image.Resampling.LANCZOS)
+    return badge.reduce(SUPERSAMPLING)

@@ -55,9 +55,7 @@ def read_report(path: str | Path) -> dict[str, Any]:
     return report
 
 
-def merge_run(
-    path: str | Path, name: str, result: Result, settings: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+def merge_run(path: str | Path, name: str, result: Result, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Add a run to the report, or replace the one of that name; all others stay.
 
     The file is replaced in one step: a reader, or a machine that stops, finds the old report or the new one. Its table

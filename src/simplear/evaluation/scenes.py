@@ -23,7 +23,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from simplear.evaluation.grid import Cell, image_grid
-from simplear.evaluation.report import REPORT_FILE, Result, accuracy_result, markdown_table, merge_run, write_tensorboard
+from simplear.evaluation.report import (
+    REPORT_FILE,
+    Result,
+    accuracy_result,
+    markdown_table,
+    merge_run,
+    write_tensorboard,
+)
 from simplear.generation import SimpleARPipeline
 from simplear.scenes import Verdict, detect, draw, evaluation_prompts, metadata, sample_scene, verdict
 from simplear.visual_tokenizer import VisualTokenizer
@@ -93,7 +100,9 @@ def evaluate_scenes(
         if value < 1:
             raise ValueError(f"{name} {value} must be at least 1.")
     if not 0 <= blind_prompts <= prompts_per_category:
-        raise ValueError(f"blind_prompts {blind_prompts} must lie in [0, {prompts_per_category}], the prompts there are.")
+        raise ValueError(
+            f"blind_prompts {blind_prompts} must lie in [0, {prompts_per_category}], the prompts there are."
+        )
     prompts = evaluation_prompts(prompts_per_category, seed)
     name = run or Path(checkpoint).name
     if compare_with is not None:
@@ -104,7 +113,9 @@ def evaluate_scenes(
     if tokenizer_ceiling:
         resolution = pipeline.settings.grid[0] * pipeline.settings.downsample
         ceiling = reconstruction_accuracy(pipeline.visual_tokenizer, resolution, len(prompts), seed, pipeline.device)
-        merge_run(report_file, TOKENIZER_RUN, ceiling, {"checkpoint": checkpoint, "seed": seed, "resolution": resolution})
+        merge_run(
+            report_file, TOKENIZER_RUN, ceiling, {"checkpoint": checkpoint, "seed": seed, "resolution": resolution}
+        )
     if blind_prompts:
         blind = blind_accuracy(pipeline, prompts, blind_prompts, seed, batch_size)
         merge_run(report_file, f"{name}-blind", blind, {**settings, "images": blind_prompts})
@@ -160,7 +171,14 @@ def blind_accuracy(
     """
     seeds = [image_seed(seed, "", sample) for sample in range(count)]
     images = _draw(
-        pipeline, [""] * count, seeds, batch_size, "drawing blind", guidance_scale=1.0, prompt_prefix="", negative_prompt=""
+        pipeline,
+        [""] * count,
+        seeds,
+        batch_size,
+        "drawing blind",
+        guidance_scale=1.0,
+        prompt_prefix="",
+        negative_prompt="",
     )
     by_category: dict[str, list[dict[str, Any]]] = {}
     for prompt in prompts:

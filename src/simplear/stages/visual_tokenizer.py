@@ -23,7 +23,10 @@ from simplear.visual_tokenizer import save_visual_tokenizer
 LARGEST_DIFFERENCE = 2.0
 """Between two values of pixels in [-1, 1]."""
 
-CONTRAST_REACH = 3
+CONTRAST_THRESHOLD = 0.05
+"""Difference from a picture's median colour, a share of the largest one, above which a pixel stands out."""
+
+CONTRAST_REACH = 2
 """Pixels around one that stands out which count as much as it does; without them, outlines swell and notches fill."""
 
 
@@ -33,17 +36,17 @@ def reconstruction_loss(reconstruction: Tensor, pixels: Tensor, contrast_weight:
     Args:
         reconstruction: (B, 3, H, W) float.
         pixels: (B, 3, H, W) float in [-1, 1].
-        contrast_weight: a pixel's weight is 1 plus this times its contrast: the largest difference from the picture's
-            median colour, over the channels and over all pixels up to `CONTRAST_REACH` away, as a share of the largest
-            possible one. 0: the plain mean.
+        contrast_weight: added to the weight, 1, of each pixel that differs from its picture's median colour by more
+            than `CONTRAST_THRESHOLD` in some channel, and of all pixels up to `CONTRAST_REACH` away. 0: the plain mean.
     """
     error = (reconstruction - pixels).abs()
     if contrast_weight == 0:
         return error.mean()
     median = pixels.flatten(2).median(dim=2).values[:, :, None, None]
     contrast = (pixels - median).abs().amax(dim=1, keepdim=True) / LARGEST_DIFFERENCE
-    contrast = F.max_pool2d(contrast, 2 * CONTRAST_REACH + 1, stride=1, padding=CONTRAST_REACH)
-    return (error * (1 + contrast_weight * contrast)).mean()
+    stands_out = (contrast > CONTRAST_THRESHOLD).to(pixels.dtype)
+    near = F.max_pool2d(stands_out, 2 * CONTRAST_REACH + 1, stride=1, padding=CONTRAST_REACH)
+    return (error * (1 + contrast_weight * near)).mean()
 
 
 def psnr(reconstruction: Tensor, pixels: Tensor) -> Tensor:

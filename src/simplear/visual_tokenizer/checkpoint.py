@@ -54,6 +54,7 @@ def save_visual_tokenizer(tokenizer: VisualTokenizer, directory: str | Path) -> 
         (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
         save_file(weights, temporary / WEIGHTS_FILE)
         for file in temporary.iterdir():
+            file.chmod(0o644)  # safetensors writes for the owner alone
             with file.open("rb+") as opened:
                 os.fsync(opened.fileno())
         if directory.exists():

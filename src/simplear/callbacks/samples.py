@@ -1,0 +1,64 @@
+"""Fixed prompts drawn during training, to watch a model learn."""
+
+from __future__ import annotations
+
+import numpy as np
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from simplear.callbacks.drawing import DrawingCallback
+from simplear.evaluation import Cell, image_grid
+from simplear.generation import SimpleARPipeline
+
+
+class SampleImages(DrawingCallback):
+    """Draws the same prompts from the same seeds again and again, into TensorBoard as ``samples``.
+
+    Args:
+        prompts: captions to draw.
+        every_n_steps: optimizer steps between drawings; the end of training draws too.
+        guidance_scale: classifier-free guidance; None takes the default that the checkpoint will have.
+        seed: of the first prompt; the k-th further one has this plus k.
+        image_size: pixels of an image as shown.
+    """
+
+    def __init__(
+        self,
+        prompts: list[str],
+        every_n_steps: int,
+        guidance_scale: float | None = None,
+        seed: int = 0,
+        image_size: int = 128,
+    ) -> None:
+        super().__init__(every_n_steps)
+        if not prompts:
+            raise ValueError("SampleImages has no prompts to draw.")
+        self.prompts = prompts
+        self.guidance_scale = guidance_scale
+        self.seed = seed
+        self.image_size = image_size
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As `DrawingCallback`, and says so when there is no TensorBoard to draw to."""
+        super().on_fit_start(trainer, pl_module)
+        if not _tensorboards(trainer):
+            rank_zero_warn("SampleImages draws nothing: the trainer has no TensorBoardLogger (--trainer.logger).")
+
+    def draw(self, trainer: Trainer, pipeline: SimpleARPipeline) -> None:
+        loggers = _tensorboards(trainer)
+        # Loggers are the same on every rank, so all of them leave here or none.
+        if not loggers:
+            return
+        seeds = [self.seed + number for number in range(len(self.prompts))]
+        images = pipeline(self.prompts, guidance_scale=self.guidance_scale, seed=seeds).images
+        if not trainer.is_global_zero:
+            return
+        cells = [Cell(prompt, (image,)) for prompt, image in zip(self.prompts, images, strict=True)]
+        grid = np.asarray(image_grid({"": cells}, image_size=self.image_size))
+        for logger in loggers:
+            logger.experiment.add_image("samples", grid, trainer.global_step, dataformats="HWC")
+
+
+def _tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
+    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]

@@ -1,0 +1,21 @@
+"""From a checkpoint and prompts to images: guidance, sampling, engines, the pipeline."""
+
+from simplear.generation.cached import CachedEngine
+from simplear.generation.command import generate
+from simplear.generation.engine import ENGINES, Engine, GenerationStats, make_engine
+from simplear.generation.guidance import guide
+from simplear.generation.pipeline import PipelineOutput, SimpleARPipeline
+from simplear.generation.sampling import SamplingSettings
+
+__all__ = [
+    "ENGINES",
+    "CachedEngine",
+    "Engine",
+    "GenerationStats",
+    "PipelineOutput",
+    "SamplingSettings",
+    "SimpleARPipeline",
+    "generate",
+    "guide",
+    "make_engine",
+]

@@ -1,0 +1,88 @@
+"""What an engine is: prompts, a grid and seeds in, codes out. It knows token ids and nothing of text or pixels."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from simplear.generation.sampling import SamplingSettings
+from simplear.language_model import LanguageModel
+
+RowCallback = Callable[[int, Tensor], None]
+"""Called with the number of finished rows and the codes so far (B, rows · w), after each row of the grid."""
+
+
+@dataclass
+class GenerationStats:
+    """What a generation cost."""
+
+    engine: str
+    images: int = 0
+    tokens: int = 0
+    """Codes produced, all images together."""
+    steps: int = 0
+    """Forward passes of the decoder, prefill included."""
+    seconds: float = 0.0
+
+
+class Engine(Protocol):
+    """Draws codes from a language model."""
+
+    def generate(
+        self,
+        prompt_ids: Sequence[Tensor],
+        negative_ids: Sequence[Tensor],
+        grid: tuple[int, int],
+        sampling: SamplingSettings,
+        seeds: Sequence[int],
+        on_row: RowCallback | None = None,
+    ) -> tuple[Tensor, GenerationStats]:
+        """Codes (B, h, w) int64 for B prompts.
+
+        Args:
+            prompt_ids: B 1-D tensors that end with ``<|soi|>``.
+            negative_ids: B more, for the unconditional rows; not read without guidance.
+            grid: rows and columns of codes.
+            sampling: how a code is drawn.
+            seeds: B integers.
+            on_row: called after each row of codes.
+        """
+        ...
+
+
+ENGINES = {"cached": "simplear.generation.cached.CachedEngine"}
+"""Names that the pipeline takes, and their classes."""
+
+
+def make_engine(name: str, model: LanguageModel) -> Engine:
+    """The engine of that name over a model. Raises ValueError for an unknown one."""
+    if name not in ENGINES:
+        raise ValueError(f"no engine {name!r}; there are: {', '.join(sorted(ENGINES))}.")
+    module, _, attribute = ENGINES[name].rpartition(".")
+    return getattr(importlib.import_module(module), attribute)(model)
+
+
+def check_request(
+    model: LanguageModel,
+    prompt_ids: Sequence[Tensor],
+    negative_ids: Sequence[Tensor],
+    grid: tuple[int, int],
+    seeds: Sequence[int],
+) -> None:
+    """Raises ValueError where numbers of prompts differ or the longest sequence has no room."""
+    if not len(prompt_ids) == len(negative_ids) == len(seeds):
+        raise ValueError(
+            f"{len(prompt_ids)} prompts, {len(negative_ids)} negative prompts and {len(seeds)} seeds: give as many of each."
+        )
+    if min(grid) < 1:
+        raise ValueError(f"a grid of {grid[0]} × {grid[1]} codes has no codes.")
+    longest = max(len(ids) for ids in (*prompt_ids, *negative_ids)) + grid[0] * grid[1]
+    if longest > model.max_positions:
+        raise ValueError(
+            f"a prompt of {longest - grid[0] * grid[1]} tokens and a grid of {grid[0]} × {grid[1]} codes take {longest} "
+            f"positions; the model has {model.max_positions}. Shorten the prompt or ask for a smaller picture."
+        )

@@ -1,0 +1,257 @@
+"""`SimpleARPipeline`: prompts in, pictures out, with the names that users of diffusers know."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from simplear.generation.engine import GenerationStats, make_engine
+from simplear.generation.sampling import SamplingSettings
+from simplear.language_model import CheckpointError, CheckpointSettings, LanguageModel, load_checkpoint
+from simplear.sequence import encode_captions, prompt_sequence
+from simplear.visual_tokenizer import VisualTokenizer, load_visual_tokenizer
+
+OutputType = Literal["pil", "pt", "codes"]
+
+
+@dataclass
+class PipelineOutput:
+    """What a call of the pipeline gives."""
+
+    images: list[Image.Image] | Tensor | None
+    """"pil": a list; "pt": (B, 3, H, W) float32 in [0, 1]; "codes": None. Images of one prompt follow each other."""
+    codes: Tensor
+    """(B, h, w) int64 on CPU."""
+    stats: GenerationStats
+    """Summed over batches."""
+    seeds: list[int]
+    """Of each image, to draw it again."""
+
+
+class SimpleARPipeline:
+    """A language model, its text tokenizer and its visual tokenizer, ready to draw.
+
+    Args:
+        model: on its device, in evaluation mode.
+        tokenizer: the checkpoint's text tokenizer.
+        settings: the content of ``simplear.json``; None in a call means its defaults.
+        visual_tokenizer: an object, a directory, or None when only codes are asked for.
+        engine: one of `simplear.generation.ENGINES`.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: CheckpointSettings,
+        visual_tokenizer: VisualTokenizer | str | Path | None = None,
+        engine: str = "cached",
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.engine = make_engine(engine, model)
+        self._visual_tokenizer = visual_tokenizer
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | Path,
+        engine: str = "cached",
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        visual_tokenizer: VisualTokenizer | str | Path | None = None,
+    ) -> SimpleARPipeline:
+        """Load a checkpoint of this project or one released with the paper.
+
+        Args:
+            path_or_hub_id: directory or hub id.
+            engine: one of `simplear.generation.ENGINES`.
+            device: None takes the GPU where there is one.
+            dtype: of the weights; None keeps the file's.
+            visual_tokenizer: directory or object in place of the checkpoint's own; loaded when first needed.
+
+        Raises:
+            CheckpointError: missing or damaged files.
+            ValueError: an unknown engine.
+        """
+        checkpoint = load_checkpoint(path_or_hub_id, dtype=dtype)
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if visual_tokenizer is None:
+            visual_tokenizer = checkpoint.visual_tokenizer_path
+        return cls(
+            checkpoint.model.to(device), checkpoint.tokenizer, checkpoint.settings, visual_tokenizer, engine=engine
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the language model is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def visual_tokenizer(self) -> VisualTokenizer:
+        """The visual tokenizer, loaded when first asked for.
+
+        Raises CheckpointError where there is none, or where it is not the one whose codes the model learned.
+        """
+        if self._visual_tokenizer is None:
+            raise CheckpointError(
+                "the checkpoint carries no visual tokenizer: name one (visual_tokenizer=…), or ask for codes "
+                '(output_type="codes").'
+            )
+        if isinstance(self._visual_tokenizer, (str, Path)):
+            self._visual_tokenizer = load_visual_tokenizer(self._visual_tokenizer, self.device)
+        tokenizer, wanted = self._visual_tokenizer, self.settings.visual_tokenizer_fingerprint
+        if wanted is not None and tokenizer.fingerprint != wanted:
+            raise CheckpointError(
+                f"the visual tokenizer has fingerprint {tokenizer.fingerprint[:12]}…, but the checkpoint learned the "
+                f"codes of {wanted[:12]}…: use the one that belongs to it."
+            )
+        return tokenizer
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None = None,
+        prompt_prefix: str | None = None,
+        guidance_scale: float | None = None,
+        do_sample: bool = True,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        num_images_per_prompt: int = 1,
+        seed: int | Sequence[int] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        output_type: OutputType = "pil",
+        batch_size: int = 32,
+        progress: bool = False,
+    ) -> PipelineOutput:
+        """Draw. None means the checkpoint's default.
+
+        Args:
+            prompt: one caption or several; an empty one draws anything.
+            negative_prompt: caption of the unconditional rows, one for all or one a prompt; gets no prefix.
+            prompt_prefix: put before every prompt.
+            guidance_scale: classifier-free guidance; 1 is none.
+            do_sample: False takes the most probable code each time.
+            temperature: divides log-weights.
+            top_k: keep the k most probable codes.
+            top_p: keep the most probable codes up to this probability.
+            num_images_per_prompt: images of each prompt, one after another in the result.
+            seed: image k of the call uses seed + k; a list gives each image its own; None draws one.
+            height: pixels, a multiple of the visual tokenizer's downsample factor.
+            width: pixels, likewise.
+            output_type: "pil", "pt", or "codes", which needs no visual tokenizer.
+            batch_size: images drawn at once.
+            progress: show a bar over the codes.
+
+        Raises:
+            ValueError: an empty list, a prompt that is no valid text or too long, a size that is no whole number of
+                codes, or a number outside its range; the message names it.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts or num_images_per_prompt < 1 or batch_size < 1:
+            raise ValueError("give at least one prompt, and num_images_per_prompt and batch_size of 1 or more.")
+        if output_type not in ("pil", "pt", "codes"):
+            raise ValueError(f'output_type {output_type!r} is unknown: "pil", "pt" or "codes".')
+        defaults = self.settings.generation
+        sampling = SamplingSettings(
+            guidance_scale=defaults.guidance_scale if guidance_scale is None else guidance_scale,
+            do_sample=do_sample,
+            temperature=defaults.temperature if temperature is None else temperature,
+            top_k=defaults.top_k if top_k is None else top_k,
+            top_p=defaults.top_p if top_p is None else top_p,
+        )
+        grid = self._grid(height, width)
+        prefix = defaults.prompt_prefix if prompt_prefix is None else prompt_prefix
+        negative = defaults.negative_prompt if negative_prompt is None else negative_prompt
+        negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
+        if len(negatives) != len(prompts):
+            raise ValueError(f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one, or one for each.")
+        # The empty caption is what condition dropout trains, and that has no prefix either.
+        prompt_ids = self._encode([prefix + text if text else "" for text in prompts], "prompt", grid)
+        negative_ids = self._encode(negatives, "negative prompt", grid)
+        order = [index for index in range(len(prompts)) for _ in range(num_images_per_prompt)]
+        seeds = _seeds(seed, len(order))
+        codes, stats = [], GenerationStats(engine="")
+        with tqdm(total=len(order) * grid[0], unit="row", disable=not progress, desc="drawing") as bar:
+            for start in range(0, len(order), batch_size):
+                part = order[start : start + batch_size]
+                drawn, cost = self.engine.generate(
+                    [prompt_ids[index] for index in part],
+                    [negative_ids[index] for index in part],
+                    grid,
+                    sampling,
+                    seeds[start : start + batch_size],
+                    on_row=lambda row, so_far: bar.update(len(so_far)),
+                )
+                codes.append(drawn.cpu())
+                stats = replace(
+                    cost,
+                    images=stats.images + cost.images,
+                    tokens=stats.tokens + cost.tokens,
+                    steps=stats.steps + cost.steps,
+                    seconds=stats.seconds + cost.seconds,
+                )
+        all_codes = torch.cat(codes)
+        images = None if output_type == "codes" else self.decode(all_codes, batch_size)
+        return PipelineOutput(_pil(images) if output_type == "pil" and images is not None else images, all_codes, stats, seeds)
+
+    @torch.inference_mode()
+    def decode(self, codes: Tensor, batch_size: int = 32) -> Tensor:
+        """Pictures (B, 3, H, W) float32 in [0, 1], on CPU, of codes (B, h, w)."""
+        tokenizer: Any = self.visual_tokenizer
+        device = next(tokenizer.parameters()).device if isinstance(tokenizer, nn.Module) else self.device
+        decoded = [tokenizer.decode(part.to(device)).float().cpu() for part in codes.split(batch_size)]
+        return ((torch.cat(decoded) + 1) / 2).clamp(0, 1)
+
+    def _grid(self, height: int | None, width: int | None) -> tuple[int, int]:
+        downsample = self.settings.downsample
+        sides = []
+        for name, pixels, default in zip(("height", "width"), (height, width), self.settings.grid, strict=True):
+            if pixels is not None and (pixels < downsample or pixels % downsample):
+                raise ValueError(f"{name} {pixels} is no multiple of {downsample}, the pixels that one code stands for.")
+            sides.append(default if pixels is None else pixels // downsample)
+        return sides[0], sides[1]
+
+    def _encode(self, captions: list[str], noun: str, grid: tuple[int, int]) -> list[Tensor]:
+        for number, caption in enumerate(captions):
+            try:
+                caption.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"{noun} {number} is no valid text: {error}.") from error
+        room = min(self.settings.max_text_tokens, self.model.max_positions - grid[0] * grid[1] - 2)
+        encoded = encode_captions(self.tokenizer, captions)
+        for number, (caption, ids) in enumerate(zip(captions, encoded, strict=True)):
+            if len(ids) > room:
+                raise ValueError(
+                    f"{noun} {number} ({caption[:40]!r}…) has {len(ids)} tokens; there is room for {room} beside "
+                    f"{grid[0]} × {grid[1]} codes. Shorten it."
+                )
+        return [prompt_sequence(ids, self.model.layout) for ids in encoded]
+
+
+def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
+    if seed is None:
+        seed = secrets.randbits(31)
+    if isinstance(seed, int):
+        return [seed + index for index in range(count)]
+    if len(seed) != count:
+        raise ValueError(f"{len(seed)} seeds for {count} images: give one for each, or a single number.")
+    return list(seed)
+
+
+def _pil(images: Tensor) -> list[Image.Image]:
+    pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(np.ascontiguousarray(picture)) for picture in pixels]

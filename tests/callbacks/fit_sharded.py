@@ -1,0 +1,56 @@
+"""Trains the toy stage under FSDP2 on CPUs and draws during it; run by the test of sharded exports.
+
+    python fit_sharded.py TEXT_TOKENIZER VISUAL_TOKENIZER OUT DEVICES
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from callbacks.conftest import CAPTIONS, ToyStage, batches
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from simplear.callbacks import HuggingFaceCheckpoint, SampleImages
+from simplear.stages.sharding import shard_language_model
+
+
+class ShardedStage(ToyStage):
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            shard_language_model(self.language_model, self.device_mesh["data_parallel"])
+
+    def on_train_start(self) -> None:
+        torch.manual_seed(1)  # of the random factor in the loss
+
+
+if __name__ == "__main__":
+    text, visual, out, devices = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    stage = ShardedStage(text, visual)
+    strategy = ModelParallelStrategy(data_parallel_size=devices, tensor_parallel_size=1) if devices > 1 else "auto"
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy=strategy,
+        max_steps=4,
+        precision="64-true",  # AdamW makes differences of rounding as large as its steps
+        use_distributed_sampler=False,  # all ranks see the batches that the single process sees
+        logger=TensorBoardLogger(out, name="", version="log"),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+        callbacks=[
+            SampleImages(CAPTIONS, every_n_steps=2, guidance_scale=2.0),
+            HuggingFaceCheckpoint(
+                export_dir=str(out / "model"), dirpath=out / "states", every_n_train_steps=2, save_top_k=0
+            ),
+        ],
+    )
+    trainer.fit(stage, batches())

@@ -1,0 +1,172 @@
+"""Checkpoints and their exports: equal weights, kept and removed together, complete or absent."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
+
+from simplear.callbacks import HuggingFaceCheckpoint
+from simplear.language_model import load_checkpoint
+from simplear.visual_tokenizer import load_visual_tokenizer
+
+from .conftest import ToyStage, batches
+
+MakeTrainer = Callable[..., Trainer]
+
+
+def names(directory: Path) -> tuple[set[str], set[str]]:
+    """Stems of the .ckpt files, and names of the directories."""
+    paths = list(directory.iterdir())
+    return {path.stem for path in paths if path.suffix == ".ckpt"}, {path.name for path in paths if path.is_dir()}
+
+
+def assert_same_weights(directory: Path, state: Path) -> None:
+    """A directory holds the weights of a .ckpt."""
+    exported = load_checkpoint(directory).model.state_dict()
+    saved = torch.load(state, weights_only=False)["state_dict"]
+    assert exported
+    for name, weight in exported.items():
+        assert torch.equal(weight, saved[f"language_model.{name}"]), name
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_kept_checkpoint_has_its_export(
+    tmp_path: Path, tokenizers: tuple[str, str], make_trainer: MakeTrainer, tied: bool
+) -> None:
+    torch.manual_seed(0)
+    stage = ToyStage(*tokenizers, tie_word_embeddings=tied)
+    states = tmp_path / "states"
+    callback = HuggingFaceCheckpoint(
+        export_dir=str(tmp_path / "model"),
+        dirpath=states,
+        filename="{step}",
+        every_n_train_steps=2,
+        save_top_k=2,
+        monitor="step",
+        mode="max",
+    )
+    make_trainer(callback, max_steps=7).fit(stage, batches())
+    files, directories = names(states)
+    assert files == directories == {"step=4", "step=6", "last"}
+    for name in files:
+        assert_same_weights(states / name, states / f"{name}.ckpt")
+    # The last step is kept although it is no multiple of two.
+    assert torch.load(states / "last.ckpt", weights_only=False)["global_step"] == 7
+    assert_same_weights(tmp_path / "model", states / "last.ckpt")
+    loaded = load_checkpoint(tmp_path / "model")
+    assert loaded.settings.visual_tokenizer == "visual_tokenizer"
+    assert load_visual_tokenizer(str(loaded.visual_tokenizer_path)).fingerprint == (
+        loaded.settings.visual_tokenizer_fingerprint
+    )
+
+
+@pytest.mark.parametrize("states", ["sft", "sft/states"])
+def test_states_inside_the_export_are_refused(
+    tmp_path: Path, stage: ToyStage, make_trainer: MakeTrainer, states: str
+) -> None:
+    callback = HuggingFaceCheckpoint(export_dir=str(tmp_path / "sft"), dirpath=tmp_path / states)
+    with pytest.raises(ValueError, match="lies inside export_dir"):
+        make_trainer(callback, max_steps=2).fit(stage, batches(2))
+    assert not (tmp_path / "sft").exists()
+
+
+@pytest.mark.parametrize("moment", ["first", "later"])
+def test_killed_while_saving_keeps_the_previous_state(
+    tmp_path: Path, stage: ToyStage, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """The save dies once half of the file is there; `last.ckpt` is absent or the one before, and training goes on."""
+    states = tmp_path / "states"
+    die_at = 2 if moment == "first" else 4
+
+    class Killed(BaseException):
+        pass
+
+    def half_a_save(trainer: Trainer, path: Path, weights_only: bool | None = None) -> None:
+        whole(trainer, path, weights_only)
+        if trainer.global_step == die_at:
+            content = Path(path).read_bytes()
+            Path(path).write_bytes(content[: len(content) // 2])
+            raise Killed
+
+    whole = Trainer.save_checkpoint
+    monkeypatch.setattr(Trainer, "save_checkpoint", half_a_save)
+    with pytest.raises(Killed):
+        callback = HuggingFaceCheckpoint(dirpath=states, every_n_train_steps=2, save_top_k=0)
+        make_trainer(callback, max_steps=8).fit(stage, batches())
+    monkeypatch.undo()
+    if moment == "first":
+        assert not (states / "last.ckpt").exists()
+    else:
+        assert torch.load(states / "last.ckpt", weights_only=False)["global_step"] == 2
+    callback = HuggingFaceCheckpoint(dirpath=states, every_n_train_steps=2, save_top_k=0)
+    make_trainer(callback, max_steps=8).fit(stage, batches(), ckpt_path="last")
+    assert torch.load(states / "last.ckpt", weights_only=False)["global_step"] == 8
+    assert names(states) == ({"last"}, {"last"})
+
+
+def test_a_finished_training_started_again_writes_a_missing_export(
+    tmp_path: Path, stage: ToyStage, make_trainer: MakeTrainer
+) -> None:
+    model, states = tmp_path / "model", tmp_path / "states"
+
+    def fit(max_steps: int) -> ToyStage:
+        callback = HuggingFaceCheckpoint(export_dir=str(model), dirpath=states, save_top_k=0)
+        make_trainer(callback, max_steps=max_steps).fit(stage, batches(), ckpt_path="last")
+        return stage
+
+    fit(3)
+    shutil.rmtree(model)
+    fit(3)
+    assert_same_weights(model, states / "last.ckpt")
+    untouched = (model / "config.json").stat().st_mtime_ns
+    fit(3)
+    assert (model / "config.json").stat().st_mtime_ns == untouched
+    fit(5)
+    assert torch.load(states / "last.ckpt", weights_only=False)["global_step"] == 5
+    assert_same_weights(model, states / "last.ckpt")
+
+
+def test_a_state_that_is_a_directory_is_replaced_whole(tmp_path: Path) -> None:
+    from simplear.callbacks.checkpointing import _move_into_place
+
+    for content in ("old", "new"):
+        partial = tmp_path / ".partial"
+        partial.mkdir()
+        (partial / f"shard-{content}").write_text(content)
+        _move_into_place(partial, tmp_path / "last.ckpt")
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+    assert [path.name for path in (tmp_path / "last.ckpt").iterdir()] == ["shard-new"]
+
+
+def test_a_module_without_language_model_is_refused_at_once(tmp_path: Path, make_trainer: MakeTrainer) -> None:
+    module: LightningModule = BoringModel()
+    with pytest.raises(TypeError, match=r"BoringModel has no checkpoint_settings.*ModelCheckpoint"):
+        make_trainer(HuggingFaceCheckpoint(dirpath=tmp_path), max_steps=1).fit(module)
+    with pytest.raises(ValueError, match="save_last 'link'"):
+        HuggingFaceCheckpoint(dirpath=tmp_path, save_last="link")  # type: ignore[arg-type]
+
+
+@pytest.mark.long
+def test_sharded_state_is_exported_whole(tmp_path: Path, tokenizers: tuple[str, str]) -> None:
+    """Two processes of FSDP2 over gloo export the weights that one process computes."""
+    script = Path(__file__).with_name("fit_sharded.py")
+    for devices in (1, 2):
+        run(script, *tokenizers, tmp_path / str(devices), devices)
+    whole, sharded = (load_checkpoint(tmp_path / str(n) / "model").model.state_dict() for n in (1, 2))
+    for name, weight in whole.items():
+        assert weight.dtype == torch.float64
+        assert torch.allclose(weight, sharded[name], rtol=0, atol=1e-9), name
+    assert names(tmp_path / "2" / "states") == ({"last"}, {"last", "last.ckpt"})
+
+
+def run(script: Path, *arguments: object) -> None:
+    import subprocess
+    import sys
+
+    subprocess.run([sys.executable, str(script), *map(str, arguments)], check=True, timeout=300)

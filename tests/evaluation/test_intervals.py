@@ -1,0 +1,75 @@
+"""Intervals against published values, their definition, and simulated coverage."""
+
+from __future__ import annotations
+
+from math import sqrt
+
+import numpy as np
+import pytest
+
+from simplear.evaluation import stratified_interval, wilson_interval
+from simplear.evaluation.intervals import Z_95
+
+
+@pytest.mark.parametrize(
+    ("successes", "trials", "low", "high"),
+    # Newcombe 1998, table I, method 3 (the score interval).
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_against_published_values(successes: int, trials: int, low: float, high: float) -> None:
+    assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_wilson_bounds_solve_the_score_equation() -> None:
+    """A bound is the proportion whose own standard error puts the observation at the quantile."""
+    for successes, trials in ((8, 10), (0, 7), (100, 100), (333, 600)):
+        for bound in wilson_interval(successes, trials):
+            if 0 < bound < 1:
+                distance = abs(successes / trials - bound)
+                assert distance == pytest.approx(Z_95 * sqrt(bound * (1 - bound) / trials), abs=1e-12)
+    assert wilson_interval(8, 10) == pytest.approx((0.490, 0.943), abs=5e-4)
+
+
+@pytest.mark.parametrize(("successes", "trials"), [(0, 0), (-1, 5), (6, 5)])
+def test_what_is_no_proportion_is_refused(successes: int, trials: int) -> None:
+    with pytest.raises(ValueError, match="no proportion"):
+        wilson_interval(successes, trials)
+
+
+def test_one_stratum_is_wilson() -> None:
+    mean, low, high = stratified_interval([(8, 10)])
+    assert mean == 0.8
+    assert (low, high) == pytest.approx(wilson_interval(8, 10))
+
+
+def test_the_mean_weighs_categories_not_images() -> None:
+    assert stratified_interval([(10, 10), (0, 1000)])[0] == 0.5
+
+
+def test_large_strata_give_the_sum_of_variances_over_k_squared() -> None:
+    n, shares = 1_000_000, (0.1, 0.5, 0.8)
+    mean, low, high = stratified_interval([(round(n * share), n) for share in shares])
+    half = Z_95 * sqrt(sum(share * (1 - share) / n for share in shares)) / len(shares)
+    assert (mean - low, high - mean) == pytest.approx((half, half), rel=1e-3)
+
+
+@pytest.mark.parametrize("strata", [[(0, 5)] * 6, [(5, 5)] * 6, [(0, 1), (1, 1)], [(100, 100)] * 5 + [(0, 100)]])
+def test_bounds_stay_proportions_and_keep_width(strata: list[tuple[int, int]]) -> None:
+    mean, low, high = stratified_interval(strata)
+    assert 0 <= low <= mean <= high <= 1
+    assert high > low
+
+
+@pytest.mark.parametrize("shares", [(0.95, 0.6, 0.3, 0.9, 0.15, 0.4), (0.99, 1.0, 0.97, 0.995, 0.98, 0.9)])
+def test_interval_covers_the_truth_95_times_in_100(shares: tuple[float, ...]) -> None:
+    random = np.random.default_rng(0)
+    counts = random.binomial(100, shares, size=(4000, 6))
+    covered = 0
+    for row in counts.tolist():
+        _, low, high = stratified_interval([(successes, 100) for successes in row])
+        covered += low <= sum(shares) / 6 <= high
+    assert 0.94 < covered / len(counts) < 0.98
+    # The plain normal interval, which has no width where all succeed, falls short near 1.
+    means, variances = counts.mean(axis=1) / 100, (counts / 100 * (1 - counts / 100) / 100).sum(axis=1) / 36
+    plain = np.abs(means - sum(shares) / 6) <= Z_95 * np.sqrt(variances)
+    assert plain.mean() < covered / len(counts)

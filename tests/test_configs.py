@@ -1,0 +1,126 @@
+"""Every configuration of the paper instantiates, and its sizes are the paper's."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import LightningCLI
+
+from simplear.cli import PARSER_MODE
+from simplear.language_model.rope import Qwen2Rope2DForCausalLM
+from simplear.sequence import SPECIAL_TOKENS
+from simplear.stages import PretrainModule, SFTModule
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+QWEN_TEXT_IDS = 151_665
+QWEN_ROWS = 151_936
+COSMOS_CODES = 64_000
+VOCABULARY = QWEN_TEXT_IDS + len(SPECIAL_TOKENS) + COSMOS_CODES
+MAX_TEXT = 512
+MACHINES = ("cpu", "one-gpu", "a100x32")
+
+
+class ConfigurationOnly(LightningCLI):
+    """Instantiates model, data, callbacks and strategy, but no Trainer: it would look for the GPUs."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> None:  # type: ignore[override]
+        return None
+
+
+def compose(*names: str, arguments: tuple[str, ...] = ()) -> ConfigurationOnly:
+    files = [part for name in names for part in ("--config", str(CONFIGS / f"{name}.yaml"))]
+    return ConfigurationOnly(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        parser_kwargs={"parser_mode": PARSER_MODE},
+        save_config_callback=None,
+        load_from_checkpoint_support=False,
+        run=False,
+        args=[*files, *arguments],
+    )
+
+
+def test_vocabulary_of_the_paper() -> None:
+    assert VOCABULARY == 215_672
+
+
+@pytest.mark.parametrize(
+    ("size", "before", "after"),
+    [("0.5b", 494_032_768, 551_140_224), ("1.5b", 1_543_714_304, 1_641_612_800)],
+)
+@pytest.mark.parametrize("rope", ["1d", "2d"])
+def test_parameter_counts_before_and_after_growth(size: str, before: int, after: int, rope: str) -> None:
+    names = ["paper/pretrain", f"paper/{size}"] + (["paper/rope-2d"] if rope == "2d" else [])
+    config = compose(*names).model.config
+    with torch.device("meta"):
+        original, grown = config.random_decoder(QWEN_ROWS), config.random_decoder(VOCABULARY)
+    assert sum(parameter.numel() for parameter in original.parameters()) == before
+    assert sum(parameter.numel() for parameter in grown.parameters()) == after
+    assert isinstance(grown, Qwen2Rope2DForCausalLM) == (rope == "2d")
+
+
+@pytest.mark.parametrize("size", ["0.5b", "1.5b"])
+@pytest.mark.parametrize(("stage", "pixels", "codes"), [("pretrain", 512, 1_024), ("sft", 1024, 4_096)])
+def test_sequences_fit(size: str, stage: str, pixels: int, codes: int) -> None:
+    composed = compose("paper/pretrain", f"paper/{size}")
+    data = compose(f"paper/{stage}").datamodule
+    grid = pixels // 16
+    assert grid * grid == codes
+    longest = codes + data.max_text_tokens + 2
+    assert data.max_text_tokens == MAX_TEXT
+    assert longest <= composed.model.config.architecture["max_position_embeddings"]
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_pretraining_compositions(machine: str) -> None:
+    for size, scratch, rope in itertools.product(("0.5b", "1.5b"), (False, True), (False, True)):
+        names = ["paper/pretrain", f"paper/{size}"]
+        names += ["paper/from-scratch"] * scratch + ["paper/rope-2d"] * rope + [f"paper/{machine}"]
+        composed = compose(*names)
+        assert isinstance(composed.model, PretrainModule)
+        assert (composed.model.config.pretrained is None) == scratch
+        assert composed.model.config.rope == ("2d" if rope else "1d")
+        assert composed.datamodule.global_batch_size == 256
+        optimizer = composed.model.optimizer([torch.nn.Parameter(torch.zeros(2))])
+        assert optimizer.defaults["lr"] == 1e-4 and optimizer.defaults["weight_decay"] == 0.01
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_fine_tuning_compositions(machine: str) -> None:
+    composed = compose("paper/sft", f"paper/{machine}")
+    assert isinstance(composed.model, SFTModule)
+    assert composed.model.optimizer([torch.nn.Parameter(torch.zeros(2))]).defaults["lr"] == 2e-5
+    trainer = composed.config["trainer"]
+    devices = trainer["devices"] * trainer["num_nodes"]
+    assert 256 % (devices * (trainer["accumulate_grad_batches"] or 1)) == 0
+
+
+def test_overlay_changes_what_another_file_refers_to(tmp_path: Path) -> None:
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text("model: {init_args: {language_model: {tokenizer: somewhere/else}}}")
+    composed = compose("paper/pretrain", "paper/0.5b", arguments=("--config", str(overlay)))
+    assert composed.datamodule.tokenizer_path == "somewhere/else"
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONFIGS / "demo").glob("*.yaml")))
+def test_demo_configurations_parse(name: str) -> None:
+    if name.startswith(("tokenize", "text_tokenizer")):
+        from jsonargparse import ArgumentParser
+
+        from simplear.data import tokenize, train_text_tokenizer_on
+
+        parser = ArgumentParser(parser_mode=PARSER_MODE)
+        parser.add_argument("--config", action="config")
+        parser.add_function_arguments(tokenize if name.startswith("tokenize") else train_text_tokenizer_on)
+        parsed = parser.parse_args(["--config", str(CONFIGS / "demo" / f"{name}.yaml")])
+        assert parsed.source.class_path == "simplear.data.ScenesSource"
+    else:
+        composed = compose(f"demo/{name}")
+        assert composed.config["trainer"]["max_steps"] > 0
