@@ -64,12 +64,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run_lightning(arguments: Sequence[str]) -> None:
     """One of Lightning's verbs over any stage and data module of the configuration."""
+    from jsonargparse import set_parsing_settings
     from lightning.pytorch import LightningDataModule, LightningModule
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
     class ArgumentParser(_SuggestingParser, LightningArgumentParser):
         pass
 
+    # The verb is a level above the files' keys: ${trainer.…} in a file must still find the file's own.
+    set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     with _errors_for_the_reader():
         # Checkpoints hold no hyperparameters, so resuming (--ckpt_path last) cannot override the command line.
         LightningCLI(
@@ -120,8 +123,7 @@ class _SuggestingParser:
             options = {option.lstrip("-") for action in self._actions for option in action.option_strings}  # type: ignore[attr-defined]
             nearest = _nearest(unknown[1], options | _class_arguments())
             message += f". Did you mean {nearest!r}?" if nearest else ""
-        super().error(message, *args, **kwargs)  # type: ignore[misc]
-        raise SystemExit(2)
+        _fail(f"error: {message}\n(all options: {self.prog} --help)")  # type: ignore[attr-defined]
 
 
 def _nearest(unknown: str, known: set[str]) -> str | None:
@@ -140,7 +142,7 @@ def _class_arguments() -> set[str]:
         module = importlib.import_module(f"simplear.{package}")
         for public in module.__all__:
             for base in getattr(getattr(module, public), "__mro__", ()):
-                if base.__module__.startswith("simplear."):
+                if base.__module__.startswith("simplear.") and not issubclass(base, Exception):
                     names.update(inspect.signature(base).parameters)
     return names - {"args", "kwargs", "self"}
 
@@ -166,9 +168,10 @@ def _quieten() -> None:
 
     transformers_logging.disable_progress_bar()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for noisy in ("httpx", "filelock", "fsspec", "PIL", "lightning.pytorch.utilities.rank_zero"):
+    for noisy in ("httpx", "filelock", "fsspec", "PIL", "lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    logging.getLogger("lightning.pytorch").propagate = False  # it has a handler of its own
+    for library in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(library).propagate = False  # they have handlers of their own
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter is intended.*")

@@ -106,8 +106,8 @@ def encode_captions(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str])
     if not captions:
         return []
     encoded = tokenizer(list(captions), add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    vocabulary = tokenizer.get_vocab()
-    control = {vocabulary[token] for token in SPECIAL_TOKENS if token in vocabulary}
+    # Not get_vocab(), which builds a dictionary of all ids each time; a token that is missing gives None.
+    control = set(tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)))
     for caption, ids in zip(captions, encoded, strict=True):
         if not control.isdisjoint(ids):
             raise ValueError(

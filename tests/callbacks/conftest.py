@@ -44,14 +44,14 @@ class ToyStage(LightningModule):
 
     def checkpoint_settings(self) -> CheckpointSettings:
         layout = self.language_model.layout
-        fingerprint = load_visual_tokenizer(self.visual_tokenizer_path).fingerprint if self.visual_tokenizer_path else None
+        path = self.visual_tokenizer_path
         return CheckpointSettings(
             layout.image_token_offset,
             CODEBOOK,
             GRID,
             8,
-            visual_tokenizer=self.visual_tokenizer_path,
-            visual_tokenizer_fingerprint=fingerprint,
+            visual_tokenizer=path,
+            visual_tokenizer_fingerprint=None if path is None else load_visual_tokenizer(path).fingerprint,
         )
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:

@@ -160,8 +160,7 @@ def test_sharded_state_is_exported_whole(tmp_path: Path, tokenizers: tuple[str, 
         run(script, *tokenizers, tmp_path / str(devices), devices)
     whole, sharded = (load_checkpoint(tmp_path / str(n) / "model").model.state_dict() for n in (1, 2))
     for name, weight in whole.items():
-        assert weight.dtype == torch.float64
-        assert torch.allclose(weight, sharded[name], rtol=0, atol=1e-9), name
+        assert torch.allclose(weight, sharded[name], rtol=0, atol=1e-6), name
     assert names(tmp_path / "2" / "states") == ({"last"}, {"last", "last.ckpt"})
 
 

@@ -18,6 +18,7 @@ from weakref import proxy
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from simplear.language_model import save_checkpoint
@@ -60,8 +61,8 @@ class HuggingFaceCheckpoint(ModelCheckpoint):
         states = Path(self.dirpath).absolute()
         if self.export_dir is not None and Path(self.export_dir).absolute() in (states, *states.parents):
             raise ValueError(
-                f"dirpath {self.dirpath} lies inside export_dir {self.export_dir}, which is replaced as a whole: states "
-                "to resume from would go with it. Put them side by side."
+                f"dirpath {self.dirpath} lies inside export_dir {self.export_dir}, which is replaced as a whole: "
+                "states to resume from would go with it. Put them side by side."
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -84,7 +85,7 @@ class HuggingFaceCheckpoint(ModelCheckpoint):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write ``export_dir``; also when a training that had only this left to do is started again."""
-        if self.export_dir is None or trainer.fast_dev_run:
+        if self.export_dir is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         missing = trainer.strategy.broadcast(not Path(self.export_dir).exists())
         if missing or self._trained:
@@ -115,8 +116,10 @@ class HuggingFaceCheckpoint(ModelCheckpoint):
             shutil.rmtree(Path(filepath).with_suffix(""), ignore_errors=True)
 
 
-def export(module: LightningModule, directory: str | Path, write: bool) -> None:
+def export(module: Any, directory: str | Path, write: bool) -> None:
     """Write a stage's language model as a checkpoint directory, whole even if it is sharded.
+
+    Leaves the global random generators as they were.
 
     Args:
         module: has ``language_model``, ``text_tokenizer``, ``checkpoint_settings()`` and ``visual_tokenizer_path``.
@@ -124,8 +127,11 @@ def export(module: LightningModule, directory: str | Path, write: bool) -> None:
         write: whether this rank writes. All ranks must call, for they gather the weights together.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(module.language_model, options=options)
-    if write:
+    weights: Any = get_model_state_dict(module.language_model, options=options)
+    if not write:
+        return
+    # Settings name the visual tokenizer's fingerprint, and building one to ask it draws random weights first.
+    with isolate_rng():
         save_checkpoint(
             directory,
             module.language_model,

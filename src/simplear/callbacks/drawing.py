@@ -60,7 +60,7 @@ class DrawingCallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._draw_once(trainer, pl_module)
 
-    def _draw_once(self, trainer: Trainer, module: LightningModule) -> None:
+    def _draw_once(self, trainer: Trainer, module: Any) -> None:
         """Draw, unless that was done at this step: with accumulation several batches make one."""
         if trainer.global_step == self._drawn_at:
             return

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -51,7 +53,7 @@ class SampleImages(DrawingCallback):
         if not loggers:
             return
         seeds = [self.seed + number for number in range(len(self.prompts))]
-        images = pipeline(self.prompts, guidance_scale=self.guidance_scale, seed=seeds).images
+        images: Any = pipeline(self.prompts, guidance_scale=self.guidance_scale, seed=seeds).images
         if not trainer.is_global_zero:
             return
         cells = [Cell(prompt, (image,)) for prompt, image in zip(self.prompts, images, strict=True)]

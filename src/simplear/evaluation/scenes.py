@@ -230,9 +230,9 @@ def _draw(
     with tqdm(total=len(captions), desc=title, unit="image", disable=None, leave=False) as bar:
         for start in range(0, len(captions), batch_size):
             part = slice(start, start + batch_size)
-            drawn = pipeline(captions[part], seed=seeds[part], batch_size=batch_size, **options).images
-            images += [np.asarray(image) for image in drawn]
-            bar.update(len(drawn))
+            pictures: Any = pipeline(captions[part], seed=seeds[part], batch_size=batch_size, **options).images
+            images += [np.asarray(picture) for picture in pictures]
+            bar.update(len(pictures))
     return images
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
-import secrets
 from pathlib import Path
 
 from PIL.PngImagePlugin import PngInfo
@@ -14,6 +14,8 @@ from simplear.generation.pipeline import SimpleARPipeline
 
 NAME_LENGTH = 60
 """Letters of the prompt in a file's name."""
+METADATA_KEY = "simplear"
+"""Name of the PNG text chunk, a JSON object."""
 
 
 def generate(
@@ -23,12 +25,14 @@ def generate(
     prompt: str | list[str] | None = None,
     prompts_file: str | None = None,
     num_images_per_prompt: int = 1,
-    seed: int | None = None,
+    seed: int = 0,
     guidance_scale: float | None = None,
+    do_sample: bool = True,
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     negative_prompt: str | None = None,
+    prompt_prefix: str | None = None,
     height: int | None = None,
     width: int | None = None,
     engine: str = "cached",
@@ -42,14 +46,16 @@ def generate(
         checkpoint: directory or hub id.
         out: directory for the pictures.
         prompt: one caption, or a list in brackets.
-        prompts_file: file with a caption a line, or .jsonl with a "prompt" in each line.
+        prompts_file: file with a caption a line, or .jsonl with a "prompt" in each line; blank lines do not count.
         num_images_per_prompt: images of each prompt.
-        seed: image k uses seed + k; drawn at random if not given.
+        seed: image k uses seed + k.
         guidance_scale: classifier-free guidance; the checkpoint's default if not given.
+        do_sample: false takes the most probable code each time.
         temperature: the checkpoint's default if not given.
         top_k: the checkpoint's default if not given.
         top_p: the checkpoint's default if not given.
         negative_prompt: the checkpoint's default if not given.
+        prompt_prefix: put before every prompt; the checkpoint's default if not given.
         height: pixels; the checkpoint's grid if not given.
         width: pixels; the checkpoint's grid if not given.
         engine: how codes are drawn.
@@ -58,50 +64,49 @@ def generate(
         device: where to draw; a GPU where there is one if not given.
 
     Raises:
-        ValueError: no prompt, or a line of the file that is none.
+        ValueError: no prompt, a line of the file that is none, or a prompt that cannot be drawn.
     """
     prompts = _prompts(prompt, prompts_file)
     pipeline = SimpleARPipeline.from_pretrained(
         checkpoint, engine=engine, device=device, visual_tokenizer=visual_tokenizer
     )
+    pipeline.check_prompts(prompts, prompt_prefix, height, width)
     directory = Path(out)
     directory.mkdir(parents=True, exist_ok=True)
-    first_seed = secrets.randbits(31) if seed is None else seed
-    step = max(1, batch_size // num_images_per_prompt)
+    step = max(1, batch_size // max(1, num_images_per_prompt))
+    defaults = pipeline.settings.generation
     with tqdm(total=len(prompts) * num_images_per_prompt, unit="image", desc="drawing") as bar:
         for start in range(0, len(prompts), step):
             part = prompts[start : start + step]
             drawn = pipeline(
                 part,
                 negative_prompt=negative_prompt,
+                prompt_prefix=prompt_prefix,
                 guidance_scale=guidance_scale,
+                do_sample=do_sample,
                 temperature=temperature,
                 top_k=top_k,
                 top_p=top_p,
                 num_images_per_prompt=num_images_per_prompt,
-                seed=first_seed + start * num_images_per_prompt,
+                seed=seed + start * num_images_per_prompt,
                 height=height,
                 width=width,
                 batch_size=batch_size,
             )
             assert isinstance(drawn.images, list)
+            settings = {
+                **dataclasses.asdict(drawn.sampling),
+                "prompt_prefix": defaults.prompt_prefix if prompt_prefix is None else prompt_prefix,
+                "negative_prompt": defaults.negative_prompt if negative_prompt is None else negative_prompt,
+                "checkpoint": checkpoint,
+                "engine": engine,
+            }
             for index, image in enumerate(drawn.images):
                 number, sample = divmod(index, num_images_per_prompt)
-                caption = part[number]
+                made = {"prompt": part[number], "seed": drawn.seeds[index], **settings}
                 information = PngInfo()
-                settings = {
-                    "prompt": caption,
-                    "seed": drawn.seeds[index],
-                    "checkpoint": checkpoint,
-                    "guidance_scale": guidance_scale,
-                    "temperature": temperature,
-                    "top_k": top_k,
-                    "top_p": top_p,
-                    "negative_prompt": negative_prompt,
-                    "engine": engine,
-                }
-                information.add_itxt("simplear", json.dumps(settings, ensure_ascii=False))
-                image.save(directory / _file_name(start + number, caption, sample), pnginfo=information)
+                information.add_itxt(METADATA_KEY, json.dumps(made, ensure_ascii=False))
+                image.save(directory / _file_name(start + number, part[number], sample), pnginfo=information)
             bar.update(len(drawn.images))
     print(f"{len(prompts) * num_images_per_prompt} images in {directory}")
 
@@ -109,17 +114,29 @@ def generate(
 def _prompts(prompt: str | list[str] | None, prompts_file: str | None) -> list[str]:
     prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
     if prompts_file is not None:
-        for number, line in enumerate(Path(prompts_file).read_text(encoding="utf-8").splitlines(), start=1):
-            if not line.strip():
-                continue
-            if prompts_file.endswith(".jsonl"):
-                try:
-                    line = json.loads(line)["prompt"]
-                except (ValueError, KeyError, TypeError) as error:
-                    raise ValueError(f'{prompts_file}, line {number}: no JSON object with a "prompt".') from error
-            prompts.append(line)
+        prompts += _read_prompts(Path(prompts_file))
     if not prompts:
         raise ValueError('no prompt: give --prompt "…" or --prompts-file FILE.')
+    return prompts
+
+
+def _read_prompts(file: Path) -> list[str]:
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8: {error}.") from error
+    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if file.suffix != ".jsonl":
+        return [line for _, line in numbered]
+    prompts = []
+    for number, line in numbered:
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{file}, line {number}: no JSON ({error}).") from error
+        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+            raise ValueError(f'{file}, line {number}: no object with a text "prompt".')
+        prompts.append(row["prompt"])
     return prompts
 
 

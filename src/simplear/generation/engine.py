@@ -45,11 +45,14 @@ class Engine(Protocol):
 
         Args:
             prompt_ids: B 1-D tensors that end with ``<|soi|>``.
-            negative_ids: B more, for the unconditional rows; not read without guidance.
+            negative_ids: B more, for the unconditional rows; not drawn with when the guidance scale is 1.
             grid: rows and columns of codes.
             sampling: how a code is drawn.
             seeds: B integers.
             on_row: called after each row of codes.
+
+        Raises:
+            ValueError: different numbers of prompts and seeds, or a sequence longer than the model's positions.
         """
         ...
 
@@ -73,16 +76,20 @@ def check_request(
     grid: tuple[int, int],
     seeds: Sequence[int],
 ) -> None:
-    """Raises ValueError where numbers of prompts differ or the longest sequence has no room."""
+    """Raises ValueError where there is no prompt, numbers of them differ, or the longest sequence has no room."""
+    if not prompt_ids:
+        raise ValueError("no prompts: there is nothing to draw.")
     if not len(prompt_ids) == len(negative_ids) == len(seeds):
         raise ValueError(
-            f"{len(prompt_ids)} prompts, {len(negative_ids)} negative prompts and {len(seeds)} seeds: give as many of each."
+            f"{len(prompt_ids)} prompts, {len(negative_ids)} negative prompts and {len(seeds)} seeds: "
+            "give as many of each."
         )
+    height, width = grid
     if min(grid) < 1:
-        raise ValueError(f"a grid of {grid[0]} × {grid[1]} codes has no codes.")
-    longest = max(len(ids) for ids in (*prompt_ids, *negative_ids)) + grid[0] * grid[1]
-    if longest > model.max_positions:
+        raise ValueError(f"a grid of {height} × {width} holds no codes.")
+    longest = max(len(ids) for ids in (*prompt_ids, *negative_ids))
+    if longest + height * width > model.max_positions:
         raise ValueError(
-            f"a prompt of {longest - grid[0] * grid[1]} tokens and a grid of {grid[0]} × {grid[1]} codes take {longest} "
+            f"a prompt of {longest} tokens and a grid of {height} × {width} codes take {longest + height * width} "
             f"positions; the model has {model.max_positions}. Shorten the prompt or ask for a smaller picture."
         )

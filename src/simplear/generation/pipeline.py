@@ -36,6 +36,8 @@ class PipelineOutput:
     """Summed over batches."""
     seeds: list[int]
     """Of each image, to draw it again."""
+    sampling: SamplingSettings
+    """What was drawn with, the checkpoint's defaults filled in."""
 
 
 class SimpleARPipeline:
@@ -61,7 +63,8 @@ class SimpleARPipeline:
         self.tokenizer = tokenizer
         self.settings = settings
         self.engine = make_engine(engine, model)
-        self._visual_tokenizer = visual_tokenizer
+        self._visual_tokenizer_source = visual_tokenizer
+        self._visual_tokenizer: VisualTokenizer | None = None
 
     @classmethod
     def from_pretrained(
@@ -79,7 +82,8 @@ class SimpleARPipeline:
             engine: one of `simplear.generation.ENGINES`.
             device: None takes the GPU where there is one.
             dtype: of the weights; None keeps the file's.
-            visual_tokenizer: directory or object in place of the checkpoint's own; loaded when first needed.
+            visual_tokenizer: directory or object in place of the checkpoint's own; a directory is read when first
+                needed.
 
         Raises:
             CheckpointError: missing or damaged files.
@@ -105,19 +109,21 @@ class SimpleARPipeline:
         Raises CheckpointError where there is none, or where it is not the one whose codes the model learned.
         """
         if self._visual_tokenizer is None:
-            raise CheckpointError(
-                "the checkpoint carries no visual tokenizer: name one (visual_tokenizer=…), or ask for codes "
-                '(output_type="codes").'
-            )
-        if isinstance(self._visual_tokenizer, (str, Path)):
-            self._visual_tokenizer = load_visual_tokenizer(self._visual_tokenizer, self.device)
-        tokenizer, wanted = self._visual_tokenizer, self.settings.visual_tokenizer_fingerprint
-        if wanted is not None and tokenizer.fingerprint != wanted:
-            raise CheckpointError(
-                f"the visual tokenizer has fingerprint {tokenizer.fingerprint[:12]}…, but the checkpoint learned the "
-                f"codes of {wanted[:12]}…: use the one that belongs to it."
-            )
-        return tokenizer
+            source = self._visual_tokenizer_source
+            if source is None:
+                raise CheckpointError(
+                    "the checkpoint carries no visual tokenizer: name one (visual_tokenizer=…), or ask for codes "
+                    '(output_type="codes").'
+                )
+            tokenizer = load_visual_tokenizer(source, self.device) if isinstance(source, (str, Path)) else source
+            wanted = self.settings.visual_tokenizer_fingerprint
+            if wanted is not None and tokenizer.fingerprint != wanted:
+                raise CheckpointError(
+                    f"the visual tokenizer has fingerprint {tokenizer.fingerprint[:12]}…, but the checkpoint learned "
+                    f"the codes of {wanted[:12]}…: use the one that belongs to it."
+                )
+            self._visual_tokenizer = tokenizer
+        return self._visual_tokenizer
 
     def __call__(
         self,
@@ -140,7 +146,7 @@ class SimpleARPipeline:
         """Draw. None means the checkpoint's default.
 
         Args:
-            prompt: one caption or several; an empty one draws anything.
+            prompt: one caption or several; an empty one gets no prefix and draws anything.
             negative_prompt: caption of the unconditional rows, one for all or one a prompt; gets no prefix.
             prompt_prefix: put before every prompt.
             guidance_scale: classifier-free guidance; 1 is none.
@@ -178,9 +184,10 @@ class SimpleARPipeline:
         negative = defaults.negative_prompt if negative_prompt is None else negative_prompt
         negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
         if len(negatives) != len(prompts):
-            raise ValueError(f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one, or one for each.")
-        # The empty caption is what condition dropout trains, and that has no prefix either.
-        prompt_ids = self._encode([prefix + text if text else "" for text in prompts], "prompt", grid)
+            raise ValueError(
+                f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one, or one for each."
+            )
+        prompt_ids = self._encode(prompts, "prompt", grid, prefix)
         negative_ids = self._encode(negatives, "negative prompt", grid)
         order = [index for index in range(len(prompts)) for _ in range(num_images_per_prompt)]
         seeds = _seeds(seed, len(order))
@@ -206,9 +213,21 @@ class SimpleARPipeline:
                 )
         all_codes = torch.cat(codes)
         images = None if output_type == "codes" else self.decode(all_codes, batch_size)
-        return PipelineOutput(_pil(images) if output_type == "pil" and images is not None else images, all_codes, stats, seeds)
+        pictures = _pil(images) if output_type == "pil" and images is not None else images
+        return PipelineOutput(pictures, all_codes, stats, seeds, sampling)
 
-    @torch.inference_mode()
+    def check_prompts(
+        self,
+        prompts: Sequence[str],
+        prompt_prefix: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> None:
+        """Raise what drawing these prompts would raise, before any is drawn. Arguments as for a call."""
+        prefix = self.settings.generation.prompt_prefix if prompt_prefix is None else prompt_prefix
+        self._encode(prompts, "prompt", self._grid(height, width), prefix)
+
+    @torch.no_grad()
     def decode(self, codes: Tensor, batch_size: int = 32) -> Tensor:
         """Pictures (B, 3, H, W) float32 in [0, 1], on CPU, of codes (B, h, w)."""
         tokenizer: Any = self.visual_tokenizer
@@ -221,18 +240,30 @@ class SimpleARPipeline:
         sides = []
         for name, pixels, default in zip(("height", "width"), (height, width), self.settings.grid, strict=True):
             if pixels is not None and (pixels < downsample or pixels % downsample):
-                raise ValueError(f"{name} {pixels} is no multiple of {downsample}, the pixels that one code stands for.")
+                raise ValueError(
+                    f"{name} {pixels} is no multiple of {downsample}, the pixels that one code stands for."
+                )
             sides.append(default if pixels is None else pixels // downsample)
+        if self._positions_left(sides[0], sides[1]) < 0:
+            raise ValueError(
+                f"a picture of {sides[0]} × {sides[1]} codes and two control tokens take more than the "
+                f"{self.model.max_positions} positions that the model has: ask for a smaller one."
+            )
         return sides[0], sides[1]
 
-    def _encode(self, captions: list[str], noun: str, grid: tuple[int, int]) -> list[Tensor]:
+    def _positions_left(self, rows: int, columns: int) -> int:
+        """Positions for a caption, beside ``<|t2i|>``, ``<|soi|>`` and the codes."""
+        return self.model.max_positions - rows * columns - 2
+
+    def _encode(self, captions: Sequence[str], noun: str, grid: tuple[int, int], prefix: str = "") -> list[Tensor]:
         for number, caption in enumerate(captions):
             try:
                 caption.encode()
             except UnicodeEncodeError as error:
                 raise ValueError(f"{noun} {number} is no valid text: {error}.") from error
-        room = min(self.settings.max_text_tokens, self.model.max_positions - grid[0] * grid[1] - 2)
-        encoded = encode_captions(self.tokenizer, captions)
+        room = min(self.settings.max_text_tokens, self._positions_left(*grid))
+        # The empty caption is what condition dropout trains, and that has no prefix either.
+        encoded = encode_captions(self.tokenizer, [prefix + caption if caption else "" for caption in captions])
         for number, (caption, ids) in enumerate(zip(captions, encoded, strict=True)):
             if len(ids) > room:
                 raise ValueError(
@@ -245,8 +276,8 @@ class SimpleARPipeline:
 def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
     if seed is None:
         seed = secrets.randbits(31)
-    if isinstance(seed, int):
-        return [seed + index for index in range(count)]
+    if not isinstance(seed, Sequence):
+        return [int(seed) + index for index in range(count)]
     if len(seed) != count:
         raise ValueError(f"{len(seed)} seeds for {count} images: give one for each, or a single number.")
     return list(seed)

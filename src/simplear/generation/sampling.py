@@ -95,10 +95,9 @@ def probabilities(log_weights: Tensor, settings: SamplingSettings) -> Tensor:
 def invert_cumulative(probability: Tensor, uniform: Tensor) -> Tensor:
     """The first code whose cumulative probability, in id order, exceeds the uniform number, (B,) int64.
 
-    A code of probability zero is never drawn, whatever rounding does to the sum.
+    The number is scaled by the sum as it came out, so rounding leaves no gap at the end. A code of probability zero is
+    never drawn: it has its predecessor's cumulative probability exactly, which parallel sums alone do not promise.
     """
-    cumulative = probability.cumsum(dim=-1)
-    codes = torch.searchsorted(cumulative, (uniform.to(cumulative) * cumulative[:, -1])[:, None], right=True)[:, 0]
-    ids = torch.arange(probability.shape[-1], device=probability.device)
-    last_possible = torch.where(probability > 0, ids, 0).amax(dim=-1)
-    return torch.minimum(codes, last_possible)
+    cumulative = probability.cumsum(dim=-1).masked_fill(probability == 0, 0.0).cummax(dim=-1).values
+    threshold = uniform.to(cumulative) * cumulative[:, -1]
+    return torch.searchsorted(cumulative, threshold[:, None], right=True)[:, 0]

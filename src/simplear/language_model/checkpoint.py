@@ -1,4 +1,4 @@
-"""The checkpoint: a Hugging Face directory that stock transformers and vLLM load as plain Qwen2, plus ``simplear.json``.
+"""The checkpoint: a Hugging Face directory, to stock transformers and vLLM a plain Qwen2, plus ``simplear.json``.
 
     config.json  generation_config.json  model.safetensors  tokenizer.json  tokenizer_config.json
     simplear.json          where codes begin, the grid, RoPE kind, defaults of generation, which visual tokenizer
@@ -22,16 +22,18 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, Qwen2Config
+from transformers import PreTrainedTokenizerBase
 
-from simplear.language_model.model import _CLASSES, LanguageModel, RopeKind, load_text_tokenizer
-from simplear.sequence import MAX_TEXT_TOKENS, SPECIAL_TOKENS, token_layout
+from simplear.language_model.model import _CLASSES, LanguageModel, RopeKind, load_decoder, load_text_tokenizer
+from simplear.sequence import MAX_TEXT_TOKENS, SPECIAL_TOKENS, START_OF_IMAGE, TEXT_TO_IMAGE, token_layout
 
 SETTINGS_FILE = "simplear.json"
 VISUAL_TOKENIZER_FOLDER = "visual_tokenizer"
 FORMAT_VERSION = 1
 RELEASED_ARCHITECTURE = "SimpARForCausalLM"
 RELEASED_DOWNSAMPLE = 16
+RELEASED_GRID = (64, 64)
+"""1024 px. With fewer positions than that needs, a model still draws the smaller grids that it is asked for."""
 RELEASED_PREFIX = "A highly realistic image of "
 RELEASED_NEGATIVE_PROMPT = (
     "An image of aerial view, overexposed, low quality, deformation, a poor composition, bad hands, bad teeth, "
@@ -144,11 +146,16 @@ def load_checkpoint(path: str | Path, *, dtype: torch.dtype | None = None) -> Ch
         CheckpointError: missing or damaged files, or parts that do not fit together; the message says which.
     """
     directory = find_checkpoint(path)
-    tokenizer = load_text_tokenizer(str(directory))
     content = _read_json(directory / "config.json")
+    tokenizer = _read_tokenizer(directory)
     settings_file = directory / SETTINGS_FILE
     if settings_file.exists():
         settings = _settings(_read_json(settings_file), settings_file)
+        if content.get("model_type") != _CLASSES[settings.rope][0].model_type:
+            raise CheckpointError(
+                f"{settings_file} says {settings.rope} RoPE, but config.json has model type "
+                f"{content.get('model_type')}: the files come from different checkpoints."
+            )
     elif RELEASED_ARCHITECTURE in content.get("architectures", []):
         settings = _released_settings(tokenizer, content)
     else:
@@ -157,20 +164,25 @@ def load_checkpoint(path: str | Path, *, dtype: torch.dtype | None = None) -> Ch
             "is no text-to-image checkpoint. A plain language model is a start for pretraining "
             "(--model.init_args.language_model.pretrained)."
         )
-    _mark_special(tokenizer)
     layout = token_layout(tokenizer, settings.codebook_size)
     if layout.image_token_offset != settings.image_token_offset:
         raise CheckpointError(
             f"{settings_file} says that codes begin at id {settings.image_token_offset}, but the text tokenizer beside "
             f"it has {layout.image_token_offset} ids: the files come from different checkpoints."
         )
+    if layout.vocab_size != content.get("vocab_size"):
+        raise CheckpointError(
+            f"{settings_file} says {layout.image_token_offset} text ids and {layout.codebook_size} codes, but "
+            f"config.json a vocabulary of {content.get('vocab_size')}: the files come from different checkpoints."
+        )
     config_class, model_class = _CLASSES[settings.rope]
     known = {key: value for key, value in content.items() if key not in ("architectures", "model_type", "auto_map")}
     try:
-        decoder = model_class.from_pretrained(directory, config=config_class(**known), dtype=dtype or "auto")
-    except (SafetensorError, OSError) as error:
+        decoder = load_decoder(model_class, directory, config_class(**known), dtype or "auto")
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
-            f"cannot read the weights in {directory}: {error}. Export or download the checkpoint again."
+            f"cannot read the weights (model.safetensors) in {directory}: {error} Export or download the checkpoint "
+            "again."
         ) from error
     return Checkpoint(LanguageModel(decoder.eval(), layout), tokenizer, settings, directory)
 
@@ -209,22 +221,22 @@ def _settings(content: dict[str, Any], source: Path) -> CheckpointSettings:
         raise CheckpointError(f"{source} has format version {version}; this release reads {FORMAT_VERSION}: upgrade.")
     try:
         generation = GenerationDefaults(**content.pop("generation"))
-        return CheckpointSettings(**{**content, "grid": tuple(content["grid"]), "generation": generation})
+        settings = CheckpointSettings(**{**content, "grid": tuple(content["grid"]), "generation": generation})
     except (TypeError, KeyError) as error:
         raise CheckpointError(f"{source} is incomplete or has an unknown key: {error}.") from error
+    if settings.rope not in _CLASSES:
+        raise CheckpointError(f"{source} has rope {settings.rope!r}: it must be one of {', '.join(_CLASSES)}.")
+    return settings
 
 
 def _released_settings(tokenizer: PreTrainedTokenizerBase, config: dict[str, Any]) -> CheckpointSettings:
-    """Settings of a directory released with the paper, which writes none. 64 × 64 codes are its 1024 px."""
+    """Settings of a directory released with the paper, which writes none."""
     codebook_size = config["vocab_size"] - len(tokenizer)
-    grid = (64, 64)
-    positions = config.get("max_position_embeddings", Qwen2Config().max_position_embeddings)
     return CheckpointSettings(
         image_token_offset=len(tokenizer),
         codebook_size=codebook_size,
-        grid=grid,
+        grid=RELEASED_GRID,
         downsample=RELEASED_DOWNSAMPLE,
-        max_text_tokens=min(MAX_TEXT_TOKENS, positions - grid[0] * grid[1] - 2),
         generation=GenerationDefaults(
             prompt_prefix=RELEASED_PREFIX,
             negative_prompt=RELEASED_NEGATIVE_PROMPT,
@@ -234,7 +246,23 @@ def _released_settings(tokenizer: PreTrainedTokenizerBase, config: dict[str, Any
     )
 
 
-def _mark_special(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Have the tokens that the tokenizer already holds treated as control tokens, so that captions cannot type them."""
-    present = [token for token in SPECIAL_TOKENS if token in tokenizer.get_vocab()]
-    tokenizer.add_tokens(present, special_tokens=True)
+def _read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """The text tokenizer; those of the seven tokens that it holds are marked special, so that captions cannot type
+    them, and none is added.
+    """
+    try:
+        tokenizer = load_text_tokenizer(str(directory))
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        raise CheckpointError(
+            f"cannot read the text tokenizer (tokenizer.json, tokenizer_config.json) in {directory}: {error}. "
+            "Export or download the checkpoint again."
+        ) from error
+    vocabulary = tokenizer.get_vocab()
+    for token in (TEXT_TO_IMAGE, START_OF_IMAGE):
+        if token not in vocabulary:
+            raise CheckpointError(
+                f"the text tokenizer (tokenizer.json) in {directory} has no {token}: it is not a text-to-image "
+                "checkpoint's, or damaged. Export or download the checkpoint again."
+            )
+    tokenizer.add_tokens([token for token in SPECIAL_TOKENS if token in vocabulary], special_tokens=True)
+    return tokenizer

@@ -17,7 +17,16 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, Cache, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    Cache,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+from transformers.utils import has_file
 
 from simplear.language_model.loss import Normalizer, next_token_losses
 from simplear.language_model.rope import Qwen2Rope2DConfig, Qwen2Rope2DForCausalLM
@@ -157,7 +166,7 @@ class LanguageModelConfig:
             base = AutoConfig.from_pretrained(self.pretrained).to_dict()
             base.pop("model_type", None)
             config = config_class(**{**base, **self.architecture})
-            decoder = model_class.from_pretrained(self.pretrained, config=config, dtype=torch.float32)
+            decoder = load_decoder(model_class, self.pretrained, config, torch.float32)
             grow_vocabulary(decoder, text_rows, layout.vocab_size)
         return LanguageModel(decoder, layout), tokenizer
 
@@ -175,10 +184,32 @@ _CLASSES: dict[str, tuple[type[Qwen2Config], type[Qwen2ForCausalLM]]] = {
 
 def load_text_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """A fast tokenizer from a directory or the hub. Raises ValueError for one without a fast implementation."""
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    # Beside a Qwen2 model, AutoTokenizer would replace the normaliser and splitting that tokenizer.json states by
+    # Qwen2's own: the same caption would get other ids in the checkpoint than in the tokenizer it was trained with.
+    loader = PreTrainedTokenizerFast if has_file(path, "tokenizer.json") else AutoTokenizer
+    tokenizer = loader.from_pretrained(path)
     if not tokenizer.is_fast:
         raise ValueError(f"the text tokenizer at {path} has no fast implementation, which plain-text captions need.")
     return tokenizer
+
+
+def load_decoder(
+    model_class: type[Qwen2ForCausalLM], path: str | Path, config: Qwen2Config, dtype: torch.dtype | str
+) -> Qwen2ForCausalLM:
+    """`from_pretrained` that starts no weight at random.
+
+    Raises ValueError naming the first weight that the files lack or have in another shape.
+    """
+    decoder, found = model_class.from_pretrained(
+        path, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    wrong = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
+    if wrong:
+        raise ValueError(
+            f"the weights in {path} are no Qwen2 of this configuration: {len(wrong)} are missing or of another shape, "
+            f"the first is {wrong[0]}."
+        )
+    return decoder
 
 
 @torch.no_grad()

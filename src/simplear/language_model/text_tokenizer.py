@@ -1,7 +1,7 @@
 """Training a small byte-level BPE text tokenizer, for corpora that need no pretrained one.
 
-Like Qwen2.5's: NFC, GPT-style splitting, byte-level pieces, no unknown token; the first word is split as any other. The demo's captions use
-some hundred words, so a small vocabulary gives about one token a word.
+Like Qwen2.5's: NFC, GPT-style splitting, byte-level pieces, no unknown token; the first word is split as any other.
+The demo's captions use some hundred words, so a small vocabulary gives about one token a word.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ class NextTokenModule(LightningModule):
                 f"the token shards have a codebook of {data.codebook_size} codes, the model one of "
                 f"{self.language_model.layout.codebook_size}: tokenize with the checkpoint's visual tokenizer."
             )
-        if self.visual_tokenizer_path is not None:
+        if self.visual_tokenizer_path is not None and data.fingerprint is not None:
             fingerprint = self._visual_tokenizer.fingerprint
             if data.fingerprint != fingerprint:
                 raise ValueError(
@@ -114,6 +114,11 @@ class NextTokenModule(LightningModule):
                     f"{self.visual_tokenizer_path} is {fingerprint[:12]}…: tokenize again with that one, or name the "
                     "one that made them (--model.init_args.visual_tokenizer)."
                 )
+        if data.layout != self.language_model.layout:
+            raise ValueError(
+                f"--data.tokenizer {data.tokenizer_path} gives {data.layout}, the model's text tokenizer "
+                f"{self.language_model.layout}: name the same one for both."
+            )
         for height, width in data.grids:
             longest = height * width + data.max_text_tokens + 2
             if longest > self.language_model.max_positions:
@@ -137,11 +142,12 @@ class NextTokenModule(LightningModule):
 
     def _loss(self, batch: dict[str, Any], name: str) -> Tensor:
         height, width = batch["codes"].shape[1:]
-        self.grid = (height, width)
+        if name == "train" or self.grid is None:
+            self.grid = (height, width)
         image_loss, text_loss = self.language_model(
             batch["input_ids"],
             batch["labels"],
-            self.grid,
+            (height, width),
             normalizer=self.objective.normalizer,
             with_text=self.objective.text_loss_weight > 0,
             chunk_rows=self.objective.chunk_rows,
@@ -151,7 +157,9 @@ class NextTokenModule(LightningModule):
         if self.objective.text_loss_weight > 0:
             values[f"{name}/text_loss"] = text_loss.detach().mean()
         training = name == "train"
-        self.log_dict(values, on_step=training, on_epoch=not training, sync_dist=not training, batch_size=len(image_loss))
+        self.log_dict(
+            values, on_step=training, on_epoch=not training, sync_dist=not training, batch_size=len(image_loss)
+        )
         return loss
 
     def configure_optimizers(self) -> Any:
@@ -160,6 +168,14 @@ class NextTokenModule(LightningModule):
         if self.lr_scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the grid, so that a finished run that is started again can still export."""
+        checkpoint["grid"] = self.grid
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the grid back."""
+        self.grid = checkpoint["grid"]
 
     @cached_property
     def _visual_tokenizer(self) -> VisualTokenizer:

@@ -1,8 +1,9 @@
 """Parameter groups of a language model, and Muon with AdamW as one optimizer.
 
 Any `torch.optim` class works with the groups; `MuonWithAdamW` orthogonalises the updates of the decoder's weight
-matrices and gives everything else to `torch.optim.AdamW`. The pair is a single optimizer, with one ``param_groups`` and one ``state_dict``, so that Lightning
-keeps automatic optimization, counts each step once and clips and accumulates as ever.
+matrices and gives everything else to `torch.optim.AdamW`. The pair is a single optimizer, with one ``param_groups``
+and one ``state_dict``, so that Lightning keeps automatic optimization, counts each step once and clips and accumulates
+as ever.
 """
 
 from __future__ import annotations
@@ -35,9 +36,7 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
         else:
             groups[MATRICES].append(parameter)
     settings: dict[str, dict[str, Any]] = {"vectors": {"weight_decay": 0.0}}
-    return [
-        {"name": name, "params": members, **settings.get(name, {})} for name, members in groups.items() if members
-    ]
+    return [{"name": name, "params": members, **settings.get(name, {})} for name, members in groups.items() if members]
 
 
 class MuonWithAdamW(Optimizer):

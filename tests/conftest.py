@@ -1,0 +1,55 @@
+"""Tiny artefacts, made once for all tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toys import make_shards, make_text_tokenizer, make_visual_tokenizer, model_config
+
+from simplear.language_model import CheckpointSettings, LanguageModel, save_checkpoint
+
+
+@pytest.fixture(scope="session")
+def tiny_text_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Directory of a byte-level text tokenizer with the seven special tokens."""
+    return make_text_tokenizer(tmp_path_factory.mktemp("tiny") / "text_tokenizer")
+
+
+@pytest.fixture(scope="session")
+def tiny_visual_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Directory of a visual tokenizer of 27 codes, 8 pixels each."""
+    return make_visual_tokenizer(tmp_path_factory.mktemp("tiny") / "visual_tokenizer")
+
+
+@pytest.fixture(scope="session")
+def tiny_shards(tmp_path_factory: pytest.TempPathFactory, tiny_visual_tokenizer: str) -> str:
+    """Directory of 20 rows of 2 × 2 codes."""
+    return make_shards(tmp_path_factory.mktemp("tiny") / "shards", tiny_visual_tokenizer, (2, 2))
+
+
+@pytest.fixture(scope="session")
+def tiny_large_shards(tmp_path_factory: pytest.TempPathFactory, tiny_visual_tokenizer: str) -> str:
+    """Directory of 20 rows of 3 × 4 codes."""
+    return make_shards(tmp_path_factory.mktemp("tiny") / "shards", tiny_visual_tokenizer, (3, 4))
+
+
+@pytest.fixture(params=["1d", "2d"])
+def tiny_model(request: pytest.FixtureRequest, tiny_text_tokenizer: str) -> tuple[LanguageModel, Any]:
+    """A language model and its text tokenizer, of either RoPE kind."""
+    torch.manual_seed(0)
+    model, tokenizer = model_config(tiny_text_tokenizer, rope=request.param).build()
+    return model, tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_text_tokenizer: str) -> Path:
+    """Checkpoint directory of a 1-D model; copy it before changing it."""
+    torch.manual_seed(0)
+    model, tokenizer = model_config(tiny_text_tokenizer).build()
+    directory = tmp_path_factory.mktemp("tiny") / "checkpoint"
+    settings = CheckpointSettings(model.layout.image_token_offset, model.layout.codebook_size, (2, 2), 8)
+    save_checkpoint(directory, model, tokenizer, settings)
+    return directory

@@ -1,0 +1,80 @@
+"""The smallest things that work: tokenizers, token shards and language models for tests and the scripts they start."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from simplear.data.shards import TokenRow, claim_directory, merge_manifest, write_shard
+from simplear.language_model import LanguageModel, LanguageModelConfig, train_text_tokenizer
+from simplear.sequence import encode_captions, training_batch
+from simplear.visual_tokenizer import FSQAutoencoder, load_visual_tokenizer, save_visual_tokenizer
+
+CAPTIONS = ["a photo of a red circle", "two blue squares", "a green cross left of a red triangle", "one star", ""]
+CODEBOOK = 27
+DOWNSAMPLE = 8
+ARCHITECTURE: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 24,
+    "max_position_embeddings": 96,
+    "tie_word_embeddings": False,
+}
+
+
+def make_text_tokenizer(directory: Path) -> str:
+    """A byte-level BPE of some 300 ids."""
+    train_text_tokenizer(CAPTIONS * 20, 300, directory)
+    return str(directory)
+
+
+def make_visual_tokenizer(directory: Path, seed: int = 0) -> str:
+    """An untrained FSQ autoencoder of 27 codes."""
+    torch.manual_seed(seed)
+    tokenizer = FSQAutoencoder([3, 3, 3], DOWNSAMPLE, encoder_channels=8, decoder_channels=8, refine_channels=4)
+    save_visual_tokenizer(tokenizer, directory)
+    return str(directory)
+
+
+def make_shards(
+    directory: Path,
+    visual_tokenizer: str,
+    grid: tuple[int, int],
+    rows: int = 20,
+    codebook_size: int = CODEBOOK,
+    fingerprint: str | None = None,
+) -> str:
+    """Token shards of random codes."""
+    fingerprint = fingerprint or load_visual_tokenizer(visual_tokenizer).fingerprint
+    random = np.random.default_rng(0)
+    claim_directory(
+        directory, {"visual_tokenizer": fingerprint, "codebook_size": codebook_size, "downsample": DOWNSAMPLE}
+    )
+    made = [
+        TokenRow(f"row{n}", random.integers(0, CODEBOOK, grid).astype(np.uint16), CAPTIONS[n % 3 : n % 3 + 2])
+        for n in range(rows)
+    ]
+    write_shard(directory, "unit", made)
+    merge_manifest(directory, ["unit"])
+    return str(directory)
+
+
+def model_config(text_tokenizer: str, rope: Any = "1d", pretrained: str | None = None, **fields: Any) -> Any:
+    """Of a language model with some ten thousand weights."""
+    architecture = {**ARCHITECTURE, **fields} if pretrained is None else fields
+    return LanguageModelConfig(text_tokenizer, CODEBOOK, pretrained=pretrained, architecture=architecture, rope=rope)
+
+
+def make_batch(
+    model: LanguageModel, tokenizer: Any, grid: tuple[int, int] = (2, 3), captions: Sequence[str] = CAPTIONS
+) -> dict[str, Tensor]:
+    """A right-padded batch of all captions and random codes."""
+    codes = torch.randint(0, CODEBOOK, (len(captions), *grid), generator=torch.Generator().manual_seed(1))
+    return training_batch(encode_captions(tokenizer, captions), codes, model.layout)
