@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from toys import make_shards, make_text_tokenizer, make_visual_tokenizer, model_config
 
 from simplear.language_model import CheckpointSettings, LanguageModel, save_checkpoint
+from toys import make_shards, make_text_tokenizer, make_visual_tokenizer, model_config
 
 
 @pytest.fixture(scope="session")

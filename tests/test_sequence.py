@@ -162,5 +162,3 @@ def test_positions_in_two_dimensions_written_by_hand() -> None:
         positions_2d_at(torch.tensor([[place], [place]]), torch.tensor([2, 3]), grid_width=3) for place in range(8)
     ]
     assert torch.equal(torch.cat(one_by_one, dim=2), positions)
-
-

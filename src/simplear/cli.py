@@ -33,6 +33,15 @@ OWN_VERBS = {
 }
 BENCHMARKS = {"scenes": ("simplear.evaluation", "evaluate_scenes", "accuracy on drawn scenes by an exact detector")}
 PARSER_MODE = "omegaconf+"
+NOISY_LOGGERS = (
+    "httpx",
+    "filelock",
+    "fsspec",
+    "PIL",
+    "lightning.pytorch.utilities.rank_zero",
+    "lightning.fabric.utilities.seed",
+)
+"""They say what devices there are and which seed is set, each time."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -59,7 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run_function(*BENCHMARKS[benchmark][:2], arguments[2:], program=f"simplear evaluate {benchmark}")
     else:
         nearest = difflib.get_close_matches(verb, [*LIGHTNING_VERBS, *OWN_VERBS, "evaluate"], n=1)
-        _fail(f"simplear: no verb {verb!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else "; see simplear --help."))
+        _fail(
+            f"simplear: no verb {verb!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else "; see simplear --help.")
+        )
 
 
 def run_lightning(arguments: Sequence[str]) -> None:
@@ -168,7 +179,7 @@ def _quieten() -> None:
 
     transformers_logging.disable_progress_bar()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for noisy in ("httpx", "filelock", "fsspec", "PIL", "lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+    for noisy in NOISY_LOGGERS:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     for library in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(library).propagate = False  # they have handlers of their own

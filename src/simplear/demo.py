@@ -8,11 +8,12 @@ tokenizing at the first missing shard.
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from simplear.cli import main
+from simplear.evaluation import markdown_table, read_report
 
 CHECKPOINTS = Path("checkpoints/demo")
 DATA = Path("data/demo")
@@ -30,26 +31,28 @@ class Step:
     """Exists once the step is complete."""
     seconds: int
     """Measured on two cores; only for the time left."""
-    done: Callable[[Path], bool] = Path.exists
+    run: str = ""
+    """Run of the report that the step writes; it is complete when the report has it."""
+
+    def complete(self) -> bool:
+        """Whether there is nothing left to do."""
+        return self.result.exists() and (not self.run or self.run in read_report(self.result)["runs"])
 
 
-def _fit(name: str, title: str, result: str, seconds: int) -> Step:
-    arguments = ("fit", "--config", f"configs/demo/{name}.yaml", "--ckpt_path", "last")
-    return Step(title, arguments, CHECKPOINTS / result, seconds)
+def _fit(stage: str, title: str, seconds: int) -> Step:
+    arguments = ("fit", "--config", f"configs/demo/{stage}.yaml", "--ckpt_path", "last")
+    return Step(title, arguments, CHECKPOINTS / stage, seconds)
 
 
-def _tokenize(name: str, title: str, seconds: int) -> Step:
-    arguments = ("tokenize", "--config", f"configs/demo/tokenize-{name}.yaml")
-    return Step(title, arguments, DATA / f"tokens-{name}" / "manifest.json", seconds)
+def _tokenize(part: str, title: str, seconds: int) -> Step:
+    arguments = ("tokenize", "--config", f"configs/demo/tokenize-{part}.yaml")
+    return Step(title, arguments, DATA / f"tokens-{part}" / "manifest.json", seconds)
 
 
-def _evaluate(run: str, checkpoint: str, title: str, seconds: int, *options: str) -> Step:
-    arguments = ("evaluate", "scenes", str(CHECKPOINTS / checkpoint), "--out", str(CHECKPOINTS), "--run", run, *options)
-    return Step(title, arguments, REPORT, seconds, done=lambda path: run in _runs(path))
-
-
-def _runs(report: Path) -> set[str]:
-    return set(json.loads(report.read_text())["runs"]) if report.exists() else set()
+def _evaluate(stage: str, title: str, seconds: int, *options: str) -> Step:
+    checkpoint = str(CHECKPOINTS / stage)
+    arguments = ("evaluate", "scenes", checkpoint, "--out", str(CHECKPOINTS), "--run", stage, *options)
+    return Step(title, arguments, REPORT, seconds, run=stage)
 
 
 STEPS = (
@@ -57,40 +60,58 @@ STEPS = (
         "text tokenizer",
         ("train-text-tokenizer", "--config", "configs/demo/text_tokenizer.yaml"),
         DATA / "text_tokenizer",
-        5,
+        10,
     ),
-    _fit("visual_tokenizer", "visual tokenizer: pictures to codes and back", "visual_tokenizer", 120),
-    _tokenize("pretrain", "token shards at 32 px", 30),
-    _tokenize("pretrain-validation", "token shards at 32 px, held-out", 2),
-    _tokenize("sft", "token shards at 64 px", 60),
-    _tokenize("sft-validation", "token shards at 64 px, held-out", 2),
-    _fit("pretrain", "pretraining at 32 px", "pretrain", 200),
-    _fit("sft", "supervised fine-tuning at 64 px", "sft", 420),
-    _evaluate("pretrain", "pretrain", "evaluation of pretraining", 20),
-    _evaluate("sft", "sft", "evaluation of fine-tuning", 40, "--blind_prompts", "100", "--tokenizer_ceiling", "true"),
+    _fit("visual_tokenizer", "visual tokenizer: pictures to codes and back", 120),
+    _tokenize("pretrain", "token shards of 32-pixel scenes", 40),
+    _tokenize("pretrain-validation", "token shards of 32-pixel scenes, held out", 2),
+    _tokenize("sft", "token shards of 64-pixel scenes", 60),
+    _tokenize("sft-validation", "token shards of 64-pixel scenes, held out", 2),
+    _fit("pretrain", "pretraining at 32 pixels", 200),
+    _fit("sft", "supervised fine-tuning at 64 pixels", 420),
+    _evaluate("pretrain", "evaluation of pretraining", 20),
+    _evaluate(
+        "sft",
+        "evaluation of fine-tuning",
+        40,
+        *("--blind_prompts", "100", "--tokenizer_ceiling", "true", "--compare_with", "pretrain"),
+    ),
 )
+"""In the order of the paper's section 3.2; each needs results of the ones before."""
 
 
 def demo() -> None:
-    """Train everything small from nothing, evaluate it, and say where to look. Run it again to go on or to see again."""
-    from simplear.cli import main
-
+    """Train everything small from nothing, evaluate it, and say where to look. Run again, it goes on where it was."""
     if not Path("configs/demo").is_dir():
         raise FileNotFoundError("configs/demo is not here: run the demo in the project's root (make demo).")
-    left = [step for step in STEPS if not step.done(step.result)]
+    left = [step for step in STEPS if not step.complete()]
     begin = time.monotonic()
-    for step in left:
-        remaining = sum(later.seconds for later in left[left.index(step) :])
-        print(f"\n[{STEPS.index(step) + 1}/{len(STEPS)}] {step.title} — about {_minutes(remaining)} left", flush=True)
-        main(list(step.arguments))
+    for number, step in enumerate(left):
+        remaining = sum(later.seconds for later in left[number:])
+        print(
+            f"\n[{STEPS.index(step) + 1}/{len(STEPS)}] {step.title} (about {_duration(remaining)} left in all)",
+            flush=True,
+        )
+        main(step.arguments)
     if left:
-        print(f"\nfinished in {_minutes(time.monotonic() - begin)}")
+        print(f"\nThe demo took {_duration(time.monotonic() - begin)}.")
     print(_summary())
 
 
-def _minutes(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
 
 
 def _summary() -> str:
-    return ""
+    return "\n".join(
+        [
+            "",
+            markdown_table(read_report(REPORT)),
+            "",
+            f"images       {CHECKPOINTS / 'scenes' / 'sft.png'}  (pretraining beside fine-tuning)",
+            f"report       {REPORT}",
+            f"checkpoint   {CHECKPOINTS / 'sft'}",
+            "draw         make generate ARGS='--prompt \"a photo of a red circle\"'",
+            "curves       make tensorboard",
+        ]
+    )

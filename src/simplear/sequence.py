@@ -106,8 +106,8 @@ def encode_captions(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str])
     if not captions:
         return []
     encoded = tokenizer(list(captions), add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    # Not get_vocab(), which builds a dictionary of all ids each time; a token that is missing gives None.
-    control = set(tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)))
+    # Not get_vocab(), which builds a dictionary of all ids each time; a missing token gives None.
+    control = {tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS} - {None}
     for caption, ids in zip(captions, encoded, strict=True):
         if not control.isdisjoint(ids):
             raise ValueError(
@@ -139,9 +139,7 @@ def training_batch(caption_ids: Sequence[Sequence[int]], codes: Tensor, layout: 
         itself, the shift is the loss's; it is ``IGNORE_INDEX`` on ``<|t2i|>``, which nothing precedes, and on padding.
     """
     image_ids = layout.ids_of_codes(codes.flatten(1))
-    rows = [
-        torch.cat([prompt_sequence(ids, layout), image]) for ids, image in zip(caption_ids, image_ids, strict=True)
-    ]
+    rows = [torch.cat([prompt_sequence(ids, layout), image]) for ids, image in zip(caption_ids, image_ids, strict=True)]
     input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=layout.padding_id)
     lengths = torch.tensor([len(row) for row in rows])
     attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 
-from simplear.callbacks import HuggingFaceCheckpoint
+from simplear.callbacks import AtomicCheckpoint, HuggingFaceCheckpoint
 from simplear.language_model import load_checkpoint
 from simplear.visual_tokenizer import load_visual_tokenizer
 
@@ -132,6 +132,13 @@ def test_a_finished_training_started_again_writes_a_missing_export(
     assert_same_weights(model, states / "last.ckpt")
 
 
+def test_any_module_has_its_last_step_saved(tmp_path: Path, make_trainer: MakeTrainer) -> None:
+    callback = AtomicCheckpoint(dirpath=tmp_path / "states", every_n_train_steps=3, save_top_k=0)
+    make_trainer(callback, max_steps=4).fit(BoringModel())
+    assert names(tmp_path / "states") == ({"last"}, set())
+    assert torch.load(tmp_path / "states" / "last.ckpt", weights_only=False)["global_step"] == 4
+
+
 def test_a_state_that_is_a_directory_is_replaced_whole(tmp_path: Path) -> None:
     from simplear.callbacks.checkpointing import _move_into_place
 
@@ -146,7 +153,7 @@ def test_a_state_that_is_a_directory_is_replaced_whole(tmp_path: Path) -> None:
 
 def test_a_module_without_language_model_is_refused_at_once(tmp_path: Path, make_trainer: MakeTrainer) -> None:
     module: LightningModule = BoringModel()
-    with pytest.raises(TypeError, match=r"BoringModel has no checkpoint_settings.*ModelCheckpoint"):
+    with pytest.raises(TypeError, match=r"BoringModel has no checkpoint_settings.*AtomicCheckpoint"):
         make_trainer(HuggingFaceCheckpoint(dirpath=tmp_path), max_steps=1).fit(module)
     with pytest.raises(ValueError, match="save_last 'link'"):
         HuggingFaceCheckpoint(dirpath=tmp_path, save_last="link")  # type: ignore[arg-type]

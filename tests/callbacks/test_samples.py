@@ -61,9 +61,7 @@ def test_resumed_training_does_not_draw_again(stage: ToyStage, make_trainer: Mak
     assert recorder.steps == [6, 7]
 
 
-def test_training_does_not_notice(
-    tokenizers: tuple[str, str], make_trainer: MakeTrainer, tmp_path: Path
-) -> None:
+def test_training_does_not_notice(tokenizers: tuple[str, str], make_trainer: MakeTrainer, tmp_path: Path) -> None:
     """Losses (which hold random numbers), weights and modes are those of a training without callbacks."""
 
     def train(*callbacks: Any) -> ToyStage:
@@ -97,9 +95,7 @@ def test_tensorboard_gets_the_labelled_images_of_the_final_weights(
     shown = events.Images("samples")
     assert [event.step for event in shown] == [2, 3]
     settings = stage.checkpoint_settings()
-    pipeline = SimpleARPipeline(
-        stage.language_model.eval(), stage.text_tokenizer, settings, settings.visual_tokenizer
-    )
+    pipeline = SimpleARPipeline(stage.language_model.eval(), stage.text_tokenizer, settings, settings.visual_tokenizer)
     images = pipeline(CAPTIONS, guidance_scale=2.0, seed=5).images
     assert isinstance(images, list)
     expected = image_grid({"": [Cell(text, (image,)) for text, image in zip(CAPTIONS, images, strict=True)]})

@@ -1,9 +1,16 @@
 """Lightning callbacks: images and accuracy during training, checkpoints with their export, the progress bar."""
 
-from simplear.callbacks.checkpointing import HuggingFaceCheckpoint
+from simplear.callbacks.checkpointing import AtomicCheckpoint, HuggingFaceCheckpoint
 from simplear.callbacks.drawing import DrawingCallback
 from simplear.callbacks.progress import StageProgressBar
 from simplear.callbacks.samples import SampleImages
 from simplear.callbacks.scene_accuracy import SceneAccuracy
 
-__all__ = ["DrawingCallback", "HuggingFaceCheckpoint", "SampleImages", "SceneAccuracy", "StageProgressBar"]
+__all__ = [
+    "AtomicCheckpoint",
+    "DrawingCallback",
+    "HuggingFaceCheckpoint",
+    "SampleImages",
+    "SceneAccuracy",
+    "StageProgressBar",
+]

@@ -26,15 +26,13 @@ from simplear.language_model import save_checkpoint
 PARTIAL = ".partial"
 
 
-class HuggingFaceCheckpoint(ModelCheckpoint):
-    """Lightning's ModelCheckpoint that keeps ``x/``, a checkpoint directory, beside every ``x.ckpt`` that it keeps.
+class AtomicCheckpoint(ModelCheckpoint):
+    """Lightning's ModelCheckpoint for any stage, whose files are complete or absent, the last step's among them.
 
-    A .ckpt that exists has its directory: it is written after it and removed before it. The last step of the training
-    is saved too, whatever the interval.
+    The state after the last step is saved as ``last.ckpt`` whatever the interval, so that a longer training goes on
+    from there.
 
     Args:
-        export_dir: where the final weights are written at the end of training; None writes them beside ``last.ckpt``
-            alone.
         save_last: keep ``last.ckpt``, from which ``--ckpt_path last`` goes on.
         kwargs: the arguments of ModelCheckpoint.
 
@@ -42,32 +40,10 @@ class HuggingFaceCheckpoint(ModelCheckpoint):
         ValueError: ``save_last="link"``; a link is replaced in two steps and can be found missing.
     """
 
-    def __init__(self, export_dir: str | None = None, save_last: bool = True, **kwargs: Any) -> None:
+    def __init__(self, save_last: bool = True, **kwargs: Any) -> None:
         if save_last not in (True, False):
             raise ValueError(f"save_last {save_last!r} must be true or false: last.ckpt is a file of its own.")
         super().__init__(save_last=save_last, **kwargs)
-        self.export_dir = export_dir
-        self._trained = False
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Raises TypeError for a module without a language model to export, ValueError for states in ``export_dir``."""
-        if not hasattr(pl_module, "checkpoint_settings"):
-            raise TypeError(
-                f"{type(pl_module).__name__} has no checkpoint_settings(), so there is no language model to export: "
-                "use lightning.pytorch.callbacks.ModelCheckpoint with it."
-            )
-        super().setup(trainer, pl_module, stage)
-        assert self.dirpath is not None
-        states = Path(self.dirpath).absolute()
-        if self.export_dir is not None and Path(self.export_dir).absolute() in (states, *states.parents):
-            raise ValueError(
-                f"dirpath {self.dirpath} lies inside export_dir {self.export_dir}, which is replaced as a whole: "
-                "states to resume from would go with it. Put them side by side."
-            )
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        self._trained = True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -83,6 +59,60 @@ class HuggingFaceCheckpoint(ModelCheckpoint):
         if not self._should_skip_saving_checkpoint(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        final = Path(filepath)
+        # One name for all, so that what a killed process leaves behind is overwritten by the next.
+        partial = final.with_name(PARTIAL)
+        if trainer.is_global_zero and partial.is_dir():
+            shutil.rmtree(partial)
+        trainer.strategy.barrier("AtomicCheckpoint.begin")
+        trainer.save_checkpoint(partial, self.save_weights_only)
+        if trainer.is_global_zero:
+            _move_into_place(partial, final)
+        trainer.strategy.barrier("AtomicCheckpoint.end")
+        self._last_global_step_saved = trainer.global_step
+        self._last_checkpoint_saved = filepath
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.after_save_checkpoint(proxy(self))
+
+
+class HuggingFaceCheckpoint(AtomicCheckpoint):
+    """Keeps ``x/``, a checkpoint directory of the language model, beside every ``x.ckpt`` that Lightning keeps.
+
+    The directory is written before its .ckpt and removed after it, so that no .ckpt is without.
+
+    Args:
+        export_dir: where the final weights are written at the end of training; None writes them beside ``last.ckpt``
+            alone.
+        kwargs: the arguments of AtomicCheckpoint and ModelCheckpoint.
+    """
+
+    def __init__(self, export_dir: str | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.export_dir = export_dir
+        self._trained = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Raises TypeError for a module without a language model to export, ValueError for states in ``export_dir``."""
+        if not hasattr(pl_module, "checkpoint_settings"):
+            raise TypeError(
+                f"{type(pl_module).__name__} has no checkpoint_settings(), so there is no language model to export: "
+                "use simplear.callbacks.AtomicCheckpoint with it."
+            )
+        super().setup(trainer, pl_module, stage)
+        assert self.dirpath is not None
+        states = Path(self.dirpath).absolute()
+        if self.export_dir is not None and Path(self.export_dir).absolute() in (states, *states.parents):
+            raise ValueError(
+                f"dirpath {self.dirpath} lies inside export_dir {self.export_dir}, which is replaced as a whole: "
+                "states to resume from would go with it. Put them side by side."
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._trained = True
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write ``export_dir``; also when a training that had only this left to do is started again."""
         if self.export_dir is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -93,22 +123,8 @@ class HuggingFaceCheckpoint(ModelCheckpoint):
             trainer.strategy.barrier("HuggingFaceCheckpoint.export")
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        final = Path(filepath)
-        export(trainer.lightning_module, final.with_suffix(""), trainer.is_global_zero)
-        # One name for all, so that what a killed process leaves behind is overwritten by the next.
-        partial = final.with_name(PARTIAL)
-        if trainer.is_global_zero and partial.is_dir():
-            shutil.rmtree(partial)
-        trainer.strategy.barrier("HuggingFaceCheckpoint.begin")
-        trainer.save_checkpoint(partial, self.save_weights_only)
-        if trainer.is_global_zero:
-            _move_into_place(partial, final)
-        trainer.strategy.barrier("HuggingFaceCheckpoint.end")
-        self._last_global_step_saved = trainer.global_step
-        self._last_checkpoint_saved = filepath
-        if trainer.is_global_zero:
-            for logger in trainer.loggers:
-                logger.after_save_checkpoint(proxy(self))
+        export(trainer.lightning_module, Path(filepath).with_suffix(""), trainer.is_global_zero)
+        super()._save_checkpoint(trainer, filepath)
 
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         super()._remove_checkpoint(trainer, filepath)

@@ -47,7 +47,7 @@ class StageProgressBar(TQDMProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # type: ignore[override]
         self.stage = self.stage or type(pl_module).__name__.removesuffix("Module")
-        self._total = int(trainer.estimated_stepping_batches)
+        self._total = _optimizer_steps(trainer)
         self._first_step = trainer.global_step
         self._started = time.monotonic()
         self._lines = LINES * self._first_step // self._total
@@ -84,3 +84,10 @@ class StageProgressBar(TQDMProgressBar):
         times = f"{Tqdm.format_interval(elapsed)} gone, {Tqdm.format_interval(left)} left"
         metrics = "".join(f", {name} {value}" for name, value in self.get_metrics(trainer, module).items())
         return f"{self.stage}: step {step} of {self._total} ({step / self._total:.0%}), {times}{metrics}"
+
+
+def _optimizer_steps(trainer: Trainer) -> int:
+    """Of the whole fit. Not `trainer.estimated_stepping_batches`, which may reload the data and lose its position."""
+    if trainer.max_steps > 0:
+        return trainer.max_steps
+    return int(trainer.num_training_batches // trainer.accumulate_grad_batches * (trainer.max_epochs or 1))

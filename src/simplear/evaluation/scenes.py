@@ -80,7 +80,8 @@ def evaluate_scenes(
         run: name of the result in the report; the checkpoint directory's own name if not given.
         prompts_per_category: prompts of each of the six categories.
         images_per_prompt: images drawn for each prompt.
-        seed: an image depends on this, on its prompt and on its number among the prompt's images, on nothing else.
+        seed: of prompts and images; an image's own seed follows from this, its prompt and its number among the
+            prompt's images, so it does not depend on how many others are drawn.
         guidance_scale: classifier-free guidance; the checkpoint's default if not given.
         blind_prompts: also draw this many images from the empty caption and judge them by as many prompts of each
             category, as run RUN-blind; 0 leaves it out.

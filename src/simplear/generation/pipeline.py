@@ -246,8 +246,8 @@ class SimpleARPipeline:
             sides.append(default if pixels is None else pixels // downsample)
         if self._positions_left(sides[0], sides[1]) < 0:
             raise ValueError(
-                f"a picture of {sides[0]} × {sides[1]} codes and two control tokens take more than the "
-                f"{self.model.max_positions} positions that the model has: ask for a smaller one."
+                f"a picture of {sides[0]} × {sides[1]} = {sides[0] * sides[1]} codes and two control tokens take more "
+                f"than the {self.model.max_positions} positions that the model has: ask for a smaller one."
             )
         return sides[0], sides[1]
 

@@ -184,7 +184,7 @@ def load_checkpoint(path: str | Path, *, dtype: torch.dtype | None = None) -> Ch
             f"cannot read the weights (model.safetensors) in {directory}: {error} Export or download the checkpoint "
             "again."
         ) from error
-    return Checkpoint(LanguageModel(decoder.eval(), layout), tokenizer, settings, directory)
+    return Checkpoint(LanguageModel(decoder, layout).eval(), tokenizer, settings, directory)
 
 
 def find_checkpoint(path: str | Path) -> Path:

@@ -200,9 +200,10 @@ def load_decoder(
 
     Raises ValueError naming the first weight that the files lack or have in another shape.
     """
-    decoder, found = model_class.from_pretrained(
+    loaded: Any = model_class.from_pretrained(
         path, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
     )
+    decoder, found = loaded
     wrong = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
     if wrong:
         raise ValueError(
@@ -228,7 +229,7 @@ def grow_vocabulary(decoder: Qwen2ForCausalLM, text_rows: int, vocab_size: int) 
             "they do not belong together."
         )
     decoder.resize_token_embeddings(vocab_size, mean_resizing=False)
-    weights = {id(w): w for w in (decoder.get_input_embeddings().weight, decoder.get_output_embeddings().weight)}
-    for weight in weights.values():
+    # Tied embeddings are one weight, and setting it twice is harmless.
+    for weight in (decoder.model.embed_tokens.weight, decoder.lm_head.weight):
         weight[text_rows:] = weight[:text_rows].mean(dim=0)
     logger.info("vocabulary grown from %d used rows of %d to %d", text_rows, original_rows, vocab_size)

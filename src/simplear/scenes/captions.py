@@ -12,7 +12,7 @@ from typing import Any
 from simplear.scenes.sampling import Dice, sample_scene
 from simplear.scenes.scene import CATEGORIES, Scene, SceneObject, metadata
 
-SMALL, LARGE = 0.25, 0.31
+SMALL, LARGE = 0.29, 0.36
 """Objects of at most, or at least, this size may be called small or large."""
 
 _LEADS = ("", "", "a photo of ", "a picture of ", "an image of ", "a drawing of ")

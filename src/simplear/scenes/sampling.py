@@ -33,7 +33,7 @@ MARGIN = 0.03
 
 _PAIRS = tuple((shape, color) for shape in SHAPES for color in COLORS)
 _TRAIN_PAIRS = tuple(pair for pair in _PAIRS if pair not in HELD_OUT)
-_SIZES = {1: (0.24, 0.38), 2: (0.22, 0.34), 3: (0.20, 0.28), 4: (0.20, 0.26)}
+_SIZES = {1: (0.30, 0.46), 2: (0.28, 0.40), 3: (0.25, 0.33), 4: (0.24, 0.30)}
 """Range of sizes for each number of objects."""
 _STREAMS = (*SPLITS, "captions")
 

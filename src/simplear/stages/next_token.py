@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -85,8 +86,9 @@ class NextTokenModule(LightningModule):
         self.language_model, self.text_tokenizer = self.load_language_model()
         self.language_model.train()
         if self.activation_checkpointing:
-            self.language_model.decoder.gradient_checkpointing_enable()
+            self.language_model.decoder.activation_checkpointing_enable()
         if self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
+            assert self.device_mesh is not None, "the strategy sets the mesh before configure_model."
             shard_language_model(self.language_model, self.device_mesh["data_parallel"])
 
     def on_fit_start(self) -> None:
@@ -180,7 +182,8 @@ class NextTokenModule(LightningModule):
     @cached_property
     def _visual_tokenizer(self) -> VisualTokenizer:
         assert self.visual_tokenizer_path is not None
-        return load_visual_tokenizer(self.visual_tokenizer_path)
+        with isolate_rng():  # its weights are drawn before they are loaded, at another moment on each rank
+            return load_visual_tokenizer(self.visual_tokenizer_path)
 
     def checkpoint_settings(self) -> CheckpointSettings:
         """What ``simplear.json`` says of the model as trained here; the grid is the last batch's."""
