@@ -15,8 +15,10 @@ import logging
 import os
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 LIGHTNING_VERBS = {
@@ -160,14 +162,12 @@ def _class_arguments() -> set[str]:
 
 @contextlib.contextmanager
 def _errors_for_the_reader() -> Iterator[None]:
-    """Mistakes in input end in one message, without the trace that a defect of the program deserves."""
-    from simplear.language_model import CheckpointError
-
-    expected: tuple[type[Exception], ...] = (CheckpointError, FileNotFoundError, FileExistsError)
+    """Mistakes in input, which the project's own checks name, end in one message without a trace."""
     try:
         yield
-    except expected as error:
-        if os.environ.get("SIMPLEAR_TRACEBACK"):
+    except (ValueError, TypeError, FileNotFoundError, FileExistsError) as error:
+        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+        if os.environ.get("SIMPLEAR_TRACEBACK") or Path(__file__).parent not in Path(raised_in).parents:
             raise
         _fail(f"error: {error}\n(SIMPLEAR_TRACEBACK=1 shows where it was raised)")
 

@@ -94,9 +94,9 @@ def test_weights_that_are_missing_are_not_made_up(checkpoint: Path, damage: str)
 
 
 def test_a_path_that_is_nothing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no checkpoint directory at"):
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
         load_checkpoint(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match="no checkpoint directory at"):
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
         load_checkpoint("./checkpoints/demo")
 
 

@@ -122,6 +122,6 @@ def test_a_released_directory_draws_with_the_releases_defaults(tiny_text_tokeniz
 def test_prompts_are_checked_before_any_is_drawn(tiny_text_tokenizer):
     pipe = pipeline_of(tiny_text_tokenizer)
     pipe.check_prompts(["one star"])
-    with pytest.raises(ValueError, match="prompt 1 .* has .* tokens; there is room for 88 beside 2 × 3 codes"):
+    with pytest.raises(ValueError, match=r"prompt 1 .* has .* tokens; there is room for 88 beside 2 × 3 codes"):
         pipe.check_prompts(["one star", "a red circle " * 60])
     assert pipe.engine.requests == []

@@ -275,7 +275,9 @@ class TokenShards:
     def _add_directory(self, directory: Path) -> None:
         manifest_path = directory / MANIFEST_FILE
         if not directory.is_dir():
-            raise FileNotFoundError(f"{directory} does not exist: make it with `simplear tokenize --out {directory}`.")
+            raise FileNotFoundError(
+                f"no token shards at {directory}: make them with `simplear tokenize` (the demo's: make tokenize)."
+            )
         if not manifest_path.exists():
             raise FileNotFoundError(
                 f"{manifest_path} is missing, so not all shards are written: run the same `simplear tokenize` again; "

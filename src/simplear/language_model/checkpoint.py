@@ -24,7 +24,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from simplear.language_model.model import _CLASSES, LanguageModel, RopeKind, load_decoder, load_text_tokenizer
+from simplear.language_model.model import (
+    _CLASSES,
+    LanguageModel,
+    RopeKind,
+    is_hub_id,
+    load_decoder,
+    load_text_tokenizer,
+)
 from simplear.sequence import MAX_TEXT_TOKENS, SPECIAL_TOKENS, START_OF_IMAGE, TEXT_TO_IMAGE, token_layout
 
 SETTINGS_FILE = "simplear.json"
@@ -197,14 +204,15 @@ def find_checkpoint(path: str | Path) -> Path:
         if not (directory / "config.json").exists():
             raise CheckpointError(f"{directory} has no config.json: it is not a checkpoint directory.")
         return directory
-    looks_like_hub_id = str(path).count("/") == 1 and not str(path).startswith((".", "/", "~"))
-    if not looks_like_hub_id:
-        raise CheckpointError(f"no checkpoint directory at {path}: train one, or give a hub id (owner/name).")
+    if not is_hub_id(path):
+        raise CheckpointError(
+            f"no checkpoint at {path}: train one (the demo's: make pretrain, make train-sft), or give a hub id."
+        )
     try:
         return Path(snapshot_download(str(path)))
     except Exception as error:
         raise CheckpointError(
-            f"{path} is neither a directory here nor to be had from the hub ({type(error).__name__})."
+            f"no checkpoint at {path}: no such directory, and the hub did not give it ({type(error).__name__})."
         ) from error
 
 

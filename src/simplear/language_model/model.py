@@ -10,6 +10,7 @@ Under FSDP2 the root module is this one, so the head's weights are gathered insi
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -182,10 +183,19 @@ _CLASSES: dict[str, tuple[type[Qwen2Config], type[Qwen2ForCausalLM]]] = {
 }
 
 
+def is_hub_id(path: str | Path) -> bool:
+    """Whether a name can only mean owner/name on the hub, and not a local path that is missing."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) is not None and not Path(path).parent.is_dir()
+
+
 def load_text_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """A fast tokenizer from a directory or the hub. Raises ValueError for one without a fast implementation."""
     # Beside a Qwen2 model, AutoTokenizer would replace the normaliser and splitting that tokenizer.json states by
     # Qwen2's own: the same caption would get other ids in the checkpoint than in the tokenizer it was trained with.
+    if not Path(path).is_dir() and not is_hub_id(path):
+        raise FileNotFoundError(
+            f"no text tokenizer at {path}: train one (the demo's: make train-tokenizer), or name another."
+        )
     loader = PreTrainedTokenizerFast if has_file(path, "tokenizer.json") else AutoTokenizer
     tokenizer = loader.from_pretrained(path)
     if not tokenizer.is_fast:

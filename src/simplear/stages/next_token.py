@@ -11,7 +11,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -21,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from simplear.data import TokenDataModule
 from simplear.language_model import CheckpointSettings, GenerationDefaults, LanguageModel, Normalizer
 from simplear.sequence import MAX_TEXT_TOKENS
-from simplear.stages.optimizers import parameter_groups
+from simplear.stages.optimized import OptimizedModule
 from simplear.stages.sharding import shard_language_model
 from simplear.visual_tokenizer import VisualTokenizer, load_visual_tokenizer
 
@@ -41,7 +40,7 @@ class NextTokenObjective:
     """Rows of logits held in memory at once; None holds them all. Same loss, less memory."""
 
 
-class NextTokenModule(LightningModule):
+class NextTokenModule(OptimizedModule):
     """Base of the language-model stages.
 
     Args:
@@ -66,10 +65,8 @@ class NextTokenModule(LightningModule):
         generation: GenerationDefaults | None = None,
         activation_checkpointing: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer, lr_scheduler)
         self.visual_tokenizer_path = visual_tokenizer
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
         self.objective = objective
         self.generation = generation
         self.activation_checkpointing = activation_checkpointing
@@ -164,20 +161,10 @@ class NextTokenModule(LightningModule):
         )
         return loss
 
-    def configure_optimizers(self) -> Any:
-        """The optimizer over `parameter_groups`, and the schedule if there is one."""
-        optimizer = self.optimizer(parameter_groups(self.language_model))  # type: ignore[arg-type]
-        if self.lr_scheduler is None:
-            return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the grid, so that a finished run that is started again can still export."""
-        checkpoint["grid"] = self.grid
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the grid back."""
-        self.grid = checkpoint["grid"]
+    @property
+    def trained_module(self) -> LanguageModel:
+        """The language model."""
+        return self.language_model
 
     @cached_property
     def _visual_tokenizer(self) -> VisualTokenizer:

@@ -39,6 +39,41 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     return [{"name": name, "params": members, **settings.get(name, {})} for name, members in groups.items() if members]
 
 
+def group_settings(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Learning rate, weight decay and the rest of each group, as they are now."""
+    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+
+
+def apply_settings(optimizer: Optimizer, configured: list[dict[str, Any]], scheduled: bool) -> list[str]:
+    """Put the configured settings back into an optimizer whose state was restored; what changed, in words.
+
+    An optimizer's state holds its settings too, so a learning rate on the command line would otherwise do nothing on
+    resuming.
+
+    Args:
+        optimizer: after restoring.
+        configured: `group_settings` of the optimizer as it was configured, before any schedule.
+        scheduled: whether a schedule owns the learning rate.
+
+    Raises:
+        ValueError: another learning rate than the restored schedule began with.
+    """
+    changes = []
+    for group, settings in zip(optimizer.param_groups, configured, strict=True):
+        for key, value in settings.items():
+            restored = group.get("initial_lr", group["lr"]) if key == "lr" and scheduled else group.get(key)
+            if restored == value:
+                continue
+            if key == "lr" and scheduled:
+                raise ValueError(
+                    f"the run to resume has a schedule that began at learning rate {restored}, now {value} is "
+                    "configured: set it back, or start a new run from the exported checkpoint."
+                )
+            group[key] = value
+            changes.append(f"{group.get('name', 'parameters')}: {key} {restored} → {value}")
+    return changes
+
+
 class MuonWithAdamW(Optimizer):
     """Muon for the group named ``matrices``, AdamW for the others.
 

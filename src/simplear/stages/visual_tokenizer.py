@@ -11,13 +11,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from simplear.stages.optimizers import parameter_groups
+from simplear.stages.optimized import OptimizedModule
 from simplear.visual_tokenizer import save_visual_tokenizer
 
 LARGEST_DIFFERENCE = 2.0
@@ -68,7 +67,7 @@ def reconstruction_grid(reconstruction: Tensor, pixels: Tensor) -> Tensor:
     return (torch.cat(rows, dim=1) + 1) / 2
 
 
-class VisualTokenizerModule(LightningModule):
+class VisualTokenizerModule(OptimizedModule):
     """Batches are ``{"pixels": (B, 3, H, W) float in [-1, 1], …}``; other keys are not read."""
 
     def __init__(
@@ -90,10 +89,8 @@ class VisualTokenizerModule(LightningModule):
             grid_pictures: pictures of the first validation batch to show in TensorBoard over their reconstructions.
             export_dir: where to write the trained tokenizer when training ends; none writes nothing.
         """
-        super().__init__()
+        super().__init__(optimizer, lr_scheduler)
         self.tokenizer = tokenizer
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
         self.contrast_weight = contrast_weight
         self.grid_pictures = grid_pictures
         self.export_dir = export_dir
@@ -101,11 +98,10 @@ class VisualTokenizerModule(LightningModule):
         self.register_buffer("code_counts", torch.zeros(size, dtype=torch.long), persistent=False)
         self.code_counts: Tensor
 
-    def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer(parameter_groups(self.tokenizer))  # type: ignore[arg-type]
-        if self.lr_scheduler is None:
-            return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
+    @property
+    def trained_module(self) -> nn.Module:
+        """The visual tokenizer."""
+        return self.tokenizer
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         reconstruction, _ = self.tokenizer(batch["pixels"])

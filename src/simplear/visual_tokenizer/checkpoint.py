@@ -76,8 +76,8 @@ def load_visual_tokenizer(path: str | Path, device: str | torch.device | None = 
     for file in (directory / CONFIG_FILE, directory / WEIGHTS_FILE):
         if not file.is_file():
             raise FileNotFoundError(
-                f"{file} is missing: {directory} is no visual tokenizer. Train one with `simplear fit`, or give the "
-                "directory that an earlier training exported."
+                f"{file} is missing: {directory} is no visual tokenizer. Train one (the demo's: make train-tokenizer), "
+                "or give the directory that an earlier training exported."
             )
     config = _read_config(directory / CONFIG_FILE)
     tokenizer = _import_class(config["class_path"], directory / CONFIG_FILE)(**config["init_args"])

@@ -1,0 +1,48 @@
+"""Base of the stages: optimizer and schedule by class_path, and what happens to their settings on resuming."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import nn
+
+from simplear.stages.optimizers import apply_settings, group_settings, parameter_groups
+
+logger = logging.getLogger(__name__)
+
+
+class OptimizedModule(LightningModule):
+    """A stage that trains one module.
+
+    Args:
+        optimizer: makes an optimizer from parameter groups.
+        lr_scheduler: makes a schedule, stepped every optimizer step, from an optimizer; None keeps the rate constant.
+    """
+
+    def __init__(self, optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None) -> None:
+        super().__init__()
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+
+    @property
+    def trained_module(self) -> nn.Module:
+        """What the optimizer updates."""
+        raise NotImplementedError
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer over `parameter_groups`, and the schedule if there is one."""
+        optimizer = self.optimizer(parameter_groups(self.trained_module))  # type: ignore[arg-type]
+        self._optimizer_settings = group_settings(optimizer)
+        if self.lr_scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """After resuming, what is configured goes before what the optimizer's state remembers."""
+        optimizer: Any = self.optimizers(use_pl_optimizer=False)
+        for change in apply_settings(optimizer, self._optimizer_settings, scheduled=self.lr_scheduler is not None):
+            if self.trainer.is_global_zero:
+                logger.info("optimizer as configured, not as saved: %s", change)
