@@ -11,7 +11,6 @@ import torch
 
 from simplear.cli import main
 
-
 SOURCE = ("--source", "ScenesSource", "--source.count", "3", "--source.resolution", "16")
 
 

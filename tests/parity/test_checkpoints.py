@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
 
@@ -85,12 +86,26 @@ def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path: Path, tiny_model: tup
 def test_captions_get_the_same_ids_from_the_checkpoint_as_in_training(
     tiny_checkpoint: Path, tiny_text_tokenizer: str
 ) -> None:
-    """Whatever tokenizer lies beside a model of type qwen2, for which AutoTokenizer puts Qwen2's own splitting."""
+    """From this project and from stock transformers, which goes by the model's type."""
     captions = [*CAPTIONS, "größe  42, <|soi|>\n  it's"]
     trained = encode_captions(load_text_tokenizer(tiny_text_tokenizer), captions)
     assert encode_captions(load_checkpoint(tiny_checkpoint).tokenizer, captions) == trained
-    replaced = AutoTokenizer.from_pretrained(tiny_checkpoint)
-    assert encode_captions(replaced, captions) != trained
+    assert encode_captions(AutoTokenizer.from_pretrained(tiny_checkpoint), captions) == trained
+
+
+def test_a_text_tokenizer_of_another_kind_stays_what_it_is_beside_a_qwen2_model(tmp_path: Path) -> None:
+    """AutoTokenizer would split as Qwen2 does, and give other ids than training did."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    backend.train_from_iterator(
+        CAPTIONS, trainers.BpeTrainer(vocab_size=290, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    )
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path / "text")
+    model, tokenizer = model_config(str(tmp_path / "text")).build()
+    save_checkpoint(tmp_path / "model", model, tokenizer, settings_of(model))
+    trained = encode_captions(tokenizer, CAPTIONS)
+    assert encode_captions(load_checkpoint(tmp_path / "model").tokenizer, CAPTIONS) == trained
+    assert encode_captions(AutoTokenizer.from_pretrained(tmp_path / "model"), CAPTIONS) != trained
 
 
 def test_weights_given_in_place_of_the_models_own_are_written(

@@ -113,7 +113,8 @@ def test_it_equals_torchs_muon_in_bfloat16_within_its_rounding() -> None:
     torch.manual_seed(0)
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in [(8, 24), (24, 8), (12, 48), (8, 24)]]
     theirs = [torch.nn.Parameter(weight.detach().clone()) for weight in ours]
-    one = MuonWithAdamW([{"name": "matrices", "params": ours}], lr=LR, weight_decay=DECAY)
+    bias = {"name": "vectors", "params": [torch.nn.Parameter(torch.zeros(1))]}
+    one = MuonWithAdamW([{"name": "matrices", "params": ours}, bias], lr=LR, weight_decay=DECAY)
     other = torch.optim.Muon(theirs, lr=LR, weight_decay=DECAY)
     for _ in range(3):
         before = [weight.detach().clone() for weight in theirs]

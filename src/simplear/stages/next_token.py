@@ -166,6 +166,14 @@ class NextTokenModule(OptimizedModule):
         """The language model."""
         return self.language_model
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the grid, so that a finished run that is started again can still export."""
+        checkpoint["grid"] = self.grid
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the grid back."""
+        self.grid = checkpoint["grid"]
+
     @cached_property
     def _visual_tokenizer(self) -> VisualTokenizer:
         assert self.visual_tokenizer_path is not None
@@ -173,7 +181,7 @@ class NextTokenModule(OptimizedModule):
             return load_visual_tokenizer(self.visual_tokenizer_path)
 
     def checkpoint_settings(self) -> CheckpointSettings:
-        """What ``simplear.json`` says of the model as trained here; the grid is the last batch's."""
+        """What ``simplear.json`` says of the model as trained here; the grid is the last training batch's."""
         if self.grid is None:
             raise RuntimeError("no batch has been seen yet, so the grid of the checkpoint is not known.")
         data = getattr(self.trainer, "datamodule", None)
