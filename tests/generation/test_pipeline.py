@@ -105,7 +105,7 @@ def test_typed_control_tokens_stay_text(pipe: SimpleARPipeline) -> None:
         ({"prompt": ["x", "y"], "seed": [1]}, "1 seeds for 2 images"),
         ({"prompt": ["x", "y"], "negative_prompt": ["z"]}, "1 negative prompts for 2 prompts"),
         ({"prompt": "x", "output_type": "jpg"}, "output_type 'jpg'"),
-        ({"prompt": "x", "height": 160, "width": 160}, "20 × 20 codes"),
+        ({"prompt": "x", "height": 160, "width": 160}, "20 × 20 = 400 codes"),
     ],
 )
 def test_bad_requests_are_named(pipe: SimpleARPipeline, arguments: dict[str, object], message: str) -> None:
@@ -136,10 +136,10 @@ def test_checkpoint_without_visual_tokenizer_says_what_to_do(tiny_checkpoint: Pa
 
 def test_generate_writes_pictures_that_say_how(checkpoint: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text('{"prompt": "../../etc"}\n\n{"prompt": "ein Kreis, größer"}\n')
+    prompts.write_text('{"prompt": "../../etc"}\n\n{"prompt": "ein Kreis, gr."}\n')
     generate(str(checkpoint), out=str(tmp_path / "out"), prompt="", prompts_file=str(prompts), seed=4)
     files = sorted((tmp_path / "out").iterdir())
-    assert [file.name for file in files] == ["00000-0.png", "00001-etc-0.png", "00002-ein-kreis-gr-er-0.png"]
+    assert [file.name for file in files] == ["00000-0.png", "00001-etc-0.png", "00002-ein-kreis-gr-0.png"]
     with Image.open(files[2]) as image:
         assert json.loads(image.text["simplear"])["seed"] == 6  # type: ignore[attr-defined]
     assert not (tmp_path / "etc").exists()
