@@ -13,7 +13,7 @@ SIMPLEAR := $(VENV)/bin/simplear
 configs = $(foreach file,$(or $(CONFIG),$(1)),--config $(file))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long lint train-tokenizer tokenize pretrain train-sft evaluate generate tensorboard bench clean
+.PHONY: help setup demo test test-long lint train-tokenizer tokenize pretrain train-sft evaluate generate tensorboard clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 18

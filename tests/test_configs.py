@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningCLI
+from PIL import Image
 
 from simplear.cli import PARSER_MODE
 from simplear.language_model.rope import Qwen2Rope2DForCausalLM
@@ -100,6 +101,16 @@ def test_fine_tuning_compositions(machine: str) -> None:
     trainer = composed.config["trainer"]
     devices = trainer["devices"] * trainer["num_nodes"]
     assert 256 % (devices * (trainer["accumulate_grad_batches"] or 1)) == 0
+
+
+def test_visual_tokenizer_of_the_papers_size(tmp_path: Path) -> None:
+    Image.new("RGB", (256, 256)).save(tmp_path / "picture.png")
+    (tmp_path / "picture.txt").write_text("black")
+    sources = ("source", "validation_source")
+    paths = [part for name in sources for part in (f"--data.init_args.{name}.init_args.path", str(tmp_path))]
+    composed = compose("paper/visual_tokenizer", arguments=tuple(paths))
+    assert composed.model.tokenizer.codebook_size == COSMOS_CODES
+    assert composed.model.tokenizer.downsample == 16
 
 
 def test_overlay_changes_what_another_file_refers_to(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
+from simplear.data import ImageDataModule, ScenesSource
 from simplear.stages.visual_tokenizer import (
     VisualTokenizerModule,
     codebook_use,
@@ -146,6 +147,25 @@ def test_run_stopped_and_resumed_has_the_weights_of_one_never_stopped(tmp_path):
     train(tmp_path / "first", 6)
     torch.rand(17)  # nothing may depend on the global generator
     resumed = train(tmp_path / "second", 12, tmp_path / "first" / "step.ckpt")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize("stop", [2, 4, 5])
+def test_run_over_a_data_module_goes_on_within_an_epoch(tmp_path, stop):
+    """Four global batches an epoch, in shuffled order: stopped within one, at its end and after it."""
+
+    def train(directory, steps, checkpoint=None):
+        seed_everything(7)
+        data = ImageDataModule(ScenesSource(17, 16), 4, 16, 16, seed=5)
+        saver = ModelCheckpoint(directory, filename="step", every_n_train_steps=stop)
+        stage = module()
+        runner = trainer(tmp_path, max_steps=steps, callbacks=[saver], enable_checkpointing=True)
+        runner.fit(stage, data, ckpt_path=checkpoint, weights_only=True)
+        return stage.tokenizer.state_dict()
+
+    whole = train(tmp_path / "whole", 9)
+    train(tmp_path / "first", stop)
+    resumed = train(tmp_path / "second", 9, tmp_path / "first" / "step.ckpt")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 

@@ -11,6 +11,7 @@ From a command line, a source is a class and its arguments: ``--source ScenesSou
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -39,6 +40,9 @@ from simplear.data.sources import Sample, Source, Unit
 from simplear.visual_tokenizer import VisualTokenizer, load_visual_tokenizer
 
 logger = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LINES = 10
+"""Of progress, where there is no terminal to draw a bar on."""
 
 
 @dataclass(frozen=True)

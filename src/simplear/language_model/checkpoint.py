@@ -135,8 +135,8 @@ def save_checkpoint(
     content = {"format_version": FORMAT_VERSION, **dataclasses.asdict(settings)}
     (partial / SETTINGS_FILE).write_text(json.dumps(content, indent=2) + "\n")
     replaced = directory.with_name(f".{directory.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
     if directory.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
         directory.rename(replaced)
     partial.rename(directory)
     shutil.rmtree(replaced, ignore_errors=True)
