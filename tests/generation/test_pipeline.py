@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -155,8 +157,10 @@ def test_generate_names_the_bad_line(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_package_is_lazy() -> None:
-    import subprocess
-    import sys
-
-    code = "import sys, simplear; assert 'torch' not in sys.modules; simplear.SimpleARPipeline; assert 'torch' in sys.modules"
+    code = """
+import sys, simplear
+assert "torch" not in sys.modules
+simplear.SimpleARPipeline
+assert "torch" in sys.modules
+"""
     subprocess.run([sys.executable, "-c", code], check=True)

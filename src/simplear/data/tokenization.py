@@ -11,7 +11,6 @@ From a command line, a source is a class and its arguments: ``--source ScenesSou
 from __future__ import annotations
 
 import logging
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
