@@ -1,7 +1,7 @@
 # Thin aliases of the `simplear` verbs. Every target sets .venv up if need be; ARGS="…" is passed on.
 #   make demo                                      the whole story on two CPU cores, offline
 #   make train-sft ARGS="--trainer.max_steps 10"   one stage of the demo, with an override
-#   make train-sft CONFIG="configs/paper/sft-0.5b.yaml configs/paper/a100x32.yaml"
+#   make train-sft CONFIG="configs/paper/sft.yaml configs/paper/a100x32.yaml"
 
 PYTHON ?= python3
 ARGS ?=
@@ -26,7 +26,7 @@ $(READY): pyproject.toml constraints.txt
 
 setup: $(READY)  ## make .venv and install; every other target does so by itself
 
-demo: $(READY)  ## train everything small from nothing and look at what it draws (about 15 minutes)
+demo: $(READY)  ## train everything small from nothing and look at what it draws (about 16 minutes)
 	@$(SIMPLEAR) demo $(ARGS)
 
 test: $(READY)  ## the tests
@@ -42,7 +42,9 @@ lint: $(READY)  ## style, types and import directions
 	$(VENV)/bin/lint-imports
 
 train-tokenizer: $(READY)  ## train the text tokenizer and the visual tokenizer
+ifndef CONFIG
 	@test -d data/demo/text_tokenizer || $(SIMPLEAR) train-text-tokenizer --config configs/demo/text_tokenizer.yaml
+endif
 	@$(SIMPLEAR) fit $(call configs,configs/demo/visual_tokenizer.yaml) $(ARGS)
 
 tokenize: $(READY)  ## pictures and captions into token shards
@@ -59,10 +61,10 @@ train-sft: $(READY)  ## fine-tune at the higher resolution
 	@$(SIMPLEAR) fit $(call configs,configs/demo/sft.yaml) $(ARGS)
 
 evaluate: $(READY)  ## scene accuracy of CKPT
-	@$(SIMPLEAR) evaluate scenes $(CKPT) --out $(CKPT)/evaluation $(ARGS)
+	@$(SIMPLEAR) evaluate scenes $(CKPT) --out $(CKPT)-evaluation $(ARGS)
 
 generate: $(READY)  ## draw with CKPT: ARGS='--prompt "a photo of a red circle"'
-	@$(SIMPLEAR) generate $(CKPT) --out $(CKPT)/images $(ARGS)
+	@$(SIMPLEAR) generate $(CKPT) --out $(CKPT)-images $(ARGS)
 
 tensorboard: $(READY)  ## curves and pictures of all runs
 	@$(VENV)/bin/tensorboard --logdir $(LOGDIR) $(ARGS)

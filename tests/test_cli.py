@@ -11,6 +11,7 @@ import torch
 
 from simplear.cli import main
 
+CONFIGS = Path(__file__).parents[1] / "configs" / "demo"
 SOURCE = ("--source", "ScenesSource", "--source.count", "3", "--source.resolution", "16")
 
 
@@ -94,6 +95,16 @@ def test_resuming_keeps_the_command_line(config: list[str], tmp_path: Path) -> N
     assert "train/text_loss" in metrics.read_text()
 
 
+def test_resuming_under_another_schedule_is_refused(config: list[str], tmp_path: Path) -> None:
+    """A schedule's state holds its configuration: a longer training would go on at a rate of zero."""
+    schedule = ["--model.init_args.lr_scheduler", "torch.optim.lr_scheduler.PolynomialLR"]
+    total = "--model.init_args.lr_scheduler.init_args.total_iters"
+    assert run(*config, "--trainer.max_steps", "2", *schedule, total, "2")[0] == 0
+    code, printed = run(*config, "--ckpt_path", "last", *schedule, total, "6")
+    assert code == 2 and "total_iters = 2, now 6" in printed
+    assert run(*config, "--ckpt_path", "last", *schedule, total, "2")[0] == 0
+
+
 def test_overlay_resolves_references_over_all_files(
     config: list[str], tmp_path: Path, tiny_text_tokenizer: str
 ) -> None:
@@ -141,6 +152,7 @@ def test_verbs() -> None:
             ["tokenize", *SOURCE, "--visual-tokenizer", "checkpoints/nowhere", "--out", "out"],
             "make train-tokenizer",
         ),
+        (["fit", "--config", str(CONFIGS / "sft.yaml")], "make pretrain"),
         (["fit", "--config", "nowhere.yaml"], "nowhere.yaml"),
     ],
 )

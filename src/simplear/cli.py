@@ -185,8 +185,6 @@ def _quieten() -> None:
         logging.getLogger(library).propagate = False  # they have handlers of their own
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    # Resuming where there is nothing yet is what `--ckpt_path last` is for.
-    warnings.filterwarnings("ignore", message=".*there is no last checkpoint available.*")
     warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter is intended.*")
     # Denormal numbers slow small models on CPUs many times over and carry no information.
     torch.set_flush_denormal(True)

@@ -33,6 +33,8 @@ class Step:
     """Measured on two cores; only for the time left."""
     run: str = ""
     """Run of the report that the step writes; it is complete when the report has it."""
+    state: Path | None = None
+    """Training state to go on from, where there is one."""
 
     def complete(self) -> bool:
         """Whether there is nothing left to do."""
@@ -40,8 +42,9 @@ class Step:
 
 
 def _fit(stage: str, title: str, seconds: int) -> Step:
-    arguments = ("fit", "--config", f"configs/demo/{stage}.yaml", "--ckpt_path", "last")
-    return Step(title, arguments, CHECKPOINTS / stage, seconds)
+    arguments = ("fit", "--config", f"configs/demo/{stage}.yaml")
+    state = CHECKPOINTS / "states" / stage / "last.ckpt"
+    return Step(title, arguments, CHECKPOINTS / stage, seconds, state=state)
 
 
 def _tokenize(part: str, title: str, seconds: int) -> Step:
@@ -92,7 +95,8 @@ def demo() -> None:
             f"\n[{STEPS.index(step) + 1}/{len(STEPS)}] {step.title} (about {_duration(remaining)} left in all)",
             flush=True,
         )
-        main(step.arguments)
+        resume = ("--ckpt_path", "last") if step.state is not None and step.state.exists() else ()
+        main((*step.arguments, *resume))
     if left:
         print(f"\nThe demo took {_duration(time.monotonic() - begin)}.")
     print(_summary())

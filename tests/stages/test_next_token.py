@@ -17,7 +17,8 @@ from torch import Tensor
 from simplear.data import TokenDataModule
 from simplear.language_model import GenerationDefaults, load_checkpoint, save_checkpoint, train_text_tokenizer
 from simplear.stages import MuonWithAdamW, NextTokenModule, NextTokenObjective, PretrainModule, SFTModule
-from toys import CODEBOOK, make_shards, make_visual_tokenizer, model_config
+from simplear.visual_tokenizer import load_visual_tokenizer
+from toys import CODEBOOK, DOWNSAMPLE, make_shards, make_visual_tokenizer, model_config
 
 STEPS = 8
 BATCHES_PER_EPOCH = 5
@@ -371,3 +372,25 @@ def test_two_processes_train_as_one(
     assert largest_difference(one, torch.load(tmp_path / "ddp.pt")) < 1e-6
     assert largest_difference(one, torch.load(tmp_path / "fsdp2.pt")) < 1e-5
     assert "MuonWithAdamW needs whole matrices" in (tmp_path / "refused.txt").read_text()
+
+
+def test_fine_tuning_on_another_tokenizers_codes_is_refused(pretrain: Any, make_data: Any, tmp_path: Path) -> None:
+    """Also when the shards and the tokenizer that is named belong together: the checkpoint learned other codes."""
+    module = pretrain()
+    fit(module, make_data(), tmp_path, max_steps=1)
+    checkpoint = export(module, tmp_path / "pretrain")
+    other = make_visual_tokenizer(tmp_path / "other", seed=1)
+    shards = make_shards(tmp_path / "shards", other, (2, 2))
+    tuned = SFTModule(checkpoint, optimizer=adamw, visual_tokenizer=other)
+    refused(tuned, make_data(paths=shards, validation_paths=shards), tmp_path, "the checkpoint's visual tokenizer")
+
+
+def test_shards_say_what_an_unnamed_tokenizer_is(
+    pretrain: Any, make_data: Any, tiny_visual_tokenizer: str, tmp_path: Path
+) -> None:
+    module = pretrain(visual_tokenizer=None)
+    fit(module, make_data(), tmp_path, max_steps=1)
+    settings = module.checkpoint_settings()
+    assert settings.downsample == DOWNSAMPLE
+    assert settings.visual_tokenizer_fingerprint == load_visual_tokenizer(tiny_visual_tokenizer).fingerprint
+    assert settings.visual_tokenizer is None

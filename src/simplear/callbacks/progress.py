@@ -90,4 +90,5 @@ def _optimizer_steps(trainer: Trainer) -> int:
     """Of the whole fit. Not `trainer.estimated_stepping_batches`, which may reload the data and lose its position."""
     if trainer.max_steps > 0:
         return trainer.max_steps
-    return int(trainer.num_training_batches // trainer.accumulate_grad_batches * (trainer.max_epochs or 1))
+    epochs = max(trainer.max_epochs or 1, 1)
+    return int(trainer.num_training_batches // trainer.accumulate_grad_batches * epochs)

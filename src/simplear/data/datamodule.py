@@ -12,6 +12,7 @@ before the position is restored.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from abc import ABC, abstractmethod
 from typing import Any
@@ -19,10 +20,11 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.loops.progress import _ProcessedTracker
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 
 from simplear.data.order import DataOrder, MicroBatch, MicroBatchSampler
+
+logger = logging.getLogger(__name__)
 
 
 class BatchDataset(Dataset[dict[str, Any]], ABC):
@@ -151,8 +153,8 @@ class OrderedDataModule(lightning.LightningDataModule):
 
     def _sampler(self, dataset: BatchDataset, shuffle: bool, accumulation: int, endless: bool) -> MicroBatchSampler:
         order = DataOrder(dataset.bucket_sizes, self.global_batch_size, self.seed, shuffle)
-        if order.rows_left_out:
-            rank_zero_info(
+        if order.rows_left_out and (self.trainer is None or self.trainer.is_global_zero):
+            logger.info(
                 "%d of %d rows fill no global batch of %d and are left out of an epoch",
                 order.rows_left_out,
                 sum(dataset.bucket_sizes),

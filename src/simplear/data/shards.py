@@ -202,8 +202,10 @@ def read_prompts(path: Path) -> list[TokenRow]:
 
     Raises ValueError naming file and line.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file of prompts at {path}.")
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -11,6 +11,8 @@ From a command line, a source is a class and its arguments: ``--source ScenesSou
 from __future__ import annotations
 
 import logging
+import sys
+import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -40,6 +42,8 @@ from simplear.visual_tokenizer import VisualTokenizer, load_visual_tokenizer
 
 logger = logging.getLogger(__name__)
 
+SECONDS_UNTIL_ABANDONED = 3600
+"""Age of a temporary file that a killed process left behind."""
 SECONDS_BETWEEN_LINES = 10
 """Of progress, where there is no terminal to draw a bar on."""
 
@@ -162,7 +166,13 @@ class ShardWriter(BasePredictionWriter):
         self.by_picture = all(unit.count is not None for unit in pl_module.units)
         total = sum(unit.count or 0 for unit in pl_module.units) if self.by_picture else len(pl_module.units)
         noun = " pictures" if self.by_picture else " units"
-        self._progress = tqdm(total=total, unit=noun, desc="tokenize", disable=not (total and trainer.is_global_zero))
+        self._progress = tqdm(
+            total=total,
+            unit=noun,
+            desc="tokenize",
+            disable=not (total and trainer.is_global_zero),
+            mininterval=0.1 if sys.stderr.isatty() else SECONDS_BETWEEN_LINES,
+        )
 
     def write_on_batch_end(
         self,
@@ -197,7 +207,9 @@ class ShardWriter(BasePredictionWriter):
         trainer.strategy.barrier("tokenized")
         if trainer.is_global_zero:
             for left_over in self.out.glob(f".*{TEMPORARY_MARK}*"):
-                left_over.unlink()
+                # A younger one may belong to another process that writes here.
+                if time.time() - left_over.stat().st_mtime > SECONDS_UNTIL_ABANDONED:
+                    left_over.unlink()
             merge_manifest(self.out, [unit.name for unit in pl_module.source.units()])
         trainer.strategy.barrier("merged")
 

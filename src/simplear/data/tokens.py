@@ -86,7 +86,8 @@ class TokenDataModule(OrderedDataModule):
     was left out; ``captions``: the chosen ones, without prefix and whether dropped or not; ``metadata``: dictionaries;
     ``keys``. B is the global batch size divided by ranks and accumulation.
 
-    Validation and test take every row once, captions never dropped.
+    Validation and test take the rows in their order, captions never dropped; rows that fill no global batch are left
+    out, with a line that says how many.
     """
 
     def __init__(
@@ -125,6 +126,8 @@ class TokenDataModule(OrderedDataModule):
         self.tokenizer_path, self.codebook_size = tokenizer, codebook_size
         self.caption_dropout, self.caption_prefixes = caption_dropout, caption_prefixes
         self.max_text_tokens = max_text_tokens
+        self.downsample: int | None = None
+        """Pixels a code; after setup, None with prompts alone."""
         self.fingerprint: str | None = None
         """Of the visual tokenizer that made the codes; after setup, None with prompts alone."""
         self.truncated_captions = 0
@@ -188,6 +191,7 @@ class TokenDataModule(OrderedDataModule):
                 f"shards with {str(self.fingerprint)[:12]}…: tokenize one of them again."
             )
         self.codebook_size, self.fingerprint = shards.codebook_size, shards.fingerprint
+        self.downsample = shards.downsample
 
     def _batches(self, shards: TokenShards, caption_dropout: float) -> TokenBatches:
         return TokenBatches(

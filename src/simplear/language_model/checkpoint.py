@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,6 +135,10 @@ def save_checkpoint(
         settings = dataclasses.replace(settings, visual_tokenizer=VISUAL_TOKENIZER_FOLDER)
     content = {"format_version": FORMAT_VERSION, **dataclasses.asdict(settings)}
     (partial / SETTINGS_FILE).write_text(json.dumps(content, indent=2) + "\n")
+    for file in partial.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
     replaced = directory.with_name(f".{directory.name}.replaced")
     if directory.exists():
         shutil.rmtree(replaced, ignore_errors=True)

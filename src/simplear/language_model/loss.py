@@ -60,6 +60,10 @@ def next_token_losses(
 def _cross_entropy(states: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int | None) -> Tensor:
     """Per-token loss (N,), float32 or wider."""
     if chunk_rows is not None and len(states) > chunk_rows:
+        if torch.is_autocast_enabled(states.device.type):
+            # Autocast does not reach into the chunked operation.
+            reduced = torch.get_autocast_dtype(states.device.type)
+            states, weight = states.to(reduced), weight.to(reduced)
         options = LinearCrossEntropyOptions(batch_chunk_size=chunk_rows)
         loss = F.linear_cross_entropy(
             states, weight, targets, reduction="none", ignore_index=IGNORE_INDEX, options=options

@@ -194,7 +194,8 @@ def load_text_tokenizer(path: str) -> PreTrainedTokenizerBase:
     # Qwen2's own: the same caption would get other ids in the checkpoint than in the tokenizer it was trained with.
     if not Path(path).is_dir() and not is_hub_id(path):
         raise FileNotFoundError(
-            f"no text tokenizer at {path}: train one (the demo's: make train-tokenizer), or name another."
+            f"no text tokenizer at {path}: train one (the demo's: make train-tokenizer; a checkpoint brings its "
+            "own: make pretrain), or name another."
         )
     loader = PreTrainedTokenizerFast if has_file(path, "tokenizer.json") else AutoTokenizer
     tokenizer = loader.from_pretrained(path)

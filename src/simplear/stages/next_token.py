@@ -71,6 +71,10 @@ class NextTokenModule(OptimizedModule):
         self.generation = generation
         self.activation_checkpointing = activation_checkpointing
         self.grid: tuple[int, int] | None = None
+        self.start_fingerprint: str | None = None
+        """Of the visual tokenizer whose codes the model already knows; None for a new model."""
+        self.start_downsample: int | None = None
+        """Of that visual tokenizer."""
 
     def load_language_model(self) -> tuple[LanguageModel, PreTrainedTokenizerBase]:
         """The model to train and its text tokenizer; whole, on CPU, in float32."""
@@ -96,6 +100,10 @@ class NextTokenModule(OptimizedModule):
         """As `on_fit_start`, for validation on its own."""
         self._check_data()
 
+    def on_test_start(self) -> None:
+        """As `on_fit_start`, for a test on its own."""
+        self._check_data()
+
     def _check_data(self) -> None:
         data = getattr(self.trainer, "datamodule", None)
         if not isinstance(data, TokenDataModule):
@@ -105,13 +113,15 @@ class NextTokenModule(OptimizedModule):
                 f"the token shards have a codebook of {data.codebook_size} codes, the model one of "
                 f"{self.language_model.layout.codebook_size}: tokenize with the checkpoint's visual tokenizer."
             )
-        if self.visual_tokenizer_path is not None and data.fingerprint is not None:
-            fingerprint = self._visual_tokenizer.fingerprint
-            if data.fingerprint != fingerprint:
+        known = {"the checkpoint's visual tokenizer": self.start_fingerprint}
+        if self.visual_tokenizer_path is not None:
+            known[self.visual_tokenizer_path] = self._visual_tokenizer.fingerprint
+        for name, fingerprint in known.items():
+            if None not in (fingerprint, data.fingerprint) and fingerprint != data.fingerprint:
                 raise ValueError(
-                    f"the token shards were made by visual tokenizer {data.fingerprint[:12]}…, but "
-                    f"{self.visual_tokenizer_path} is {fingerprint[:12]}…: tokenize again with that one, or name the "
-                    "one that made them (--model.init_args.visual_tokenizer)."
+                    f"the token shards were made by visual tokenizer {str(data.fingerprint)[:12]}…, but {name} is "
+                    f"{str(fingerprint)[:12]}…: tokenize again with that one, or name the one that made them "
+                    "(--model.init_args.visual_tokenizer)."
                 )
         if data.layout != self.language_model.layout:
             raise ValueError(
@@ -195,10 +205,21 @@ class NextTokenModule(OptimizedModule):
             max_text_tokens=data.max_text_tokens if isinstance(data, TokenDataModule) else MAX_TEXT_TOKENS,
             generation=self.generation or GenerationDefaults(),
             visual_tokenizer=self.visual_tokenizer_path,
-            visual_tokenizer_fingerprint=self._visual_tokenizer.fingerprint if self.visual_tokenizer_path else None,
+            visual_tokenizer_fingerprint=self._fingerprint,
         )
 
     @property
+    def _fingerprint(self) -> str | None:
+        if self.visual_tokenizer_path is not None:
+            return self._visual_tokenizer.fingerprint
+        data = getattr(self.trainer, "datamodule", None)
+        return (data.fingerprint if isinstance(data, TokenDataModule) else None) or self.start_fingerprint
+
+    @property
     def downsample(self) -> int:
-        """Pixels a code; the paper's tokenizer's where none is named."""
-        return self._visual_tokenizer.downsample if self.visual_tokenizer_path else DEFAULT_DOWNSAMPLE
+        """Pixels a code: the named visual tokenizer's, else the token shards', else the starting checkpoint's."""
+        if self.visual_tokenizer_path is not None:
+            return self._visual_tokenizer.downsample
+        data = getattr(self.trainer, "datamodule", None)
+        shards = data.downsample if isinstance(data, TokenDataModule) else None
+        return shards or self.start_downsample or DEFAULT_DOWNSAMPLE

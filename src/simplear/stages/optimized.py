@@ -9,7 +9,13 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import nn
 
-from simplear.stages.optimizers import apply_settings, group_settings, parameter_groups
+from simplear.stages.optimizers import (
+    apply_settings,
+    group_settings,
+    parameter_groups,
+    require_same_schedule,
+    schedule_settings,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +44,15 @@ class OptimizedModule(LightningModule):
         self._optimizer_settings = group_settings(optimizer)
         if self.lr_scheduler is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
+        scheduler = self.lr_scheduler(optimizer)
+        self._schedule_settings = schedule_settings(scheduler)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
         """After resuming, what is configured goes before what the optimizer's state remembers."""
         optimizer: Any = self.optimizers(use_pl_optimizer=False)
+        if self.lr_scheduler is not None:
+            require_same_schedule(self.lr_schedulers(), self._schedule_settings)
         for change in apply_settings(optimizer, self._optimizer_settings, scheduled=self.lr_scheduler is not None):
             if self.trainer.is_global_zero:
                 logger.info("optimizer as configured, not as saved: %s", change)

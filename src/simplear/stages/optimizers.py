@@ -22,8 +22,8 @@ MATRICES = "matrices"
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     """Three groups by what a parameter is, each with a ``name`` that learning-rate monitors show.
 
-    ``matrices``: 2-D weights inside the decoder layers; ``embeddings``: input and output embeddings; ``vectors``: norms
-    and biases, without weight decay. The first two take the optimizer's own weight decay.
+    ``embeddings``: input and output embeddings; ``matrices``: all other weights of two or more dimensions; ``vectors``:
+    norms and biases, without weight decay. The first two take the optimizer's own weight decay.
     """
     groups: dict[str, list[nn.Parameter]] = {MATRICES: [], "embeddings": [], "vectors": []}
     for name, parameter in model.named_parameters():
@@ -74,6 +74,30 @@ def apply_settings(optimizer: Optimizer, configured: list[dict[str, Any]], sched
     return changes
 
 
+SCHEDULE_PROGRESS = ("last_epoch", "_step_count", "_last_lr")
+"""What a schedule's state says of its progress, not of its configuration."""
+
+
+def schedule_settings(scheduler: Any) -> dict[str, Any]:
+    """The plain values that a schedule was configured with."""
+    return {
+        key: value
+        for key, value in scheduler.state_dict().items()
+        if key not in SCHEDULE_PROGRESS and isinstance(value, (int, float, str, type(None)))
+    }
+
+
+def require_same_schedule(scheduler: Any, configured: dict[str, Any]) -> None:
+    """Raises ValueError where a restored schedule is not the configured one: its state would silently go first."""
+    restored = schedule_settings(scheduler)
+    for key, value in configured.items():
+        if not key.startswith("_") and restored.get(key) != value:
+            raise ValueError(
+                f"the run to resume has a schedule with {key} = {restored.get(key)}, now {value} is configured: set it "
+                "back, or start a new run from the exported checkpoint."
+            )
+
+
 class MuonWithAdamW(Optimizer):
     """Muon for the group named ``matrices``, AdamW for the others.
 
@@ -91,7 +115,8 @@ class MuonWithAdamW(Optimizer):
         eps: AdamW's.
 
     Raises:
-        ValueError: sharded parameters. Muon orthogonalises whole matrices, which no rank of FSDP2 holds.
+        ValueError: sharded parameters, for Muon orthogonalises whole matrices, which no rank of FSDP2 holds; or a
+            parameter of more than two dimensions among the matrices.
     """
 
     def __init__(
@@ -111,6 +136,8 @@ class MuonWithAdamW(Optimizer):
                     "MuonWithAdamW needs whole matrices, and FSDP2 shards them: use DDP, or torch.optim.AdamW with "
                     "FSDP2 (--model.init_args.optimizer torch.optim.AdamW)."
                 )
+            if group.get("name") == MATRICES and any(parameter.ndim != 2 for parameter in group["params"]):
+                raise ValueError("MuonWithAdamW takes matrices of two dimensions; use torch.optim.AdamW here.")
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         # AdamW completes its groups once; afterwards it only computes, on this object's own groups and state.
         self._adamw = AdamW(self._groups(False), lr=adamw_lr, weight_decay=weight_decay, betas=betas, eps=eps)

@@ -27,6 +27,8 @@ class SFTModule(NextTokenModule):
     def load_language_model(self) -> tuple[LanguageModel, PreTrainedTokenizerBase]:
         """Load the checkpoint's weights in float32, to be trained."""
         loaded = load_checkpoint(self.checkpoint, dtype=torch.float32)
+        self.start_fingerprint = loaded.settings.visual_tokenizer_fingerprint
+        self.start_downsample = loaded.settings.downsample
         if self.generation is None:
             self.generation = loaded.settings.generation
         if self.visual_tokenizer_path is None and loaded.visual_tokenizer_path is not None:

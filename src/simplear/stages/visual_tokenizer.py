@@ -133,6 +133,7 @@ class VisualTokenizerModule(OptimizedModule):
         values = {"validation/codebook_used": used.float(), "validation/code_perplexity": perplexity.float()}
         self.log_dict(values, sync_dist=True)
 
-    def on_train_end(self) -> None:
-        if self.export_dir is not None and self.trainer.is_global_zero:
+    def on_fit_end(self) -> None:
+        """Export; also when a training that had only this left to do is started again."""
+        if self.export_dir is not None and self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             save_visual_tokenizer(self.tokenizer, self.export_dir)  # type: ignore[arg-type]
