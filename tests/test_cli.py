@@ -152,7 +152,6 @@ def test_verbs() -> None:
             ["tokenize", *SOURCE, "--visual-tokenizer", "checkpoints/nowhere", "--out", "out"],
             "make train-tokenizer",
         ),
-        (["fit", "--config", str(CONFIGS / "sft.yaml")], "make pretrain"),
         (["fit", "--config", "nowhere.yaml"], "nowhere.yaml"),
     ],
 )
@@ -163,6 +162,13 @@ def test_missing_artefacts_say_what_makes_them(
     (tmp_path / "checkpoints").mkdir()
     code, printed = run(*arguments)
     assert code == 2 and message in printed and "Traceback" not in printed
+
+
+def test_fine_tuning_without_a_checkpoint_says_what_makes_it(tiny_shards: str, tmp_path: Path) -> None:
+    paths = ["--data.init_args.paths", tiny_shards, "--data.init_args.validation_paths", "null"]
+    start = ["--model.init_args.checkpoint", str(tmp_path / "nowhere")]
+    code, printed = run("fit", "--config", str(CONFIGS / "sft.yaml"), *paths, *start)
+    assert code == 2 and "make pretrain" in printed and "Traceback" not in printed
 
 
 def test_missing_shards_say_what_makes_them(config: list[str], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -117,13 +118,16 @@ def test_killed_and_resumed_gives_the_same_shards(tmp_path: Path) -> None:
         process.join()
         assert process.exitcode == -signal.SIGKILL and not (out / MANIFEST_FILE).exists()
     # What a kill in the middle of a write leaves behind.
-    (out / f".train-seed0-000000050.arrow{TEMPORARY_MARK}1").write_bytes(b"half a shard")
+    half = f".train-seed0-000000050.arrow{TEMPORARY_MARK}{socket.gethostname()}-{process.pid}"
+    (out / half).write_bytes(b"half a shard")
+    elsewhere = out / f".train-seed0-000000050.arrow{TEMPORARY_MARK}another-machine-{process.pid}"
+    elsewhere.write_bytes(b"perhaps still being written")
     (out / "train-seed0-000000040.arrow").write_bytes(b"a shard without its sidecar")
     before = {file.name: file.stat().st_mtime_ns for file in out.glob("*.arrow") if file.with_suffix(".json").exists()}
     assert len(before) >= 3
     assert run(source, out, batch_size=4) == whole
     assert {name: (out / name).stat().st_mtime_ns for name in before} == before
-    assert not list(out.glob(f".*{TEMPORARY_MARK}*"))
+    assert list(out.glob(f".*{TEMPORARY_MARK}*")) == [elsewhere]
     TokenShards(out).verify()
 
 

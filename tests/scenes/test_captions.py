@@ -52,7 +52,7 @@ def assert_true(scene: Scene, caption: str) -> None:
     for phrase in phrases:
         item = next(x for x in scene.objects if (x.shape, x.color) == (phrase["shape"], phrase["color"]))
         if phrase["size"]:
-            assert (item.size <= 0.25) if phrase["size"] == "small" else (item.size >= 0.31), caption
+            assert (item.size <= 0.29) if phrase["size"] == "small" else (item.size >= 0.36), caption
         place = phrase["place"] or ""
         for word, holds in (
             ("left", item.x < 0.4),

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +45,8 @@ SCHEMA = pa.schema(
 MAX_CODEBOOK_SIZE = 2**16
 """Codes are stored as uint16."""
 
+_HOST = socket.gethostname()
+
 Grid = tuple[int, int]
 Int64 = npt.NDArray[np.int64]
 
@@ -66,7 +69,7 @@ class TokenRow:
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """The file appears complete or not at all, also when the machine stops; an older one is replaced."""
-    temporary = path.with_name(f".{path.name}{TEMPORARY_MARK}{os.getpid()}")
+    temporary = path.with_name(f".{path.name}{TEMPORARY_MARK}{_HOST}-{os.getpid()}")
     with open(temporary, "wb") as file:
         file.write(content)
         file.flush()
@@ -77,6 +80,15 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def remove_abandoned(directory: Path) -> None:
+    """Remove temporary files of processes of this machine that are no more; others may still be writing theirs."""
+    for temporary in directory.glob(f".*{TEMPORARY_MARK}{_HOST}-*"):
+        try:
+            os.kill(int(temporary.name.rpartition("-")[2]), 0)
+        except ProcessLookupError:
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

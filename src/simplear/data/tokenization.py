@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -30,11 +29,11 @@ from tqdm import tqdm
 from simplear.data.pictures import Pixels, resize_and_crop
 from simplear.data.shards import (
     MAX_CODEBOOK_SIZE,
-    TEMPORARY_MARK,
     TokenRow,
     claim_directory,
     is_committed,
     merge_manifest,
+    remove_abandoned,
     write_shard,
 )
 from simplear.data.sources import Sample, Source, Unit
@@ -42,8 +41,6 @@ from simplear.visual_tokenizer import VisualTokenizer, load_visual_tokenizer
 
 logger = logging.getLogger(__name__)
 
-SECONDS_UNTIL_ABANDONED = 3600
-"""Age of a temporary file that a killed process left behind."""
 SECONDS_BETWEEN_LINES = 10
 """Of progress, where there is no terminal to draw a bar on."""
 
@@ -206,10 +203,7 @@ class ShardWriter(BasePredictionWriter):
             logger.warning("%d pictures dropped on rank %d: %s", count, trainer.global_rank, reason)
         trainer.strategy.barrier("tokenized")
         if trainer.is_global_zero:
-            for left_over in self.out.glob(f".*{TEMPORARY_MARK}*"):
-                # A younger one may belong to another process that writes here.
-                if time.time() - left_over.stat().st_mtime > SECONDS_UNTIL_ABANDONED:
-                    left_over.unlink()
+            remove_abandoned(self.out)
             merge_manifest(self.out, [unit.name for unit in pl_module.source.units()])
         trainer.strategy.barrier("merged")
 
