@@ -23,6 +23,7 @@ from simplear.sequence import (
     text_target_mask,
     token_layout,
     training_batch,
+    training_caption,
     truncate,
 )
 
@@ -162,3 +163,10 @@ def test_positions_in_two_dimensions_written_by_hand() -> None:
         positions_2d_at(torch.tensor([[place], [place]]), torch.tensor([2, 3]), grid_width=3) for place in range(8)
     ]
     assert torch.equal(torch.cat(one_by_one, dim=2), positions)
+
+
+def test_condition_dropout_by_hand() -> None:
+    """Below the probability the caption goes, and its prefix with it."""
+    assert training_caption("a red circle", "a photo of ", 0.0999, 0.1) == ""
+    assert training_caption("a red circle", "a photo of ", 0.1, 0.1) == "a photo of a red circle"
+    assert training_caption("a red circle", "", 0.0, 0.0) == "a red circle"

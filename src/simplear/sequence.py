@@ -122,6 +122,16 @@ def prompt_sequence(caption_ids: Sequence[int], layout: TokenLayout) -> Tensor:
     return torch.tensor([layout.text_to_image_id, *caption_ids, layout.start_of_image_id], dtype=torch.long)
 
 
+def training_caption(caption: str, prefix: str, uniform: float, dropout: float) -> str:
+    """What training puts between the control tokens: prefix and caption or, with probability ``dropout``, nothing.
+
+    Args:
+        uniform: the sample's random number in [0, 1).
+        dropout: probability of the empty caption, which guidance uses as the unconditional one; it has no prefix.
+    """
+    return "" if uniform < dropout else prefix + caption
+
+
 def truncate(caption_ids: Sequence[int], max_text_tokens: int) -> tuple[list[int], bool]:
     """The caption cut at its end to ``max_text_tokens``, and whether anything was cut."""
     return list(caption_ids[:max_text_tokens]), len(caption_ids) > max_text_tokens

@@ -28,6 +28,7 @@ from simplear.sequence import (
     encode_captions,
     token_layout,
     training_batch,
+    training_caption,
     truncate,
 )
 
@@ -61,16 +62,17 @@ class TokenBatches(BatchDataset):
         read = self.shards.read(rows)
         captions = choose_captions(read.captions, self.seed, epoch, rows)
         prefixes = choose_captions([self.caption_prefixes] * len(rows), self.seed, epoch, rows, purpose=PREFIX)
-        dropped = uniforms(self.seed, epoch, rows, DROPOUT) < self.caption_dropout
+        draws = uniforms(self.seed, epoch, rows, DROPOUT)
         texts = [
-            "" if drop else prefix + caption for drop, prefix, caption in zip(dropped, prefixes, captions, strict=True)
+            training_caption(caption, prefix, draw, self.caption_dropout)
+            for caption, prefix, draw in zip(captions, prefixes, draws, strict=True)
         ]
         cut = [truncate(ids, self.max_text_tokens) for ids in encode_captions(self.tokenizer, texts)]
         codes = torch.from_numpy(read.codes.astype(np.int64))
         return {
             "codes": codes,
             **training_batch([ids for ids, _ in cut], codes, self.layout),
-            "dropped": torch.from_numpy(dropped),
+            "dropped": torch.from_numpy(draws < self.caption_dropout),
             "truncated": torch.tensor([was_cut for _, was_cut in cut]),
             "captions": captions,
             "metadata": read.metadata,
