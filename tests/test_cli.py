@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from simplear.cli import main
+from toys import write_pretraining
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "demo"
 SOURCE = ("--source", "ScenesSource", "--source.count", "3", "--source.resolution", "16")
@@ -29,42 +30,11 @@ def run(*arguments: str) -> tuple[int, str]:
 @pytest.fixture
 def config(tmp_path: Path, tiny_text_tokenizer: str, tiny_shards: str, tiny_visual_tokenizer: str) -> list[str]:
     """A pretraining of a tiny model on tiny shards, under ``tmp_path/run``."""
-    file = tmp_path / "pretrain.yaml"
-    file.write_text(f"""
-seed_everything: 0
-model:
-  class_path: simplear.stages.PretrainModule
-  init_args:
-    visual_tokenizer: {tiny_visual_tokenizer}
-    language_model:
-      tokenizer: {tiny_text_tokenizer}
-      codebook_size: 27
-      architecture: {{hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 1,
-                      intermediate_size: 24, max_position_embeddings: 96}}
-    optimizer: {{class_path: torch.optim.AdamW, init_args: {{lr: 0.01, weight_decay: 0.01}}}}
-data:
-  class_path: simplear.data.TokenDataModule
-  init_args:
-    paths: [{tiny_shards}]
-    global_batch_size: 4
-    tokenizer: ${{model.init_args.language_model.tokenizer}}
-    max_text_tokens: 40
-trainer:
-  default_root_dir: {tmp_path / "run"}
-  accelerator: cpu
-  devices: 1
-  max_steps: 6
-  max_epochs: -1
-  logger:
-    class_path: lightning.pytorch.loggers.CSVLogger
-    init_args: {{save_dir: "${{trainer.default_root_dir}}/logs"}}
-  log_every_n_steps: 1
-  enable_model_summary: false
-  callbacks:
-    - class_path: simplear.callbacks.HuggingFaceCheckpoint
-      init_args: {{dirpath: "${{trainer.default_root_dir}}/states", export_dir: "${{trainer.default_root_dir}}/model"}}
-""")
-    return ["fit", "--config", str(file)]
+    return [
+        "fit",
+        "--config",
+        str(write_pretraining(tmp_path, tiny_text_tokenizer, tiny_visual_tokenizer, tiny_shards)),
+    ]
 
 
 def weights(root: Path) -> dict[str, torch.Tensor]:

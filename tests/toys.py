@@ -78,3 +78,50 @@ def make_batch(
     """A right-padded batch of all captions and random codes."""
     codes = torch.randint(0, CODEBOOK, (len(captions), *grid), generator=torch.Generator().manual_seed(1))
     return training_batch(encode_captions(tokenizer, captions), codes, model.layout)
+
+
+def write_pretraining(
+    directory: Path, text_tokenizer: str, visual_tokenizer: str, shards: str, save_every: int = 1000
+) -> Path:
+    """A configuration file that pretrains a tiny model under ``directory/run``; returns its path."""
+    file = directory / "pretrain.yaml"
+    file.write_text(
+        f"""
+seed_everything: 0
+model:
+  class_path: simplear.stages.PretrainModule
+  init_args:
+    visual_tokenizer: {visual_tokenizer}
+    language_model:
+      tokenizer: {text_tokenizer}
+      codebook_size: 27
+      architecture: {{hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 1,
+                      intermediate_size: 24, max_position_embeddings: 96}}
+    optimizer: {{class_path: torch.optim.AdamW, init_args: {{lr: 0.01, weight_decay: 0.01}}}}
+data:
+  class_path: simplear.data.TokenDataModule
+  init_args:
+    paths: [{shards}]
+    global_batch_size: 4
+    tokenizer: ${{model.init_args.language_model.tokenizer}}
+    max_text_tokens: 40
+trainer:
+  default_root_dir: {directory / "run"}
+  accelerator: cpu
+  devices: 1
+  max_steps: 6
+  max_epochs: -1
+  logger:
+    class_path: lightning.pytorch.loggers.CSVLogger
+    init_args: {{save_dir: "${{trainer.default_root_dir}}/logs"}}
+  log_every_n_steps: 1
+  enable_model_summary: false
+  callbacks:
+    - class_path: simplear.callbacks.HuggingFaceCheckpoint
+      init_args:
+        dirpath: ${{trainer.default_root_dir}}/states
+        export_dir: ${{trainer.default_root_dir}}/model
+        every_n_train_steps: {save_every}
+"""
+    )
+    return file
