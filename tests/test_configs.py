@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from lightning.pytorch.cli import LightningCLI
 from PIL import Image
 
 from simplear.cli import PARSER_MODE
+from simplear.language_model import load_checkpoint
 from simplear.language_model.rope import Qwen2Rope2DForCausalLM
 from simplear.sequence import SPECIAL_TOKENS
 from simplear.stages import PretrainModule, SFTModule
@@ -135,3 +139,41 @@ def test_demo_configurations_parse(name: str) -> None:
     else:
         composed = compose(f"demo/{name}")
         assert composed.config["trainer"]["max_steps"] > 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("rope", ["1d", "2d"])
+def test_the_papers_composition_trains_and_resumes_on_two_processes(
+    tmp_path: Path, tiny_text_tokenizer: str, tiny_visual_tokenizer: str, tiny_shards: str, rope: str
+) -> None:
+    """FSDP2, bf16, activation checkpointing, chunked head, sampling: all of it but the size and the GPUs."""
+    names = ["pretrain", "0.5b", "from-scratch", *(["rope-2d"] if rope == "2d" else []), "a100x32"]
+    configs = [part for name in names for part in ("--config", str(CONFIGS / "paper" / f"{name}.yaml"))]
+    overrides = {
+        "trainer.accelerator": "cpu",
+        "trainer.devices": "2",
+        "trainer.num_nodes": "1",
+        "trainer.strategy.init_args.data_parallel_size": "2",
+        "trainer.default_root_dir": str(tmp_path),
+        "trainer.val_check_interval": "2",
+        "model.init_args.language_model.tokenizer": tiny_text_tokenizer,
+        "model.init_args.language_model.codebook_size": "27",
+        "model.init_args.language_model.architecture": (
+            "{hidden_size: 16, intermediate_size: 24, num_hidden_layers: 2, num_attention_heads: 2, "
+            "num_key_value_heads: 1, max_position_embeddings: 600, tie_word_embeddings: true}"
+        ),
+        "model.init_args.visual_tokenizer": tiny_visual_tokenizer,
+        "data.init_args.paths": tiny_shards,
+        "data.init_args.validation_paths": tiny_shards,
+        "data.init_args.global_batch_size": "8",
+        "data.init_args.num_workers": "0",
+    }
+    options = [part for key, value in overrides.items() for part in (f"--{key}", value)]
+    for steps in ("3", "6"):
+        command = [sys.executable, "-m", "simplear.cli", "fit", *configs, *options]
+        command += ["--trainer.max_steps", steps, "--ckpt_path", "last"]
+        finished = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert finished.returncode == 0, finished.stderr[-3000:]
+        assert f"step {steps} of {steps}" in finished.stdout
+    assert "step 3 of 6" not in finished.stdout, "the second run went on from the first"
+    assert load_checkpoint(tmp_path / "pretrain").model.rope == rope
