@@ -5,8 +5,10 @@ too), its sidecar (``NAME.json``: rows, bytes, SHA-256, grids, drops), ``setting
 and how), and ``manifest.json``, which merges them once all units are there. Files are written to a temporary name,
 synced and renamed, the sidecar after its shard: a shard that has its sidecar is committed, whatever was killed when.
 
-Reading goes past `datasets`: a row is two offsets and a slice of one mapped array. A ``.jsonl`` of prompts reads as
-rows with an empty grid. Nothing here knows of pictures, of text tokenizers or of the order of training.
+Reading goes past `datasets`: a row is some offsets and slices of mapped bytes. Each row carries a checksum of what
+training takes from it, compared whenever it is read, so nothing damaged is trained on and no start waits until 88 GB
+are hashed. A ``.jsonl`` of prompts reads as rows with an empty grid. Nothing here knows of pictures, of text tokenizers
+or of the order of training.
 """
 
 from __future__ import annotations
@@ -15,8 +17,11 @@ import hashlib
 import json
 import os
 import socket
+import struct
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +29,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-FORMAT_VERSION = 1
-"""Raised when a shard, sidecar or manifest changes so that older code would misread it."""
+from simplear.atomic import sync, writing
+
+FORMAT_VERSION = 2
+"""Raised when a shard, sidecar or manifest changes so that older code cannot read it or this code not the older."""
 
 MANIFEST_FILE = "manifest.json"
 SETTINGS_FILE = "settings.json"
@@ -40,10 +47,14 @@ SCHEMA = pa.schema(
         "captions": pa.list_(pa.string()),
         "metadata": pa.string(),
         "source": pa.string(),
+        "checksum": pa.uint32(),
     }
 )
 MAX_CODEBOOK_SIZE = 2**16
 """Codes are stored as uint16."""
+
+DAMAGED = "delete it and run the same `simplear tokenize` again"
+"""What to do about a damaged shard."""
 
 _HOST = socket.gethostname()
 
@@ -68,18 +79,20 @@ class TokenRow:
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    """The file appears complete or not at all, also when the machine stops; an older one is replaced."""
+    """The file appears complete or not at all, also when the machine stops; an older one is replaced.
+
+    Raises OSError, naming the file, when the disk takes no more.
+    """
     temporary = path.with_name(f".{path.name}{TEMPORARY_MARK}{_HOST}-{os.getpid()}")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    directory = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+        with writing(path):
+            temporary.write_bytes(content)
+            sync(temporary)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    os.replace(temporary, path)
+    sync(path.parent)
 
 
 def remove_abandoned(directory: Path) -> None:
@@ -96,11 +109,35 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
+def row_checksum(codes: npt.NDArray[np.uint16], grid: Grid, texts: Sequence[bytes]) -> int:
+    """CRC-32 of what training reads of a row.
+
+    Args:
+        codes: in raster order.
+        grid: (h, w).
+        texts: key, captions and metadata, as UTF-8; their lengths count too.
+    """
+    lengths = struct.pack(f"<{2 + len(texts)}i", *grid, *map(len, texts))
+    return zlib.crc32(b"".join([lengths, codes.tobytes(), *texts]))
+
+
 def rows_table(rows: Sequence[TokenRow]) -> pa.Table:
-    """Rows as an Arrow table of one chunk. Raises ValueError, naming the row, for one without a caption."""
+    """Rows as an Arrow table of one chunk.
+
+    Raises ValueError, naming the row, for one without a caption, or with text that is no valid Unicode.
+    """
+    metadata, checksums = [], []
     for row in rows:
         if not row.captions:
             raise ValueError(f"row {row.key!r} of {row.source!r} has no caption; an empty string would be one.")
+        metadata.append(json.dumps(row.metadata, ensure_ascii=False))
+        try:
+            texts = [text.encode() for text in (row.key, *row.captions, metadata[-1])]
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"row {row.key!r} of {row.source!r} has text that is no valid Unicode: {error}."
+            ) from error
+        checksums.append(row_checksum(row.codes, (row.codes.shape[0], row.codes.shape[1]), texts))
     ends = np.cumsum([0, *(row.codes.size for row in rows)], dtype=np.int32)
     values = np.concatenate([np.empty(0, np.uint16), *(row.codes.reshape(-1) for row in rows)])
     columns = {
@@ -109,8 +146,9 @@ def rows_table(rows: Sequence[TokenRow]) -> pa.Table:
         "height": [row.codes.shape[0] for row in rows],
         "width": [row.codes.shape[1] for row in rows],
         "captions": [list(row.captions) for row in rows],
-        "metadata": [json.dumps(row.metadata, ensure_ascii=False) for row in rows],
+        "metadata": metadata,
         "source": [row.source for row in rows],
+        "checksum": checksums,
     }
     return pa.table(columns, schema=SCHEMA)
 
@@ -148,7 +186,7 @@ def write_shard(directory: Path, name: str, rows: Sequence[TokenRow], drops: Map
 def is_committed(directory: Path, name: str) -> bool:
     """Whether a unit's shard is there with its sidecar and has the size that the sidecar states."""
     try:
-        sidecar = json.loads((directory / f"{name}.json").read_text())
+        sidecar = _read_json(directory / f"{name}.json")
         return (directory / sidecar["file"]).stat().st_size == sidecar["bytes"]
     except FileNotFoundError:
         return False
@@ -217,14 +255,15 @@ def read_prompts(path: Path) -> list[TokenRow]:
     if not path.is_file():
         raise FileNotFoundError(f"no file of prompts at {path}.")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
+            entry = json.loads(line.decode())
             prompt = entry.pop("prompt")
-        except (json.JSONDecodeError, AttributeError, TypeError, KeyError) as error:
-            raise ValueError(f'{path}, line {number} is no JSON object with a "prompt": {error}.') from error
+            json.dumps(entry | {"prompt": prompt}, ensure_ascii=False).encode()  # JSON can spell half a surrogate pair
+        except (ValueError, AttributeError, TypeError, KeyError) as error:
+            raise ValueError(f'{path}, line {number} is no UTF-8 JSON object with a "prompt": {error}.') from error
         metadata = entry.get("metadata", entry)
         if not isinstance(prompt, str) or not isinstance(metadata, dict):
             raise ValueError(f'{path}, line {number}: "prompt" must be text and "metadata" an object.')
@@ -249,6 +288,8 @@ class _Shard:
     rows: int
     grids: dict[Grid, int]
     sha256: str = ""
+    size: int = 0
+    """Bytes of the file."""
     table: pa.Table | None = None
     """Prompts alone are held; files are mapped when first read."""
 
@@ -266,7 +307,7 @@ class TokenShards:
 
         Raises:
             FileNotFoundError: a path, manifest or shard is missing.
-            ValueError: a manifest of a newer version, a shard of another size than its sidecar states, or directories
+            ValueError: a manifest of another version, a shard of another size than its sidecar states, or directories
                 of different visual tokenizers.
         """
         self.fingerprint: str | None = None
@@ -298,10 +339,10 @@ class TokenShards:
                 "it goes on where it stopped."
             )
         manifest = _read_json(manifest_path)
-        if manifest["format_version"] > FORMAT_VERSION:
+        if (version := manifest["format_version"]) != FORMAT_VERSION:
+            remedy = "update simplear" if version > FORMAT_VERSION else "remove the directory and tokenize again"
             raise ValueError(
-                f"{manifest_path} has format version {manifest['format_version']}, this code reads up to "
-                f"{FORMAT_VERSION}: update simplear, or tokenize again."
+                f"{manifest_path} has format version {version}, this code reads {FORMAT_VERSION}: {remedy}."
             )
         if self.fingerprint not in (None, manifest["visual_tokenizer"]):
             raise ValueError(
@@ -321,7 +362,7 @@ class TokenShards:
                     "`simplear tokenize` again to write it."
                 )
             grids = {_grid(name): count for name, count in entry["grids"].items()}
-            self._shards.append(_Shard(path, entry["rows"], grids, entry["sha256"]))
+            self._shards.append(_Shard(path, entry["rows"], grids, entry["sha256"], entry["bytes"]))
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -349,7 +390,12 @@ class TokenShards:
                 continue
             if len(shard.grids) > 1:
                 columns = self._open(index)
-                picks[len(starts)] = np.flatnonzero((columns.height == grid[0]) & (columns.width == grid[1]))
+                rows = np.flatnonzero((columns.height == grid[0]) & (columns.width == grid[1]))
+                if len(rows) != shard.grids[grid]:
+                    raise ValueError(
+                        f"{shard.path} has {len(rows)} rows of {grid}, not {shard.grids[grid]}: {DAMAGED}."
+                    )
+                picks[len(starts)] = rows
             starts.append(int(self._starts[index]))
             counts.append(shard.grids[grid])
         return Bucket(np.array(starts), np.cumsum(counts), picks)
@@ -357,8 +403,8 @@ class TokenShards:
     def read(self, rows: Int64) -> Rows:
         """The rows with these numbers, shape (B,), which must have one grid.
 
-        Raises IndexError for a row that does not exist, and ValueError, naming file and key, for a code outside the
-        codebook or a damaged file.
+        Raises IndexError for a row that does not exist, and ValueError, naming file and row, for a code outside the
+        codebook, a row that is not as it was written, or a damaged file.
         """
         rows = np.asarray(rows)
         if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
@@ -367,37 +413,52 @@ class TokenShards:
         shard_indices = np.searchsorted(self._starts, rows, side="right") - 1
         keys, codes, captions, metadata = [], [], [], []
         for shard, local in zip(shard_indices.tolist(), (rows - self._starts[shard_indices]).tolist(), strict=True):
-            columns = self._open(shard)
-            first, end = columns.offsets[local], columns.offsets[local + 1]
-            codes.append(columns.tokens[first:end].reshape(columns.height[local], columns.width[local]))
-            keys.append(columns.key[local].as_py())
-            captions.append(columns.captions[local].as_py())
-            metadata.append(json.loads(columns.metadata[local].as_py()))
+            try:
+                row = self._open(shard).row(local)
+            except _DamagedRow as error:
+                raise ValueError(f"{self._shards[shard].path}, row {local} is damaged ({error}): {DAMAGED}.") from error
+            codes.append(row[0])
+            keys.append(row[1])
+            captions.append(row[2])
+            metadata.append(json.loads(row[3]))
         stacked = np.stack(codes)
-        if stacked.size and self.codebook_size is not None and (top := int(stacked.max())) >= self.codebook_size:
-            row = int(np.flatnonzero((stacked >= self.codebook_size).any((1, 2)))[0])
+        if stacked.size and self.codebook_size is not None and int(stacked.max()) >= self.codebook_size:
+            number = int(np.flatnonzero((stacked >= self.codebook_size).any((1, 2)))[0])
+            shard = shard_indices[number]
             raise ValueError(
-                f"{self._shards[shard_indices[row]].path}, key {keys[row]!r}: code {top} in a codebook of "
-                f"{self.codebook_size}. The shard is damaged: delete it and tokenize again."
+                f"{self._shards[shard].path}, key {keys[number]!r}: code {stacked[number].max()} in a codebook of "
+                f"{self.codebook_size}, in row {rows[number] - self._starts[shard]} of the shard. The codes are of "
+                "another tokenizer than the manifest says: tokenize again into another directory."
             )
         return Rows(keys, stacked, captions, metadata)
 
-    def verify(self) -> None:
-        """Read every byte and compare SHA-256 with the manifest. Raises ValueError naming the first that differs."""
-        for shard in self._shards:
+    @property
+    def size(self) -> int:
+        """Bytes of all shard files."""
+        return sum(shard.size for shard in self._shards)
+
+    def verify(self, rank: int = 0, world_size: int = 1) -> None:
+        """Read every byte of this rank's share of the shards and compare SHA-256 with the manifest.
+
+        Raises ValueError naming the first that differs.
+        """
+        for shard in self._shards[rank::world_size]:
             if shard.sha256:
                 with open(shard.path, "rb") as file:
                     digest = hashlib.file_digest(file, "sha256").hexdigest()
                 if digest != shard.sha256:
                     raise ValueError(
-                        f"{shard.path} has SHA-256 {digest[:12]}…, its sidecar {shard.sha256[:12]}…: delete it and "
-                        "run the same `simplear tokenize` again."
+                        f"{shard.path} has SHA-256 {digest[:12]}…, its sidecar {shard.sha256[:12]}…: {DAMAGED}."
                     )
 
     def _open(self, index: int) -> _Columns:
         if index not in self._columns:
             shard = self._shards[index]
-            self._columns[index] = _Columns(_map_table(shard.path) if shard.table is None else shard.table)
+            table = _map_table(shard.path) if shard.table is None else shard.table
+            try:
+                self._columns[index] = _Columns(table, shard.rows)
+            except _DamagedRow as error:
+                raise ValueError(f"{shard.path} is damaged ({error}): {DAMAGED}.") from error
         return self._columns[index]
 
 
@@ -425,22 +486,59 @@ class Bucket:
         return self.starts[shards] + local
 
 
+class _DamagedRow(Exception):
+    """What was read is not what was written."""
+
+
 class _Columns:
-    """Columns of a table as views into its memory."""
+    """Columns of a table as views into its buffers.
 
-    def __init__(self, table: pa.Table) -> None:
-        tokens = _one_chunk(table["tokens"])
-        self.offsets = tokens.offsets.to_numpy()
-        self.tokens = tokens.values.to_numpy()
-        self.height = _one_chunk(table["height"]).to_numpy()
-        self.width = _one_chunk(table["width"]).to_numpy()
-        self.key = _one_chunk(table["key"])
-        self.captions = _one_chunk(table["captions"])
-        self.metadata = _one_chunk(table["metadata"])
+    Rows are slices of numpy arrays, which stay inside them whatever the offsets say: pyarrow itself follows damaged
+    lengths and offsets out of the file.
+    """
+
+    def __init__(self, table: pa.Table, rows: int) -> None:
+        if table.schema != SCHEMA or table.num_rows != rows or table["key"].num_chunks != 1:
+            raise _DamagedRow(f"{table.num_rows} rows instead of {rows}, or other columns")
+        # Of each column and its children: validity, which nothing here uses, and then offsets or values.
+        buffers = {name: table[name].chunk(0).buffers() for name in SCHEMA.names}
+        try:
+            self.key, self.metadata = _text(*buffers["key"][1:]), _text(*buffers["metadata"][1:])
+            self.token_offsets = np.frombuffer(buffers["tokens"][1], np.int32)
+            self.tokens = np.frombuffer(buffers["tokens"][3] or b"", np.uint16)
+            self.caption_offsets = np.frombuffer(buffers["captions"][1], np.int32)
+            self.captions = _text(*buffers["captions"][3:])
+            self.height, self.width = (np.frombuffer(buffers[side][1], np.int32, rows) for side in ("height", "width"))
+            self.checksum = np.frombuffer(buffers["checksum"][1], np.uint32, rows)
+        except (ValueError, TypeError) as error:
+            raise _DamagedRow(str(error)) from error
+
+    def row(self, index: int) -> tuple[npt.NDArray[np.uint16], str, list[str], str]:
+        """Codes (h, w), key, captions and metadata. Raises `_DamagedRow` when they do not have the row's checksum."""
+        try:
+            codes = self.tokens[self.token_offsets[index] : self.token_offsets[index + 1]]
+            grid = int(self.height[index]), int(self.width[index])
+            captions = _texts(self.captions, self.caption_offsets[index], self.caption_offsets[index + 1])
+            (key,), (metadata,) = (_texts(column, index, index + 1) for column in (self.key, self.metadata))
+        except (ValueError, IndexError) as error:
+            raise _DamagedRow(str(error)) from error
+        checksum = row_checksum(codes, grid, [key, *captions, metadata])
+        if checksum != self.checksum[index]:
+            raise _DamagedRow(f"checksum {checksum:08x} instead of {self.checksum[index]:08x}")
+        return codes.reshape(grid), key.decode(), [caption.decode() for caption in captions], metadata.decode()
 
 
-def _one_chunk(column: pa.ChunkedArray) -> Any:
-    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+Texts = tuple[npt.NDArray[np.int32], memoryview]
+"""Offsets and bytes of a column of strings."""
+
+
+def _text(offsets: pa.Buffer, content: pa.Buffer | None) -> Texts:
+    return np.frombuffer(offsets, np.int32), memoryview(content or b"")
+
+
+def _texts(column: Texts, first: int, end: int) -> list[bytes]:
+    offsets, content = column
+    return [bytes(content[a:b]) for a, b in pairwise(offsets[first : end + 1].tolist())]
 
 
 def _map_table(path: Path) -> pa.Table:
@@ -448,8 +546,8 @@ def _map_table(path: Path) -> pa.Table:
         # Closing keeps what was read mapped and gives the file descriptor back: there may be thousands of shards.
         with pa.memory_map(str(path)) as mapped, pa.ipc.open_stream(mapped) as stream:
             return stream.read_all()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path} is no readable Arrow stream ({error}): delete it and tokenize again.") from error
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is no readable Arrow stream ({error}): {DAMAGED}.") from error
 
 
 def _grid(name: str) -> Grid:

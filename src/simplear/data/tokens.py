@@ -34,6 +34,9 @@ from simplear.sequence import (
 
 logger = logging.getLogger(__name__)
 
+VERIFIED_AT_START = 2**30
+"""Bytes of shards up to which they are hashed at each start where nothing is said: some three seconds on one core."""
+
 
 class TokenBatches(BatchDataset):
     """Micro-batches of token shards."""
@@ -106,6 +109,7 @@ class TokenDataModule(OrderedDataModule):
         seed: int = 0,
         num_workers: int = 0,
         shuffle: bool = True,
+        verify: bool | None = None,
     ) -> None:
         """
         Args:
@@ -120,6 +124,8 @@ class TokenDataModule(OrderedDataModule):
             seed: Of the order and of all choices about captions.
             num_workers: Data loader processes on each rank; 0 loads in the training process.
             shuffle: False takes the rows in the order of the files, in every epoch.
+            verify: Hash all shards at each start, divided over the ranks, so that damage is found before training; by
+                default up to 1 GiB of them. Whatever it is, each row's checksum is compared whenever it is read.
         """
         super().__init__(global_batch_size, seed, num_workers, shuffle)
         if not 0 <= caption_dropout <= 1:
@@ -128,6 +134,7 @@ class TokenDataModule(OrderedDataModule):
         self.tokenizer_path, self.codebook_size = tokenizer, codebook_size
         self.caption_dropout, self.caption_prefixes = caption_dropout, caption_prefixes
         self.max_text_tokens = max_text_tokens
+        self.verify = verify
         self.downsample: int | None = None
         """Pixels a code; after setup, None with prompts alone."""
         self.fingerprint: str | None = None
@@ -145,7 +152,8 @@ class TokenDataModule(OrderedDataModule):
         """Open the shards and the text tokenizer.
 
         Raises:
-            FileNotFoundError, ValueError: what `TokenShards` raises; shards of two tokenizers; no codebook size.
+            FileNotFoundError, ValueError: what `TokenShards` raises; shards of two tokenizers, or not as they were
+                written; no codebook size.
         """
         super().setup(stage)
         training = TokenShards(self.paths) if stage in (None, "fit") else None
@@ -153,6 +161,7 @@ class TokenDataModule(OrderedDataModule):
         for shards in (training, validation):
             if shards is not None and shards.fingerprint is not None:
                 self._require_same_tokenizer(shards)
+                self._verify(shards)
         if self.codebook_size is None:
             raise ValueError("prompts alone do not say the number of image codes: give codebook_size.")
         self.text_tokenizer = load_text_tokenizer(self.tokenizer_path)
@@ -194,6 +203,10 @@ class TokenDataModule(OrderedDataModule):
             )
         self.codebook_size, self.fingerprint = shards.codebook_size, shards.fingerprint
         self.downsample = shards.downsample
+
+    def _verify(self, shards: TokenShards) -> None:
+        if self.verify or (self.verify is None and shards.size <= VERIFIED_AT_START):
+            shards.verify(*((0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)))
 
     def _batches(self, shards: TokenShards, caption_dropout: float) -> TokenBatches:
         return TokenBatches(

@@ -1,0 +1,116 @@
+"""Files and directories that appear complete or not at all, whatever is killed or full when.
+
+What a write replaces stays as it was until the new one is complete. Where the system takes no more (full disk, quota,
+read-only), the error names the path and the remedy, and the half-written rest is removed, for it takes up the room.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+"""What the system answers when a disk takes no more; other errors are the program's own."""
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Writes of `path` within the block: a refusal of the disk becomes an OSError with path and remedy.
+
+    Libraries that write by themselves (torch, safetensors, torch.distributed.checkpoint) wrap what the system said, so
+    it is looked for behind their errors too.
+    """
+    try:
+        yield
+    except BaseException as error:  # torch.distributed.checkpoint's is no Exception
+        code = _refusal(error)
+        if code is None:
+            raise
+        raise OSError(
+            code,
+            f"{path} could not be written ({os.strerror(code)}). What had that name before is still there: free space "
+            "or name another directory, and run the same again.",
+        ) from error
+
+
+def _refusal(error: BaseException | None) -> int | None:
+    """The number of the system error behind an exception, if it is one of `REFUSALS`."""
+    while error is not None:
+        code = error.errno if isinstance(error, OSError) else None
+        if code is None and (said := re.search(r"\(os error (\d+)\)|\[Errno (\d+)\]", str(error))):
+            code = int(said[1] or said[2])
+        if code in REFUSALS:
+            return code
+        error = error.__cause__ or error.__context__
+    return None
+
+
+@contextmanager
+def whole_directory(directory: str | Path) -> Iterator[Path]:
+    """An empty directory to fill, which gets the name `directory` when the block ends well.
+
+    One that has the name already goes only then; as no rename replaces a directory, there is for a moment none.
+
+    Raises OSError, naming the directory, when the disk takes no more.
+    """
+    directory = Path(directory)
+    partial = directory.with_name(f".{directory.name}.partial")
+    replaced = directory.with_name(f".{directory.name}.replaced")
+    try:
+        with writing(directory):
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            yield partial
+            for file in partial.rglob("*"):
+                if file.is_file():
+                    file.chmod(0o644)  # safetensors writes for the owner alone
+                sync(file)
+            sync(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if directory.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        directory.rename(replaced)
+    partial.rename(directory)
+    sync(directory.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Have a file's content, or the names in a directory, on the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def require_writable(directory: str | Path, what: str, key: str) -> None:
+    """Make sure before the work that its result can be saved: make the directory and a file in it.
+
+    Args:
+        directory: where to.
+        what: what is to be saved there, for the message.
+        key: the setting that names the directory.
+
+    Raises OSError naming directory, reason and setting.
+    """
+    try:
+        with suppress(FileExistsError):
+            Path(directory).mkdir(parents=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{what} cannot be saved in {directory} ({error.strerror}): make it a directory that can be written, or "
+            f"name another ({key}).",
+        ) from error
