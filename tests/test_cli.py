@@ -136,7 +136,7 @@ def test_missing_artefacts_say_what_makes_them(
 
 def test_fine_tuning_without_a_checkpoint_says_what_makes_it(tiny_shards: str, tmp_path: Path) -> None:
     paths = ["--data.init_args.paths", tiny_shards, "--data.init_args.validation_paths", "null"]
-    start = ["--model.init_args.checkpoint", str(tmp_path / "nowhere")]
+    start = ["--model.init_args.checkpoint", str(tmp_path / "nowhere"), "--trainer.default_root_dir", str(tmp_path)]
     code, printed = run("fit", "--config", str(CONFIGS / "sft.yaml"), *paths, *start)
     assert code == 2 and "make pretrain" in printed and "Traceback" not in printed
 

@@ -93,6 +93,15 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def require_replaceable(directory: str | Path, what: str, key: str) -> None:
+    """As `require_writable`, for a directory that `whole_directory` will make: no file may have its name."""
+    if Path(directory).exists() and not Path(directory).is_dir():
+        raise FileExistsError(
+            f"{what} cannot be saved in {directory}, which is a file: move it, or name another ({key})."
+        )
+    require_writable(Path(directory).absolute().parent, what, key)
+
+
 def require_writable(directory: str | Path, what: str, key: str) -> None:
     """Make sure before the work that its result can be saved: make the directory and a file in it.
 

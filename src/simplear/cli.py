@@ -165,9 +165,12 @@ def _errors_for_the_reader() -> Iterator[None]:
     """Mistakes in input, which the project's own checks name, end in one message without a trace."""
     try:
         yield
-    except (ValueError, TypeError, FileNotFoundError, FileExistsError) as error:
+    except (ValueError, TypeError, OSError) as error:
         raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-        if os.environ.get("SIMPLEAR_TRACEBACK") or Path(__file__).parent not in Path(raised_in).parents:
+        ours = Path(__file__).parent in Path(raised_in).parents
+        # What the system refuses with a path is the user's to mend, wherever it was raised.
+        refused = isinstance(error, OSError) and error.filename is not None
+        if os.environ.get("SIMPLEAR_TRACEBACK") or not (ours or refused):
             raise
         _fail(f"error: {error}\n(SIMPLEAR_TRACEBACK=1 shows where it was raised)")
 

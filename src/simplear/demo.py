@@ -33,8 +33,8 @@ class Step:
     """Measured on two cores; only for the time left."""
     run: str = ""
     """Run of the report that the step writes; it is complete when the report has it."""
-    state: Path | None = None
-    """Training state to go on from, where there is one."""
+    states: Path | None = None
+    """Directory of training states, to go on from the newest."""
 
     def complete(self) -> bool:
         """Whether there is nothing left to do."""
@@ -43,8 +43,7 @@ class Step:
 
 def _fit(stage: str, title: str, seconds: int) -> Step:
     arguments = ("fit", "--config", f"configs/demo/{stage}.yaml")
-    state = CHECKPOINTS / "states" / stage / "last.ckpt"
-    return Step(title, arguments, CHECKPOINTS / stage, seconds, state=state)
+    return Step(title, arguments, CHECKPOINTS / stage, seconds, states=CHECKPOINTS / "states" / stage)
 
 
 def _tokenize(part: str, title: str, seconds: int) -> Step:
@@ -95,7 +94,7 @@ def demo() -> None:
             f"\n[{STEPS.index(step) + 1}/{len(STEPS)}] {step.title} (about {_duration(remaining)} left in all)",
             flush=True,
         )
-        resume = ("--ckpt_path", "last") if step.state is not None and step.state.exists() else ()
+        resume = ("--ckpt_path", "last") if step.states is not None and any(step.states.glob("*.ckpt")) else ()
         main((*step.arguments, *resume))
     if left:
         print(f"\nThe demo took {_duration(time.monotonic() - begin)}.")

@@ -53,11 +53,12 @@ def test_every_kept_checkpoint_has_its_export(
     )
     make_trainer(callback, max_steps=7).fit(stage, batches())
     files, directories = names(states)
-    assert files == directories == {"step=4", "step=6", "last"}
+    assert files == directories == {"step=4", "step=6", "last", "previous"}
     for name in files:
         assert_same_weights(states / name, states / f"{name}.ckpt")
     # The last step is kept although it is no multiple of two.
     assert torch.load(states / "last.ckpt", weights_only=False)["global_step"] == 7
+    assert torch.load(states / "previous.ckpt", weights_only=False)["global_step"] == 6
     assert_same_weights(tmp_path / "model", states / "last.ckpt")
     loaded = load_checkpoint(tmp_path / "model")
     assert loaded.settings.visual_tokenizer == "visual_tokenizer"
@@ -107,7 +108,7 @@ def test_killed_while_saving_keeps_the_previous_state(
     callback = HuggingFaceCheckpoint(dirpath=states, every_n_train_steps=2, save_top_k=0)
     make_trainer(callback, max_steps=8).fit(stage, batches(), ckpt_path="last")
     assert torch.load(states / "last.ckpt", weights_only=False)["global_step"] == 8
-    assert names(states) == ({"last"}, {"last"})
+    assert names(states) == ({"last", "previous"}, {"last", "previous"})
 
 
 def test_a_finished_training_started_again_writes_a_missing_export(
@@ -135,20 +136,9 @@ def test_a_finished_training_started_again_writes_a_missing_export(
 def test_any_module_has_its_last_step_saved(tmp_path: Path, make_trainer: MakeTrainer) -> None:
     callback = AtomicCheckpoint(dirpath=tmp_path / "states", every_n_train_steps=3, save_top_k=0)
     make_trainer(callback, max_steps=4).fit(BoringModel())
-    assert names(tmp_path / "states") == ({"last"}, set())
-    assert torch.load(tmp_path / "states" / "last.ckpt", weights_only=False)["global_step"] == 4
-
-
-def test_a_state_that_is_a_directory_is_replaced_whole(tmp_path: Path) -> None:
-    from simplear.callbacks.checkpointing import _move_into_place
-
-    for content in ("old", "new"):
-        partial = tmp_path / ".partial"
-        partial.mkdir()
-        (partial / f"shard-{content}").write_text(content)
-        _move_into_place(partial, tmp_path / "last.ckpt")
-    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
-    assert [path.name for path in (tmp_path / "last.ckpt").iterdir()] == ["shard-new"]
+    assert names(tmp_path / "states") == ({"last", "previous"}, set())
+    steps = [torch.load(tmp_path / "states" / f"{name}.ckpt")["global_step"] for name in ("previous", "last")]
+    assert steps == [3, 4]
 
 
 def test_a_module_without_language_model_is_refused_at_once(tmp_path: Path, make_trainer: MakeTrainer) -> None:
@@ -168,7 +158,10 @@ def test_sharded_state_is_exported_whole(tmp_path: Path, tokenizers: tuple[str, 
     whole, sharded = (load_checkpoint(tmp_path / str(n) / "model").model.state_dict() for n in (1, 2))
     for name, weight in whole.items():
         assert torch.allclose(weight, sharded[name], rtol=0, atol=1e-6), name
-    assert names(tmp_path / "2" / "states") == ({"last"}, {"last", "last.ckpt"})
+    assert names(tmp_path / "2" / "states") == (
+        {"last", "previous"},
+        {"last", "last.ckpt", "previous", "previous.ckpt"},
+    )
 
 
 def run(script: Path, *arguments: object) -> None:

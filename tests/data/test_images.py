@@ -90,10 +90,10 @@ def test_a_broken_picture_is_counted_when_cached_and_named_when_not(
     (tmp_path / "3.png").write_bytes(b"broken")
     cached = ImageDataModule(ImageFolderSource(str(tmp_path)), 2, 8, 8)
     cached.setup("fit")
-    assert len(list(cached.train_dataloader())) == 2 and "1 pictures dropped: broken picture" in caplog.text
+    assert len(list(cached.train_dataloader())) == 2 and "1 pictures dropped: not a picture" in caplog.text
     direct = ImageDataModule(ImageFolderSource(str(tmp_path)), 5, 8, 8, cache=False)
     direct.setup("fit")
-    with pytest.raises(ValueError, match=r"sample 3 of .*: broken picture"):
+    with pytest.raises(ValueError, match=r"sample 3 of .*: not a picture"):
         list(direct.train_dataloader())
 
 

@@ -66,11 +66,7 @@ def test_cmyk_is_converted() -> None:
     assert red > 230 and green < 30 and blue < 30
 
 
-def test_broken_pictures_are_dropped(tmp_path: Path) -> None:
-    whole = saved(Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))).getvalue()
-    for content in (b"", b"no picture", whole[:-200]):
-        with pytest.raises(Drop, match="broken picture"):
-            open_rgb(io.BytesIO(content))
+def test_what_no_picture_can_be_made_of_is_dropped(tmp_path: Path) -> None:
     with pytest.raises(Drop, match="picture file missing"):
         open_rgb(tmp_path / "none.png")
     with pytest.raises(Drop, match="mode F"):

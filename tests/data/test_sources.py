@@ -66,7 +66,7 @@ class TestImageFolder:
             ("a.png", 10, ["größe"]),
             ("sub/b.PNG", 20, ["second", "another"]),
         ]
-        assert drops == {"no caption": 1, "broken picture": 1, "text is no valid Unicode": 1}
+        assert drops == {"no caption": 1, "not a picture": 1, "text is no valid Unicode": 1}
 
     def test_metadata_file(self, tmp_path: Path) -> None:
         for number in range(3):
@@ -135,7 +135,7 @@ class TestWebDataset:
             "no picture": 1,
             "no caption": 1,
             "broken JSON": 1,
-            "broken picture": 1,
+            "not a picture": 1,
             "text is no valid Unicode": 1,
         }
 

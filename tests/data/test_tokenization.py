@@ -67,8 +67,8 @@ def test_pictures_of_several_sizes_keep_order_and_drops_are_counted(
     run(ImageFolderSource(str(folder)), tmp_path / "own", batch_size=2)
     sidecar = json.loads((tmp_path / "own/images-000000000.json").read_text())
     assert sidecar["grids"] == {"2x2": 3, "2x4": 2} and sidecar["rows"] == 5
-    assert sidecar["drops"] == {"broken picture": 1, "sides are no multiples of 4": 1}
-    assert "1 pictures dropped on rank 0: broken picture" in caplog.text
+    assert sidecar["drops"] == {"not a picture": 1, "sides are no multiples of 4": 1}
+    assert "1 pictures dropped on rank 0: not a picture" in caplog.text
     shards = TokenShards(tmp_path / "own")
     assert [shards.read(np.array([row])).keys[0] for row in range(5)] == [f"{n}.png" for n in (0, 1, 2, 4, 5)]
     run(ImageFolderSource(str(folder)), tmp_path / "cropped", height=12, width=12)

@@ -93,7 +93,8 @@ def test_weights_that_are_missing_are_not_made_up(checkpoint: Path, damage: str)
         load_checkpoint(checkpoint)
 
 
-def test_a_path_that_is_nothing_is_refused(tmp_path: Path) -> None:
+def test_a_path_that_is_nothing_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match="no checkpoint at"):
         load_checkpoint(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="no checkpoint at"):

@@ -1,49 +1,121 @@
-"""Lightning's checkpoints, each with its Hugging Face directory, and neither ever half written.
+"""Lightning's checkpoints, each with its Hugging Face directory, never half written, and never only one.
 
-    dirpath/last.ckpt   to resume from          dirpath/last/   the same weights, to generate, evaluate and fine-tune
-    export_dir/         the weights at the end of training
+    dirpath/last.ckpt       to resume from          dirpath/last/       the same weights, to generate and fine-tune
+    dirpath/previous.ckpt   the state before it     dirpath/previous/   its weights
+    export_dir/             the weights at the end of training
 
-`last.ckpt` is complete or absent: Lightning 2.6 writes a checkpoint to the system's temporary directory and moves it,
-which copies where that is another file system, and it writes sharded ones in place. Here they are written beside their
-final name and renamed.
+Lightning 2.6 builds a checkpoint in memory, writes it to the system's temporary directory and moves it, which copies
+where that is another file system; sharded ones it writes in place. Here they are written once, beside their final
+name, and renamed. ``--ckpt_path last`` goes on from the newest state that is whole: the checksums that PyTorch writes
+into a file are compared, which takes one reading of it.
 """
 
 from __future__ import annotations
 
-import os
+import logging
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from weakref import proxy
 
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from simplear.atomic import require_replaceable, require_writable, sync, writing
+from simplear.callbacks.integrity import damage
 from simplear.language_model import save_checkpoint
 
-PARTIAL = ".partial"
+logger = logging.getLogger(__name__)
+
+PARTIAL = ".partial.ckpt"
+PREVIOUS = "previous"
+
+
+class StateIO(TorchCheckpointIO):
+    """States in one file: written straight to where they belong, and refused when they are not what was written.
+
+    Args:
+        whole: a state that has been checked already.
+    """
+
+    def __init__(self, whole: Path | None) -> None:
+        self.whole = whole
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write to `path`, whose directory exists. A disk that takes no more raises RuntimeError or OSError."""
+        with open(path, "wb") as file:
+            torch.save(checkpoint, file)
+
+    def load_checkpoint(self, path: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
+        """Raises ValueError, naming the file, for one that is damaged or cut short."""
+        if Path(path) != self.whole and Path(path).exists() and (reason := damage(Path(path))):
+            raise ValueError(f"{path} is damaged ({reason}): name another state, or --ckpt_path last.")
+        return super().load_checkpoint(path, *arguments, **options)
 
 
 class AtomicCheckpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint for any stage, whose files are complete or absent, the last step's among them.
 
     The state after the last step is saved as ``last.ckpt`` whatever the interval, so that a longer training goes on
-    from there.
+    from there. The state that it replaces stays as ``previous.ckpt``; a damaged ``last.ckpt`` costs one interval.
 
     Args:
-        save_last: keep ``last.ckpt``, from which ``--ckpt_path last`` goes on.
-        kwargs: the arguments of ModelCheckpoint.
+        save_last: keep ``last.ckpt``, from which ``--ckpt_path last`` goes on, and the one before.
+        save_top_k: how many further states to keep, as ModelCheckpoint does.
+        kwargs: the other arguments of ModelCheckpoint.
 
     Raises:
         ValueError: ``save_last="link"``; a link is replaced in two steps and can be found missing.
     """
 
-    def __init__(self, save_last: bool = True, **kwargs: Any) -> None:
+    def __init__(self, save_last: bool = True, save_top_k: int = 0, **kwargs: Any) -> None:
         if save_last not in (True, False):
             raise ValueError(f"save_last {save_last!r} must be true or false: last.ckpt is a file of its own.")
-        super().__init__(save_last=save_last, **kwargs)
+        super().__init__(save_last=save_last, save_top_k=save_top_k, **kwargs)
+        self._whole: Path | None = None
+        self._damaged: set[Path] = set()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Raises OSError, before any training, when states cannot be saved."""
+        super().setup(trainer, pl_module, stage)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = StateIO(self._whole)
+        if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._check_places()
+
+    def _check_places(self) -> None:
+        assert self.dirpath is not None
+        require_writable(self.dirpath, "states to resume from", "dirpath of the checkpoint callback")
+
+    def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
+        """What Lightning asks for ``ckpt_path="last"``: the newest state that is whole, if there are any.
+
+        Raises ValueError when there are some and all are damaged.
+        """
+        states = {Path(path) for path in super()._find_last_checkpoints(trainer)}
+        directories = {state.parent for state in states} | ({Path(self.dirpath)} if self.dirpath else set())
+        older = {state for directory in directories for state in directory.glob("[!.]*.ckpt")} - states
+        reasons: dict[Path, str] = {}
+        for state in [*_newest_first(states), *_newest_first(older)]:
+            if (reason := damage(state)) is None:
+                self._whole, self._damaged = state, set(reasons)
+                for damaged, why in reasons.items():
+                    _warn("%s is damaged (%s): going on from %s, the newest state that is whole", damaged, why, state)
+                return {str(state)}
+            reasons[state] = reason
+        if reasons:
+            found = "; ".join(f"{state.name}: {why}" for state, why in reasons.items())
+            raise ValueError(
+                f"no state in {state.parent} is whole ({found}): fetch one from where it was copied, or remove them to "
+                "begin anew."
+            )
+        return set()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -63,12 +135,24 @@ class AtomicCheckpoint(ModelCheckpoint):
         final = Path(filepath)
         # One name for all, so that what a killed process leaves behind is overwritten by the next.
         partial = final.with_name(PARTIAL)
-        if trainer.is_global_zero and partial.is_dir():
-            shutil.rmtree(partial)
-        trainer.strategy.barrier("AtomicCheckpoint.begin")
-        trainer.save_checkpoint(partial, self.save_weights_only)
         if trainer.is_global_zero:
-            _move_into_place(partial, final)
+            _remove_both(partial)
+        trainer.strategy.barrier("AtomicCheckpoint.begin")
+        try:
+            with writing(final):
+                self._write(trainer, partial)
+                if trainer.is_global_zero:
+                    sync(partial)
+        except BaseException:
+            if trainer.is_global_zero:
+                _remove_both(partial)
+            raise
+        trainer.strategy.barrier("AtomicCheckpoint.written")
+        if trainer.is_global_zero:
+            is_last = final.name.startswith(self.CHECKPOINT_NAME_LAST)
+            self._give_name(partial, final, keep_previous=is_last and final not in self._damaged)
+            self._damaged.discard(final)
+            sync(final.parent)
         trainer.strategy.barrier("AtomicCheckpoint.end")
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath
@@ -76,11 +160,24 @@ class AtomicCheckpoint(ModelCheckpoint):
             for logger in trainer.loggers:
                 logger.after_save_checkpoint(proxy(self))
 
+    def _write(self, trainer: Trainer, partial: Path) -> None:
+        trainer.save_checkpoint(partial, self.save_weights_only)
+
+    def _give_name(self, partial: Path, final: Path, keep_previous: bool) -> None:
+        """Name a complete state; the one that had the name becomes the previous one, or goes."""
+        if keep_previous and final.exists():
+            previous = final.with_name(PREVIOUS + final.name.removeprefix(self.CHECKPOINT_NAME_LAST))
+            _remove(previous)
+            final.rename(previous)
+        else:
+            _remove(final)
+        partial.rename(final)
+
 
 class HuggingFaceCheckpoint(AtomicCheckpoint):
     """Keeps ``x/``, a checkpoint directory of the language model, beside every ``x.ckpt`` that Lightning keeps.
 
-    The directory is written before its .ckpt and removed after it, so that no .ckpt is without.
+    The directory gets its name before its .ckpt and is removed after it, so that no .ckpt is without.
 
     Args:
         export_dir: where the final weights are written at the end of training; None writes them beside ``last.ckpt``
@@ -94,13 +191,17 @@ class HuggingFaceCheckpoint(AtomicCheckpoint):
         self._trained = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Raises TypeError for a module without a language model to export, ValueError for states in ``export_dir``."""
+        """Raises, before any training, TypeError for a module without a language model to export, ValueError for states
+        in ``export_dir``, and OSError when one of the two cannot be written.
+        """
         if not hasattr(pl_module, "checkpoint_settings"):
             raise TypeError(
                 f"{type(pl_module).__name__} has no checkpoint_settings(), so there is no language model to export: "
                 "use simplear.callbacks.AtomicCheckpoint with it."
             )
         super().setup(trainer, pl_module, stage)
+
+    def _check_places(self) -> None:
         assert self.dirpath is not None
         states = Path(self.dirpath).absolute()
         if self.export_dir is not None and Path(self.export_dir).absolute() in (states, *states.parents):
@@ -108,6 +209,9 @@ class HuggingFaceCheckpoint(AtomicCheckpoint):
                 f"dirpath {self.dirpath} lies inside export_dir {self.export_dir}, which is replaced as a whole: "
                 "states to resume from would go with it. Put them side by side."
             )
+        super()._check_places()
+        if self.export_dir is not None:
+            require_replaceable(self.export_dir, "the trained model", "export_dir of the checkpoint callback")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -122,14 +226,18 @@ class HuggingFaceCheckpoint(AtomicCheckpoint):
             export(pl_module, self.export_dir, trainer.is_global_zero)
             trainer.strategy.barrier("HuggingFaceCheckpoint.export")
 
-    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        export(trainer.lightning_module, Path(filepath).with_suffix(""), trainer.is_global_zero)
-        super()._save_checkpoint(trainer, filepath)
+    def _write(self, trainer: Trainer, partial: Path) -> None:
+        export(trainer.lightning_module, partial.with_suffix(""), trainer.is_global_zero)
+        super()._write(trainer, partial)
+
+    def _give_name(self, partial: Path, final: Path, keep_previous: bool) -> None:
+        super()._give_name(partial.with_suffix(""), final.with_suffix(""), keep_previous)
+        super()._give_name(partial, final, keep_previous)
 
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         super()._remove_checkpoint(trainer, filepath)
         if trainer.is_global_zero:
-            shutil.rmtree(Path(filepath).with_suffix(""), ignore_errors=True)
+            _remove(Path(filepath).with_suffix(""))
 
 
 def export(module: Any, directory: str | Path, write: bool) -> None:
@@ -158,17 +266,22 @@ def export(module: Any, directory: str | Path, write: bool) -> None:
         )
 
 
-def _move_into_place(partial: Path, final: Path) -> None:
-    """Give a complete checkpoint its name; the one that had it goes only then."""
-    if partial.is_file():
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(final)
-        return
-    # Sharded state is a directory, which no rename replaces: for a moment there is none of this name.
-    replaced = final.with_name(f"{PARTIAL}-replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if final.exists():
-        final.rename(replaced)
-    partial.rename(final)
-    shutil.rmtree(replaced, ignore_errors=True)
+@rank_zero_only
+def _warn(message: str, *arguments: Any) -> None:
+    logger.warning(message, *arguments)
+
+
+def _newest_first(states: Iterable[Path]) -> list[Path]:
+    return sorted(states, key=lambda state: (state.stat().st_mtime_ns, state.name), reverse=True)
+
+
+def _remove_both(state: Path) -> None:
+    _remove(state)
+    _remove(state.with_suffix(""))  # its checkpoint directory
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from simplear.atomic import whole_directory
 from simplear.data.sources import Source
 from simplear.language_model import train_text_tokenizer
 
@@ -30,9 +31,8 @@ def train_text_tokenizer_on(source: Source, out: str, *, vocab_size: int = 512) 
     captions = list(_captions(source))
     if not captions:
         raise ValueError(f"the source has no captions: {source.describe()}.")
-    partial = directory.with_name(f".{directory.name}.partial")
-    train_text_tokenizer(captions, vocab_size, partial)
-    partial.rename(directory)
+    with whole_directory(directory) as partial:
+        train_text_tokenizer(captions, vocab_size, partial)
     print(f"text tokenizer trained on {len(captions)} captions: {directory}")
 
 

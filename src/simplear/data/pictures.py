@@ -14,6 +14,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 Pixels = npt.NDArray[np.uint8]
 
+SIGNATURES = (b"\x89PNG", b"\xff\xd8", b"RIFF", b"GIF8")
+"""How files of the usual formats begin, also when nothing but their beginning is left."""
+
 WHITE = (255, 255, 255)
 """Shows through where a picture is transparent."""
 
@@ -25,26 +28,44 @@ class Drop(Exception):
 def open_rgb(file: str | Path | IO[bytes]) -> Image.Image:
     """The picture as RGB, upright as its EXIF orientation says; of an animation the first frame.
 
-    Transparency goes over white, 16-bit grey becomes 8-bit. Raises `Drop` for a broken picture, and for the modes
-    whose range nothing states (32-bit integers and floats).
+    Transparency goes over white, 16-bit grey becomes 8-bit.
+
+    Raises:
+        Drop: a file that is missing, no picture, truncated or damaged, or a decompression bomb (more than 179 million
+            pixels, Pillow's limit); and the modes whose range nothing states (32-bit integers and floats).
+        OSError: the system could not read the file.
     """
     try:
         with Image.open(file) as opened:
             opened.load()
             picture = ImageOps.exif_transpose(opened)
-            if picture.mode in ("I", "F"):
-                raise Drop(f"picture of mode {picture.mode}, whose range is unknown")
-            if picture.mode.startswith("I;16"):
-                picture = Image.fromarray((np.asarray(picture).astype(np.uint32) // 257).astype(np.uint8))
-            if picture.has_transparency_data:
-                layer = picture.convert("RGBA")
-                picture = Image.new("RGB", layer.size, WHITE)
-                picture.paste(layer, mask=layer.getchannel("A"))
-            return picture.convert("RGB")
-    except FileNotFoundError as error:
+    except (FileNotFoundError, UnicodeEncodeError) as error:  # the latter: a name that no file can have
         raise Drop("picture file missing") from error
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise Drop("broken picture") from error
+    except Exception as error:  # what decoders raise at damaged bytes is any of a dozen kinds
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        if isinstance(error, Image.DecompressionBombError) or "data too large" in str(error):
+            raise Drop("decompression bomb") from error
+        if isinstance(error, UnidentifiedImageError) and not _beginning(file).startswith(SIGNATURES):
+            raise Drop("not a picture") from error
+        raise Drop("truncated or damaged picture") from error
+    if picture.mode in ("I", "F"):
+        raise Drop(f"picture of mode {picture.mode}, whose range is unknown")
+    if picture.mode.startswith("I;16"):
+        picture = Image.fromarray((np.asarray(picture).astype(np.uint32) // 257).astype(np.uint8))
+    if picture.has_transparency_data:
+        layer = picture.convert("RGBA")
+        picture = Image.new("RGB", layer.size, WHITE)
+        picture.paste(layer, mask=layer.getchannel("A"))
+    return picture.convert("RGB")
+
+
+def _beginning(file: str | Path | IO[bytes]) -> bytes:
+    if isinstance(file, str | Path):
+        with open(file, "rb") as opened:
+            return opened.read(4)
+    file.seek(0)
+    return file.read(4)
 
 
 def resize_and_crop(image: Image.Image | Pixels, height: int, width: int) -> Pixels:

@@ -184,7 +184,7 @@ class ImageFolderSource(IndexedSource):
             captions, metadata = _caption_lines(text.read_bytes()) if text.exists() else [], {}
         if not captions:
             raise Drop("no caption")
-        return Sample(name, open_rgb(file), captions, metadata)
+        return Sample(_valid(name), open_rgb(file), captions, metadata)
 
     def describe(self) -> dict[str, Any]:
         names = {"path": str(self.path), "pictures": len(self), "rows_per_unit": self.rows_per_unit}
@@ -249,12 +249,17 @@ def captions_and_metadata(entry: Mapping[str, Any]) -> tuple[list[str], dict[str
     texts = [found] if isinstance(found, str) else found
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise Drop("captions are no text")
+    _valid(json.dumps(entry, ensure_ascii=False))  # JSON can spell half of a surrogate pair, which no file can hold
+    return [text.strip() for text in texts if text.strip()], rest
+
+
+def _valid(text: str) -> str:
+    """The text itself. Raises `Drop` for what UTF-8 cannot hold, such as file names in another encoding."""
     try:
-        # JSON can spell half of a surrogate pair, which no file can hold.
-        json.dumps(entry, ensure_ascii=False).encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise Drop("text is no valid Unicode") from error
-    return [text.strip() for text in texts if text.strip()], rest
+    return text
 
 
 def _caption_lines(content: bytes) -> list[str]:
@@ -266,13 +271,15 @@ def _caption_lines(content: bytes) -> list[str]:
 
 def _read_listing(listing: Path) -> list[tuple[str, dict[str, Any] | None]]:
     entries: list[tuple[str, dict[str, Any] | None]] = []
-    with open(listing, encoding="utf-8") as lines:
+    with open(listing, "rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
-                entry = json.loads(line)
+                entry = json.loads(line.decode())
                 entries.append((entry.pop("file_name"), entry))
-            except (json.JSONDecodeError, AttributeError, TypeError, KeyError) as error:
-                raise ValueError(f'{listing}, line {number} is no JSON object with a "file_name": {error}.') from error
+            except (ValueError, AttributeError, TypeError, KeyError) as error:
+                raise ValueError(
+                    f'{listing}, line {number} is no UTF-8 JSON object with a "file_name": {error}.'
+                ) from error
     return entries
 
 
@@ -311,4 +318,4 @@ def _tar_sample(key: str, members: Mapping[str, bytes]) -> Sample:
         captions = _caption_lines(members.get(".txt", b""))
     if not captions:
         raise Drop("no caption")
-    return Sample(key.removeprefix("./").removeprefix("/"), open_rgb(io.BytesIO(picture)), captions, metadata)
+    return Sample(_valid(key.removeprefix("./").removeprefix("/")), open_rgb(io.BytesIO(picture)), captions, metadata)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from simplear.atomic import whole_directory
 from simplear.language_model.model import (
     _CLASSES,
     LanguageModel,
@@ -120,31 +120,19 @@ def save_checkpoint(
     Args:
         state_dict: gathered weights of ``model`` (the `LanguageModel`), for a sharded one; None takes the model's own.
         visual_tokenizer: directory to copy into the checkpoint.
+
+    Raises OSError, naming the directory, when the disk takes no more.
     """
-    directory = Path(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
     weights = model.state_dict() if state_dict is None else state_dict
     prefix = "decoder."
-    model.decoder.save_pretrained(partial, state_dict={name.removeprefix(prefix): w for name, w in weights.items()})
-    tokenizer.save_pretrained(partial)
-    if visual_tokenizer is not None:
-        shutil.copytree(visual_tokenizer, partial / VISUAL_TOKENIZER_FOLDER)
-        settings = dataclasses.replace(settings, visual_tokenizer=VISUAL_TOKENIZER_FOLDER)
-    content = {"format_version": FORMAT_VERSION, **dataclasses.asdict(settings)}
-    (partial / SETTINGS_FILE).write_text(json.dumps(content, indent=2) + "\n")
-    for file in partial.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as written:
-                os.fsync(written.fileno())
-    replaced = directory.with_name(f".{directory.name}.replaced")
-    if directory.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        directory.rename(replaced)
-    partial.rename(directory)
-    shutil.rmtree(replaced, ignore_errors=True)
+    with whole_directory(directory) as partial:
+        model.decoder.save_pretrained(partial, state_dict={name.removeprefix(prefix): w for name, w in weights.items()})
+        tokenizer.save_pretrained(partial)
+        if visual_tokenizer is not None:
+            shutil.copytree(visual_tokenizer, partial / VISUAL_TOKENIZER_FOLDER)
+            settings = dataclasses.replace(settings, visual_tokenizer=VISUAL_TOKENIZER_FOLDER)
+        content = {"format_version": FORMAT_VERSION, **dataclasses.asdict(settings)}
+        (partial / SETTINGS_FILE).write_text(json.dumps(content, indent=2) + "\n")
 
 
 def load_checkpoint(path: str | Path, *, dtype: torch.dtype | None = None) -> Checkpoint:

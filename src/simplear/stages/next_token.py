@@ -134,7 +134,7 @@ class NextTokenModule(OptimizedModule):
                 raise ValueError(
                     f"a {height} × {width} grid with up to {data.max_text_tokens} caption tokens takes {longest} "
                     f"positions, the model has {self.language_model.max_positions}: lower --data.max_text_tokens or "
-                    "raise max_position_embeddings."
+                    "raise max_position_embeddings (--model.init_args.language_model.architecture)."
                 )
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
@@ -181,7 +181,8 @@ class NextTokenModule(OptimizedModule):
         checkpoint["grid"] = self.grid
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the grid back."""
+        """Take the grid back, after what every stage checks."""
+        super().on_load_checkpoint(checkpoint)
         self.grid = checkpoint["grid"]
 
     @cached_property

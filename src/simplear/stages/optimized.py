@@ -48,6 +48,19 @@ class OptimizedModule(LightningModule):
         self._schedule_settings = schedule_settings(scheduler)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raises ValueError, naming the file, for the state of another model. A sharded one is loaded before this."""
+        saved = {name: tuple(weight.shape) for name, weight in checkpoint.get("state_dict", {}).items()}
+        own = {name: tuple(weight.shape) for name, weight in self.state_dict().items()}
+        others = sorted(name for name in saved.keys() | own.keys() if saved.get(name) != own.get(name))
+        if saved and others:
+            name = others[0]
+            raise ValueError(
+                f"{self.trainer.ckpt_path} is the state of another model: {len(others)} weights differ, such as "
+                f"{name}: {saved.get(name, 'absent')} there, {own.get(name, 'absent')} here. Use the configuration "
+                "that it was trained with, or begin anew: without --ckpt_path, in another --trainer.default_root_dir."
+            )
+
     def on_train_start(self) -> None:
         """After resuming, what is configured goes before what the optimizer's state remembers."""
         optimizer: Any = self.optimizers(use_pl_optimizer=False)

@@ -16,6 +16,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from simplear.atomic import require_replaceable
+from simplear.data import ImageDataModule
 from simplear.stages.optimized import OptimizedModule
 from simplear.visual_tokenizer import save_visual_tokenizer
 
@@ -102,6 +104,24 @@ class VisualTokenizerModule(OptimizedModule):
     def trained_module(self) -> nn.Module:
         """The visual tokenizer."""
         return self.tokenizer
+
+    def on_fit_start(self) -> None:
+        """Check sizes and ``export_dir`` before the first step is paid for."""
+        self._check_size()
+        if self.export_dir is not None and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            require_replaceable(self.export_dir, "the trained tokenizer", "--model.init_args.export_dir")
+
+    def on_validation_start(self) -> None:
+        """As `on_fit_start`, for validation on its own."""
+        self._check_size()
+
+    def _check_size(self) -> None:
+        data, downsample = getattr(self.trainer, "datamodule", None), self.tokenizer.downsample
+        if isinstance(data, ImageDataModule) and (data.height % downsample or data.width % downsample):  # type: ignore[operator]
+            raise ValueError(
+                f"--data.height {data.height} and --data.width {data.width} must be multiples of the tokenizer's "
+                f"downsample, {downsample} pixels a code."
+            )
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         reconstruction, _ = self.tokenizer(batch["pixels"])

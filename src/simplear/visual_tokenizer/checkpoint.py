@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from simplear.atomic import whole_directory
 from simplear.visual_tokenizer.protocol import VisualTokenizer
 
 CONFIG_FILE = "config.json"
@@ -31,7 +29,8 @@ WEIGHTS_FILE = "model.safetensors"
 def save_visual_tokenizer(tokenizer: VisualTokenizer, directory: str | Path) -> None:
     """Write a tokenizer to `directory`, which appears complete or not at all; one already there is replaced.
 
-    Raises ValueError when the tokenizer keeps no ``init_args`` to build it from again.
+    Raises ValueError when the tokenizer keeps no ``init_args`` to build it from again, and OSError, naming the
+    directory, when the disk takes no more.
     """
     if not hasattr(tokenizer, "init_args"):
         raise ValueError(
@@ -45,25 +44,9 @@ def save_visual_tokenizer(tokenizer: VisualTokenizer, directory: str | Path) -> 
         "fingerprint": tokenizer.fingerprint,
     }
     weights = {name: weight.detach().cpu().contiguous() for name, weight in tokenizer.state_dict().items()}
-    directory = Path(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    previous = Path(f"{temporary}.previous")
-    try:
-        temporary.chmod(0o755)
-        (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
-        save_file(weights, temporary / WEIGHTS_FILE)
-        for file in temporary.iterdir():
-            file.chmod(0o644)  # safetensors writes for the owner alone
-            with file.open("rb+") as opened:
-                os.fsync(opened.fileno())
-        if directory.exists():
-            # A directory cannot be renamed onto a full one: move the old one aside for the moment between two renames.
-            directory.rename(previous)
-        temporary.rename(directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    shutil.rmtree(previous, ignore_errors=True)
+    with whole_directory(directory) as partial:
+        (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+        save_file(weights, partial / WEIGHTS_FILE)
 
 
 def load_visual_tokenizer(path: str | Path, device: str | torch.device | None = None) -> Any:
