@@ -125,3 +125,57 @@ trainer:
 """
     )
     return file
+
+
+def write_sft(directory: Path, checkpoint: str, visual_tokenizer: str, shards: str, save_every: int = 1000) -> Path:
+    """A configuration file that fine-tunes `checkpoint` under ``directory/run``; returns its path."""
+    pretraining = write_pretraining(directory, checkpoint, visual_tokenizer, shards, save_every)
+    text = pretraining.read_text()
+    begin, end = text.index("    language_model:\n"), text.index("    optimizer:")
+    text = text[:begin] + f"    checkpoint: {checkpoint}\n" + text[end:]
+    text = text.replace("PretrainModule", "SFTModule").replace("language_model.tokenizer", "checkpoint")
+    file = directory / "sft.yaml"
+    file.write_text(text)
+    return file
+
+
+def write_visual_tokenizer_training(directory: Path, save_every: int = 1000) -> Path:
+    """A configuration file that trains a tiny visual tokenizer under ``directory/run``; returns its path."""
+    file = directory / "visual_tokenizer.yaml"
+    file.write_text(
+        f"""
+seed_everything: 0
+model:
+  class_path: simplear.stages.VisualTokenizerModule
+  init_args:
+    tokenizer:
+      class_path: simplear.visual_tokenizer.FSQAutoencoder
+      init_args: {{levels: [3, 3, 3], downsample: 8, encoder_channels: 8, decoder_channels: 8, refine_channels: 4}}
+    optimizer: {{class_path: torch.optim.AdamW, init_args: {{lr: 0.01, weight_decay: 0.01}}}}
+    export_dir: ${{trainer.default_root_dir}}/model
+data:
+  class_path: simplear.data.ImageDataModule
+  init_args:
+    source: {{class_path: simplear.data.ScenesSource, init_args: {{count: 18, resolution: 16}}}}
+    global_batch_size: 4
+    height: 16
+    width: 16
+trainer:
+  default_root_dir: {directory / "run"}
+  accelerator: cpu
+  devices: 1
+  max_steps: 6
+  max_epochs: -1
+  logger:
+    class_path: lightning.pytorch.loggers.CSVLogger
+    init_args: {{save_dir: "${{trainer.default_root_dir}}/logs"}}
+  log_every_n_steps: 1
+  enable_model_summary: false
+  callbacks:
+    - class_path: simplear.callbacks.AtomicCheckpoint
+      init_args:
+        dirpath: ${{trainer.default_root_dir}}/states
+        every_n_train_steps: {save_every}
+"""
+    )
+    return file

@@ -84,11 +84,16 @@ def run_lightning(arguments: Sequence[str]) -> None:
     class ArgumentParser(_SuggestingParser, LightningArgumentParser):
         pass
 
+    class CommandLine(LightningCLI):
+        def _parse_ckpt_path(self) -> None:
+            """Checkpoints hold no hyperparameters, so resuming cannot override the command line; Lightning would read
+            a whole state to look for them.
+            """
+
     # The verb is a level above the files' keys: ${trainer.…} in a file must still find the file's own.
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     with _errors_for_the_reader():
-        # Checkpoints hold no hyperparameters, so resuming (--ckpt_path last) cannot override the command line.
-        LightningCLI(
+        CommandLine(
             LightningModule,
             LightningDataModule,
             subclass_mode_model=True,
@@ -172,7 +177,8 @@ def _errors_for_the_reader() -> Iterator[None]:
         refused = isinstance(error, OSError) and error.filename is not None
         if os.environ.get("SIMPLEAR_TRACEBACK") or not (ours or refused):
             raise
-        _fail(f"error: {error}\n(SIMPLEAR_TRACEBACK=1 shows where it was raised)")
+        message = error.strerror if isinstance(error, OSError) and not refused else error
+        _fail(f"error: {message}\n(SIMPLEAR_TRACEBACK=1 shows where it was raised)")
 
 
 def _quieten() -> None:

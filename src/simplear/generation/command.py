@@ -136,6 +136,10 @@ def _read_prompts(file: Path) -> list[str]:
             raise ValueError(f"{file}, line {number}: no JSON ({error}).") from error
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
             raise ValueError(f'{file}, line {number}: no object with a text "prompt".')
+        try:
+            row["prompt"].encode()  # JSON can spell half of a surrogate pair
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{file}, line {number}: the prompt is no valid text ({error}).") from error
         prompts.append(row["prompt"])
     return prompts
 

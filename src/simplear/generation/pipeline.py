@@ -256,11 +256,14 @@ class SimpleARPipeline:
         return self.model.max_positions - rows * columns - 2
 
     def _encode(self, captions: Sequence[str], noun: str, grid: tuple[int, int], prefix: str = "") -> list[Tensor]:
-        for number, caption in enumerate(captions):
+        for name, text in (
+            *((f"{noun} {number}", caption) for number, caption in enumerate(captions)),
+            ("prefix", prefix),
+        ):
             try:
-                caption.encode()
+                text.encode()
             except UnicodeEncodeError as error:
-                raise ValueError(f"{noun} {number} is no valid text: {error}.") from error
+                raise ValueError(f"{name} is no valid text: {error}.") from error
         room = min(self.settings.max_text_tokens, self._positions_left(*grid))
         # The empty caption is what condition dropout trains, and that has no prefix either.
         encoded = encode_captions(self.tokenizer, [prefix + caption if caption else "" for caption in captions])
