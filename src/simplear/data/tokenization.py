@@ -280,5 +280,7 @@ def _size(height: int | None, width: int | None, downsample: int) -> tuple[int, 
             raise ValueError(f"height {height} and width {width}: give both, or neither.")
         return None
     if height % downsample or width % downsample:
-        raise ValueError(f"{height} x {width} pixels are no multiples of the tokenizer's {downsample}.")
+        raise ValueError(
+            f"{height} x {width} pixels are no multiples of the tokenizer's {downsample}: change height and width."
+        )
     return height, width
