@@ -3,8 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from simplear.data import ScenesSource, train_text_tokenizer_on
+from simplear.data import ImageFolderSource, ScenesSource, train_text_tokenizer_on
 from simplear.language_model import load_text_tokenizer
 from simplear.sequence import SPECIAL_TOKENS, encode_captions
 
@@ -20,3 +21,11 @@ def test_captions_of_the_corpus_take_about_one_token_a_word(tmp_path: Path) -> N
     assert set(SPECIAL_TOKENS) <= set(tokenizer.get_vocab())
     with pytest.raises(FileExistsError, match=r"text exists"):
         train_text_tokenizer_on(source, str(tmp_path / "text"))
+
+
+def test_pictures_whose_captions_are_not_used_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("with", "without"):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    (tmp_path / "with.txt").write_text("a black square")
+    train_text_tokenizer_on(ImageFolderSource(str(tmp_path)), str(tmp_path / "text"), vocab_size=300)
+    assert "1 pictures dropped: no caption" in caplog.text

@@ -67,7 +67,8 @@ def test_pictures_of_several_sizes_keep_order_and_drops_are_counted(
     run(ImageFolderSource(str(folder)), tmp_path / "own", batch_size=2)
     sidecar = json.loads((tmp_path / "own/images-000000000.json").read_text())
     assert sidecar["grids"] == {"2x2": 3, "2x4": 2} and sidecar["rows"] == 5
-    assert sidecar["drops"] == {"not a picture": 1, "sides are no multiples of 4": 1}
+    odd = "sides are no multiples of 4, and no height and width to crop to"
+    assert sidecar["drops"] == {"not a picture": 1, odd: 1}
     assert "1 pictures dropped on rank 0: not a picture" in caplog.text
     shards = TokenShards(tmp_path / "own")
     assert [shards.read(np.array([row])).keys[0] for row in range(5)] == [f"{n}.png" for n in (0, 1, 2, 4, 5)]
@@ -81,6 +82,16 @@ def test_a_unit_without_a_usable_picture_is_committed(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(folder / "a.png")
     run(ImageFolderSource(str(folder)), tmp_path / "out")
     assert len(TokenShards(tmp_path / "out")) == 0
+
+
+def test_a_second_run_says_that_nothing_was_done(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """For pictures may have changed under their names, which the settings do not show."""
+    caplog.set_level("INFO")
+    run(ScenesSource(9, 16, rows_per_unit=4), tmp_path)
+    assert f"9 rows in {tmp_path}" in caplog.text and "already" not in caplog.text
+    (tmp_path / "train-seed0-000000004.json").unlink()
+    run(ScenesSource(9, 16, rows_per_unit=4), tmp_path)
+    assert "2 of 3 units were there already; remove the directory to tokenize them anew" in caplog.text
 
 
 def test_loader_processes_do_not_change_the_shards(tmp_path: Path) -> None:

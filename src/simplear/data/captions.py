@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 from simplear.atomic import whole_directory
 from simplear.data.sources import Source
 from simplear.language_model import train_text_tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 def train_text_tokenizer_on(source: Source, out: str, *, vocab_size: int = 512) -> None:
@@ -41,3 +44,5 @@ def _captions(source: Source) -> Iterator[str]:
     for unit in source.units():
         for sample in source.read(unit, drops):
             yield from sample.captions
+    for reason, count in sorted(drops.items()):
+        logger.warning("%d pictures dropped: %s", count, reason)

@@ -87,7 +87,7 @@ class UnitBatches(IterableDataset[UnitBatch]):
             image = sample.image
             pixels = np.asarray(image) if self.size is None else resize_and_crop(image, *self.size)
             if pixels.shape[0] % self.downsample or pixels.shape[1] % self.downsample:
-                drops[f"sides are no multiples of {self.downsample}"] += 1
+                drops[f"sides are no multiples of {self.downsample}, and no height and width to crop to"] += 1
                 continue
             bare = Sample(sample.key, np.empty((0, 0, 3), np.uint8), sample.captions, sample.metadata)
             same_size = pending.setdefault(pixels.shape, [])
@@ -120,10 +120,14 @@ class TokenizeModule(lightning.LightningModule):
         self.size, self.batch_size, self.num_workers = size, batch_size, num_workers
         self.units: list[Unit] = []
         """This rank's share."""
+        self.committed_before = 0
+        """Units that need no work, of all ranks."""
 
     def predict_dataloader(self) -> DataLoader[UnitBatch]:
         """Batches of this rank's units. Lightning lets no rank begin before all have looked which units are left."""
-        unfinished = [unit for unit in self.source.units() if not is_committed(self.out, unit.name)]
+        units = self.source.units()
+        unfinished = [unit for unit in units if not is_committed(self.out, unit.name)]
+        self.committed_before = len(units) - len(unfinished)
         self.units = unfinished[self.trainer.global_rank :: self.trainer.world_size]
         batches = UnitBatches(self.source, self.units, self.batch_size, self.size, self.visual_tokenizer.downsample)
         return DataLoader(batches, batch_size=None, num_workers=min(self.num_workers, len(self.units)))
@@ -204,7 +208,15 @@ class ShardWriter(BasePredictionWriter):
         trainer.strategy.barrier("tokenized")
         if trainer.is_global_zero:
             remove_abandoned(self.out)
-            merge_manifest(self.out, [unit.name for unit in pl_module.source.units()])
+            manifest = merge_manifest(self.out, [unit.name for unit in pl_module.source.units()])
+            logger.info("%d rows in %s", manifest["rows"], self.out)
+            if pl_module.committed_before:
+                # A source is known by its settings: pictures or captions that changed since are not seen.
+                logger.info(
+                    "%d of %d units were there already; remove the directory to tokenize them anew",
+                    pl_module.committed_before,
+                    len(manifest["shards"]),
+                )
         trainer.strategy.barrier("merged")
 
 
