@@ -1,9 +1,11 @@
 """The training stages, one LightningModule each, and the optimizer that the small ones learn fastest with."""
 
+from simplear.stages.grpo_objective import group_advantages, grpo_loss
 from simplear.stages.next_token import NextTokenModule, NextTokenObjective
 from simplear.stages.optimizers import MuonWithAdamW, parameter_groups
 from simplear.stages.pretrain import PretrainModule
 from simplear.stages.sft import SFTModule
+from simplear.stages.token_weights import SimilarityTokenWeights
 from simplear.stages.visual_tokenizer import VisualTokenizerModule
 
 __all__ = [
@@ -12,6 +14,9 @@ __all__ = [
     "NextTokenObjective",
     "PretrainModule",
     "SFTModule",
+    "SimilarityTokenWeights",
     "VisualTokenizerModule",
+    "group_advantages",
+    "grpo_loss",
     "parameter_groups",
 ]
