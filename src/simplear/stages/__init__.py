@@ -1,6 +1,7 @@
 """The training stages, one LightningModule each, and the optimizer that the small ones learn fastest with."""
 
 from simplear.stages.grpo import GRPOModule
+from simplear.stages.grpo_objective import group_advantages, grpo_loss
 from simplear.stages.language_model_module import LanguageModelModule
 from simplear.stages.next_token import NextTokenModule, NextTokenObjective
 from simplear.stages.optimizers import MuonWithAdamW, parameter_groups
@@ -23,5 +24,7 @@ __all__ = [
     "SFTModule",
     "SimilarityTokenWeights",
     "VisualTokenizerModule",
+    "group_advantages",
+    "grpo_loss",
     "parameter_groups",
 ]
