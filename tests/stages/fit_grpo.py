@@ -16,12 +16,11 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from simplear.data import TokenDataModule
-from simplear.rewards import Reward
 from simplear.stages import GRPOModule
 from toys import CODEBOOK
 
 
-class Brightness(Reward):
+class Brightness:
     """Of the red channel; one rank may fail in its second rollout."""
 
     def __init__(self, failing_rank: int | None) -> None:

@@ -19,7 +19,6 @@ from simplear.data import TokenDataModule
 from simplear.generation import SamplingSettings
 from simplear.generation.sampling import uniforms
 from simplear.language_model import CheckpointSettings, LanguageModel, load_checkpoint, save_checkpoint
-from simplear.rewards import Reward
 from simplear.sequence import SPECIAL_TOKENS, encode_captions, prompt_sequence, training_batch
 from simplear.stages import CosineWithWarmup, GRPOModule
 from simplear.stages.grpo_objective import grpo_loss
@@ -32,7 +31,7 @@ WAIT = 120
 """Seconds after which processes that wait for each other are taken to hang; they need about a quarter."""
 
 
-class Brightness(Reward):
+class Brightness:
     """Mean of the red channel; an image's own, so the group has spread."""
 
     def __call__(self, images: Tensor, captions: list[str], metadata: list[dict[str, Any]]) -> Tensor:
@@ -50,7 +49,7 @@ class Noted(Brightness):
         return super().__call__(images, captions, metadata)
 
 
-class Constant(Reward):
+class Constant:
     def __call__(self, images: Tensor, captions: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         return torch.full((len(images),), 0.7)
 

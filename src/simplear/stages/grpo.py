@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 from simplear.data import TokenDataModule
 from simplear.generation import SamplingSettings, make_engine
 from simplear.language_model import LanguageModel
-from simplear.rewards import Reward, score
+from simplear.rewards import Reward, move, score
 from simplear.sequence import text_lengths, training_batch
 from simplear.stages.grpo_objective import group_advantages, grpo_loss
 from simplear.stages.language_model_module import LanguageModelModule
@@ -191,8 +191,7 @@ class GRPOModule(LanguageModelModule):
                 "(--model.init_args.visual_tokenizer)."
             )
         self.visual_tokenizer.to(self.device)  # type: ignore[attr-defined]
-        if hasattr(self.reward, "to"):
-            self.reward.to(self.device)
+        move(self.reward, self.device)
         # Lightning would rather save what was there before the last update: here a state is what a training step leaves.
         warnings.filterwarnings("ignore", "Using ModelCheckpoint with manual optimization.*")
         if self._reference is not None:
