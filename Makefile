@@ -13,7 +13,7 @@ SIMPLEAR := $(VENV)/bin/simplear
 configs = $(foreach file,$(or $(CONFIG),$(1)),--config $(file))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long lint train-tokenizer tokenize pretrain train-sft evaluate generate tensorboard clean
+.PHONY: help setup demo test test-long lint train-tokenizer tokenize pretrain train-sft train-grpo train-clip evaluate generate tensorboard clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 18
@@ -59,6 +59,12 @@ pretrain: $(READY)  ## pretrain the language model
 
 train-sft: $(READY)  ## fine-tune at the higher resolution
 	@$(SIMPLEAR) fit $(call configs,configs/demo/sft.yaml) $(ARGS)
+
+train-grpo: $(READY)  ## reinforcement learning from the fine-tuned checkpoint (scene reward)
+	@$(SIMPLEAR) fit $(call configs,configs/demo/grpo-scene.yaml) $(ARGS)
+
+train-clip: $(READY)  ## the small CLIP that configs/demo/grpo-clip.yaml takes as reward
+	@$(SIMPLEAR) fit $(call configs,configs/demo/clip.yaml) $(ARGS)
 
 evaluate: $(READY)  ## scene accuracy of CKPT
 	@$(SIMPLEAR) evaluate scenes $(CKPT) --out $(CKPT)-evaluation $(ARGS)

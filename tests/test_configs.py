@@ -19,7 +19,7 @@ from simplear.cli import PARSER_MODE
 from simplear.language_model import load_checkpoint
 from simplear.language_model.rope import Qwen2Rope2DForCausalLM
 from simplear.sequence import SPECIAL_TOKENS
-from simplear.stages import PretrainModule, SFTModule
+from simplear.stages import GRPOModule, PretrainModule, SFTModule
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 QWEN_TEXT_IDS = 151_665
@@ -115,6 +115,24 @@ def test_visual_tokenizer_of_the_papers_size(tmp_path: Path) -> None:
     composed = compose("paper/visual_tokenizer", arguments=tuple(paths))
     assert composed.model.tokenizer.codebook_size == COSMOS_CODES
     assert composed.model.tokenizer.downsample == 16
+
+
+@pytest.mark.parametrize("reward", ["clip", "hps"])
+@pytest.mark.parametrize("size", ["0.5b", "1.5b"])
+@pytest.mark.parametrize("overlay", [None, "grpo-release", "grpo-24gb"])
+def test_grpo_compositions(reward: str, size: str, overlay: str | None) -> None:
+    composed = compose(f"paper/grpo-{reward}-{size}", *([f"paper/{overlay}"] if overlay else []))
+    stage, trainer = composed.model, composed.config["trainer"]
+    assert isinstance(stage, GRPOModule)
+    assert type(stage.reward).__name__ == {"clip": "CLIPReward", "hps": "HPSv2Reward"}[reward]
+    assert composed.datamodule.global_batch_size * stage.group_size == 28
+    assert composed.datamodule.global_batch_size % trainer["devices"] == 0
+    optimizer = stage.optimizer([torch.nn.Parameter(torch.zeros(2))])
+    assert optimizer.defaults["lr"] == (1e-6 if overlay == "grpo-release" else 1e-5)
+    assert (stage.lr_scheduler is None) == (overlay != "grpo-release")
+    if overlay == "grpo-release":
+        scheduler = stage.lr_scheduler(optimizer)
+        assert scheduler.total_steps == trainer["max_steps"]
 
 
 def test_overlay_changes_what_another_file_refers_to(tmp_path: Path) -> None:

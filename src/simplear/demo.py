@@ -41,8 +41,8 @@ class Step:
         return self.result.exists() and (not self.run or self.run in read_report(self.result)["runs"])
 
 
-def _fit(stage: str, title: str, seconds: int) -> Step:
-    arguments = ("fit", "--config", f"configs/demo/{stage}.yaml")
+def _fit(stage: str, title: str, seconds: int, config: str = "") -> Step:
+    arguments = ("fit", "--config", f"configs/demo/{config or stage}.yaml")
     return Step(title, arguments, CHECKPOINTS / stage, seconds, states=CHECKPOINTS / "states" / stage)
 
 
@@ -78,8 +78,10 @@ STEPS = (
         40,
         *("--blind_prompts", "100", "--tokenizer_ceiling", "true", "--compare_with", "pretrain"),
     ),
+    _fit("grpo", "reinforcement learning with the scene reward", 300, config="grpo-scene"),
+    _evaluate("grpo", "evaluation of reinforcement learning", 30, "--compare_with", "sft"),
 )
-"""In the order of the paper's section 3.2; each needs results of the ones before."""
+"""In the order of the paper's section 3; each needs results of the ones before."""
 
 
 def demo() -> None:
@@ -112,8 +114,9 @@ def _summary() -> str:
             markdown_table(read_report(REPORT)),
             "",
             f"images       {CHECKPOINTS / 'scenes' / 'sft.png'}  (pretraining beside fine-tuning)",
+            f"             {CHECKPOINTS / 'scenes' / 'grpo.png'}  (fine-tuning beside reinforcement learning)",
             f"report       {REPORT}",
-            f"checkpoint   {CHECKPOINTS / 'sft'}",
+            f"checkpoints  {CHECKPOINTS / 'sft'}, {CHECKPOINTS / 'grpo'}",
             "draw         make generate ARGS='--prompt \"a photo of a red circle\"'",
             "curves       make tensorboard",
         ]

@@ -1,8 +1,10 @@
 """Lightning callbacks: images and accuracy during training, checkpoints with their export, the progress bar."""
 
 from simplear.callbacks.checkpointing import AtomicCheckpoint, HuggingFaceCheckpoint
+from simplear.callbacks.curves import TrainingCurves
 from simplear.callbacks.drawing import DrawingCallback
 from simplear.callbacks.progress import StageProgressBar
+from simplear.callbacks.rollouts import RolloutImages
 from simplear.callbacks.samples import SampleImages
 from simplear.callbacks.scene_accuracy import SceneAccuracy
 
@@ -10,7 +12,9 @@ __all__ = [
     "AtomicCheckpoint",
     "DrawingCallback",
     "HuggingFaceCheckpoint",
+    "RolloutImages",
     "SampleImages",
     "SceneAccuracy",
     "StageProgressBar",
+    "TrainingCurves",
 ]

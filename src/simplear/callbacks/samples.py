@@ -44,11 +44,11 @@ class SampleImages(DrawingCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """As `DrawingCallback`, and says so when there is no TensorBoard to draw to."""
         super().on_fit_start(trainer, pl_module)
-        if not _tensorboards(trainer):
+        if not tensorboards(trainer):
             rank_zero_warn("SampleImages draws nothing: the trainer has no TensorBoardLogger (--trainer.logger).")
 
     def draw(self, trainer: Trainer, pipeline: SimpleARPipeline) -> None:
-        loggers = _tensorboards(trainer)
+        loggers = tensorboards(trainer)
         # Loggers are the same on every rank, so all of them leave here or none.
         if not loggers:
             return
@@ -62,5 +62,6 @@ class SampleImages(DrawingCallback):
             logger.experiment.add_image("samples", grid, trainer.global_step, dataformats="HWC")
 
 
-def _tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
+def tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
+    """The trainer's loggers that take pictures."""
     return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]

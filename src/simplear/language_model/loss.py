@@ -51,14 +51,21 @@ def next_token_losses(
     losses = []
     for mask, first, last in sections:
         first, last = (first, last) if normalizer == "by_modality" else (0, layout.vocab_size)
-        per_token = _cross_entropy(states[mask], head_weight[first:last], targets[mask] - first, chunk_rows)
+        per_token = token_cross_entropy(states[mask], head_weight[first:last], targets[mask] - first, chunk_rows)
         sums = per_token.new_zeros(len(labels)).index_add_(0, mask.nonzero()[:, 0], per_token)
         losses.append(sums / mask.sum(dim=1).clamp(min=1))
     return losses[0], losses[1] if with_text else torch.zeros_like(losses[0])
 
 
-def _cross_entropy(states: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int | None) -> Tensor:
-    """Per-token loss (N,), float32 or wider."""
+def token_cross_entropy(states: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int | None) -> Tensor:
+    """Negative log-likelihood of each token, (N,) in nats, float32 or wider.
+
+    Args:
+        states: (N, D).
+        weight: (C, D) rows of the head to choose among.
+        targets: (N,) int64 in [0, C).
+        chunk_rows: rows of logits held at once; None holds them all.
+    """
     if chunk_rows is not None and len(states) > chunk_rows:
         if torch.is_autocast_enabled(states.device.type):
             # Autocast does not reach into the chunked operation.
@@ -71,3 +78,14 @@ def _cross_entropy(states: Tensor, weight: Tensor, targets: Tensor, chunk_rows: 
         return loss.to(torch.promote_types(loss.dtype, torch.float32))
     logits = F.linear(states, weight)
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="none")
+
+
+@torch.no_grad()
+def token_entropy(states: Tensor, weight: Tensor, chunk_rows: int | None) -> Tensor:
+    """Entropy of each token's distribution, (N,) in nats, float32 or wider. Arguments as `token_cross_entropy`."""
+    entropies = []
+    for part in states.split(chunk_rows or max(len(states), 1)):
+        logits = F.linear(part, weight)
+        log_probabilities = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
+        entropies.append(-(log_probabilities.exp() * log_probabilities).sum(dim=-1))
+    return torch.cat(entropies)

@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.utils import has_file
 
-from simplear.language_model.loss import Normalizer, next_token_losses
+from simplear.language_model.loss import Normalizer, next_token_losses, token_cross_entropy, token_entropy
 from simplear.language_model.rope import Qwen2Rope2DConfig, Qwen2Rope2DForCausalLM
 from simplear.sequence import TokenLayout, add_special_tokens, positions_2d, positions_2d_at, text_lengths, token_layout
 
@@ -93,6 +93,37 @@ class LanguageModel(nn.Module):
             chunk_rows=chunk_rows,
         )
 
+    def image_log_probs(
+        self,
+        input_ids: Tensor,
+        grid: tuple[int, int],
+        *,
+        temperature: float = 1.0,
+        chunk_rows: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """What sampling at a temperature, without guidance or truncation, gives each code of right-padded sequences.
+
+        Args:
+            input_ids: (B, L), from `simplear.sequence.training_batch`; each row holds one image of ``grid``.
+            temperature: divides the logits over the codebook.
+            chunk_rows: rows of logits held at once; None holds them all. Same values, less memory.
+
+        Returns:
+            log-probabilities of the codes (B, h · w), in nats, and the entropies of their distributions (B, h · w),
+            the latter without gradient; float32 or wider.
+        """
+        count = grid[0] * grid[1]
+        hidden = self.hidden_states(input_ids, self.training_positions(input_ids, grid), attention_mask=None)
+        # The state before a code predicts it: the image begins at the text's length.
+        first = text_lengths(input_ids, self.layout)[:, None]
+        places = first + torch.arange(count, device=input_ids.device)
+        states = hidden.gather(1, (places - 1)[..., None].expand(-1, -1, hidden.shape[-1])).flatten(0, 1)
+        codes = self.layout.codes_of_ids(input_ids.gather(1, places)).flatten()
+        weight = self.image_head_weight
+        log_probs = -token_cross_entropy(states / temperature, weight, codes, chunk_rows)
+        entropies = token_entropy(states.detach() / temperature, weight.detach(), chunk_rows)
+        return log_probs.view(len(input_ids), count), entropies.view(len(input_ids), count)
+
     def training_positions(self, input_ids: Tensor, grid: tuple[int, int]) -> Tensor:
         """Positions of right-padded sequences (B, L): (1, L) for 1-D RoPE, (2, B, L) for 2-D."""
         length = input_ids.shape[1]
@@ -130,9 +161,14 @@ class LanguageModel(nn.Module):
             use_cache=cache is not None,
         ).last_hidden_state
 
+    @property
+    def image_head_weight(self) -> Tensor:
+        """The head's rows of the codes, (codebook_size, D)."""
+        return self.decoder.lm_head.weight[self.layout.image_token_offset : self.layout.vocab_size]
+
     def image_logits(self, hidden: Tensor) -> Tensor:
         """Logits over the codebook alone, (…, codebook_size), for hidden states (…, D)."""
-        return F.linear(hidden, self.decoder.lm_head.weight[self.layout.image_token_offset : self.layout.vocab_size])
+        return F.linear(hidden, self.image_head_weight)
 
 
 @dataclass

@@ -9,9 +9,11 @@ It answers like GenEval, with an exact detector in place of a neural one. Needs 
 """
 
 from simplear.scenes.captions import captions, evaluation_prompts
-from simplear.scenes.detection import Detection, detect
+from simplear.scenes.detection import MATCH, Detection, background_name, detect
 from simplear.scenes.drawing import draw
 from simplear.scenes.judgement import Verdict, judge, verdict
+from simplear.scenes.perturbation import PERTURBATIONS, perturb
+from simplear.scenes.residue import residue
 from simplear.scenes.sampling import SPLITS, sample_scene
 from simplear.scenes.scene import (
     BACKGROUNDS,
@@ -26,12 +28,15 @@ from simplear.scenes.scene import (
     relations_of,
     scene_from_metadata,
 )
+from simplear.scenes.strict import strict_verdict
 
 __all__ = [
     "BACKGROUNDS",
     "CATEGORIES",
     "COLORS",
     "HELD_OUT",
+    "MATCH",
+    "PERTURBATIONS",
     "RELATIONS",
     "SHAPES",
     "SPLITS",
@@ -39,14 +44,18 @@ __all__ = [
     "Scene",
     "SceneObject",
     "Verdict",
+    "background_name",
     "captions",
     "detect",
     "draw",
     "evaluation_prompts",
     "judge",
     "metadata",
+    "perturb",
     "relations_of",
+    "residue",
     "sample_scene",
     "scene_from_metadata",
+    "strict_verdict",
     "verdict",
 ]

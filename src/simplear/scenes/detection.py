@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simplear.scenes.drawing import ARM, coverage
-from simplear.scenes.scene import COLORS, SHAPES
+from simplear.scenes.scene import BACKGROUNDS, COLORS, SHAPES
 
 CONTRAST = 48.0
 """Euclidean RGB distance from the background at which foreground begins; noise stays below, every colour far above."""
@@ -63,7 +63,7 @@ class Detection:
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Piece:
     """A connected set of pixels: a mask, and where its top left pixel lies in the picture."""
 
     top: int
@@ -84,10 +84,10 @@ def detect(image: NDArray[np.uint8]) -> list[Detection]:
         raise ValueError(f"detect needs an (H, W, 3) uint8 picture, not {image.shape} {image.dtype}: scale to 0..255.")
     height, width = image.shape[:2]
     pixels = image.astype(np.float32)
-    background = np.median(np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]]), axis=0)
+    background = background_of(pixels)
     foreground = ((pixels - background) ** 2).sum(axis=2) > CONTRAST**2
     found = []
-    pieces = list(_pieces(_Piece(0, 0, foreground), SMALLEST * height * width))
+    pieces = list(connected(Piece(0, 0, foreground), SMALLEST * height * width))
     while pieces:
         piece = pieces.pop()
         rows, columns = np.nonzero(piece.mask)
@@ -104,15 +104,27 @@ def detect(image: NDArray[np.uint8]) -> list[Detection]:
         if foreign.any() and not foreign.all():
             others = np.zeros_like(piece.mask)
             others[rows[foreign] - piece.top, columns[foreign] - piece.left] = True
-            rest = list(_pieces(_Piece(piece.top, piece.left, others), SMALLEST * height * width))
+            rest = list(connected(Piece(piece.top, piece.left, others), SMALLEST * height * width))
             if rest:
-                own = _Piece(piece.top, piece.left, piece.mask & ~others)
-                pieces += [*rest, *_pieces(own, SMALLEST * height * width)]
+                own = Piece(piece.top, piece.left, piece.mask & ~others)
+                pieces += [*rest, *connected(own, SMALLEST * height * width)]
                 continue
         shape, x, y, size, match = _fit(rows, columns, share)
         if match >= MATCH:
             found.append(Detection(shape, _COLOR_NAMES[color], x / width, y / height, size / width, match))
     return sorted(found, key=lambda detection: -detection.match)
+
+
+def background_of(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Median colour (3,) of the outermost pixels of a picture (H, W, 3)."""
+    edge = np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]])
+    return np.asarray(np.median(edge, axis=0), dtype=np.float32)
+
+
+def background_name(image: NDArray[np.uint8]) -> str:
+    """The one of `BACKGROUNDS` that the outermost pixels of a picture (H, W, 3) uint8 are nearest to."""
+    background = background_of(image.astype(np.float32))
+    return min(BACKGROUNDS, key=lambda name: float(((background - np.array(BACKGROUNDS[name])) ** 2).sum()))
 
 
 def _fit(
@@ -137,7 +149,7 @@ def _fit(
     return shape, x, y, size, match
 
 
-def _pieces(whole: _Piece, smallest: float) -> Iterator[_Piece]:
+def connected(whole: Piece, smallest: float) -> Iterator[Piece]:
     """The connected pieces (pixels that share a side) of at least ``smallest`` pixels.
 
     Works on the runs of each row, of which a picture has few: runs that overlap in neighbouring rows are one piece.
@@ -172,4 +184,4 @@ def _pieces(whole: _Piece, smallest: float) -> Iterator[_Piece]:
         mask = np.zeros((extents[-1][0] + 1 - top, max(stop for _, _, stop in extents) - left), dtype=np.bool_)
         for row, start, stop in extents:
             mask[row - top, start - left : stop - left] = True
-        yield _Piece(whole.top + top, whole.left + left, mask)
+        yield Piece(whole.top + top, whole.left + left, mask)

@@ -1,17 +1,30 @@
 """The training stages, one LightningModule each, and the optimizer that the small ones learn fastest with."""
 
+from simplear.stages.grpo import GRPOModule
+from simplear.stages.grpo_objective import group_advantages, grpo_loss
+from simplear.stages.language_model_module import LanguageModelModule
 from simplear.stages.next_token import NextTokenModule, NextTokenObjective
 from simplear.stages.optimizers import MuonWithAdamW, parameter_groups
 from simplear.stages.pretrain import PretrainModule
+from simplear.stages.reference import ReferenceSettings
+from simplear.stages.schedules import CosineWithWarmup
 from simplear.stages.sft import SFTModule
+from simplear.stages.token_weights import SimilarityTokenWeights
 from simplear.stages.visual_tokenizer import VisualTokenizerModule
 
 __all__ = [
+    "CosineWithWarmup",
+    "GRPOModule",
+    "LanguageModelModule",
     "MuonWithAdamW",
     "NextTokenModule",
     "NextTokenObjective",
     "PretrainModule",
+    "ReferenceSettings",
     "SFTModule",
+    "SimilarityTokenWeights",
     "VisualTokenizerModule",
+    "group_advantages",
+    "grpo_loss",
     "parameter_groups",
 ]

@@ -1,4 +1,4 @@
-"""What pretraining and supervised fine-tuning share: next-token prediction over caption and image (Eq. 1).
+"""Next-token prediction over caption and image (Eq. 1): what pretraining and supervised fine-tuning share.
 
 The two stages differ only in where their model comes from. A subclass gives that in `load_language_model`; the loss
 itself is `simplear.language_model.next_token_losses`.
@@ -7,25 +7,12 @@ itself is `simplear.language_model.next_token_losses`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
-import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from simplear.data import TokenDataModule
-from simplear.language_model import CheckpointSettings, GenerationDefaults, LanguageModel, Normalizer
-from simplear.sequence import MAX_TEXT_TOKENS
-from simplear.stages.optimized import OptimizedModule
-from simplear.stages.sharding import shard_language_model
-from simplear.visual_tokenizer import VisualTokenizer, load_visual_tokenizer
-
-DEFAULT_DOWNSAMPLE = 16
-"""Of Cosmos DV8x16x16, the paper's visual tokenizer."""
+from simplear.language_model import Normalizer
+from simplear.stages.language_model_module import LanguageModelModule
 
 
 @dataclass(frozen=True)
@@ -40,102 +27,17 @@ class NextTokenObjective:
     """Rows of logits held in memory at once; None holds them all. Same loss, less memory."""
 
 
-class NextTokenModule(OptimizedModule):
-    """Base of the language-model stages.
+class NextTokenModule(LanguageModelModule):
+    """Base of pretraining and fine-tuning.
 
     Args:
-        visual_tokenizer: directory of the visual tokenizer that made the codes; it is copied into the checkpoint.
-        optimizer: any torch optimizer class by class_path. Norms and biases get no weight decay.
-        lr_scheduler: any scheduler class by class_path, stepped every optimizer step; None keeps the rate constant.
         objective: the loss.
-        generation: defaults of generation that are written into the checkpoint.
-        activation_checkpointing: recompute each layer's activations in the backward pass: less memory, about a third
-            more arithmetic.
+        kwargs: the arguments of `LanguageModelModule`.
     """
 
-    language_model: LanguageModel
-    text_tokenizer: PreTrainedTokenizerBase
-
-    def __init__(
-        self,
-        visual_tokenizer: str | None = None,
-        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-4, weight_decay=0.01),
-        lr_scheduler: LRSchedulerCallable | None = None,
-        objective: NextTokenObjective = NextTokenObjective(),
-        generation: GenerationDefaults | None = None,
-        activation_checkpointing: bool = False,
-    ) -> None:
-        super().__init__(optimizer, lr_scheduler)
-        self.visual_tokenizer_path = visual_tokenizer
+    def __init__(self, objective: NextTokenObjective = NextTokenObjective(), **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.objective = objective
-        self.generation = generation
-        self.activation_checkpointing = activation_checkpointing
-        self.grid: tuple[int, int] | None = None
-        self.start_fingerprint: str | None = None
-        """Of the visual tokenizer whose codes the model already knows; None for a new model."""
-        self.start_downsample: int | None = None
-        """Of that visual tokenizer."""
-
-    def load_language_model(self) -> tuple[LanguageModel, PreTrainedTokenizerBase]:
-        """The model to train and its text tokenizer; whole, on CPU, in float32."""
-        raise NotImplementedError
-
-    def configure_model(self) -> None:
-        """Build the model, and shard it under FSDP2."""
-        if hasattr(self, "language_model"):
-            return
-        self.language_model, self.text_tokenizer = self.load_language_model()
-        self.language_model.train()
-        if self.activation_checkpointing:
-            self.language_model.decoder.activation_checkpointing_enable()
-        if self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
-            assert self.device_mesh is not None, "the strategy sets the mesh before configure_model."
-            shard_language_model(self.language_model, self.device_mesh["data_parallel"])
-
-    def on_fit_start(self) -> None:
-        """Check that data and model belong together before the first step is paid for."""
-        self._check_data()
-
-    def on_validation_start(self) -> None:
-        """As `on_fit_start`, for validation on its own."""
-        self._check_data()
-
-    def on_test_start(self) -> None:
-        """As `on_fit_start`, for a test on its own."""
-        self._check_data()
-
-    def _check_data(self) -> None:
-        data = getattr(self.trainer, "datamodule", None)
-        if not isinstance(data, TokenDataModule):
-            return
-        if data.codebook_size != self.language_model.layout.codebook_size:
-            raise ValueError(
-                f"the token shards have a codebook of {data.codebook_size} codes, the model one of "
-                f"{self.language_model.layout.codebook_size}: tokenize with the checkpoint's visual tokenizer."
-            )
-        known = {"the checkpoint's visual tokenizer": self.start_fingerprint}
-        if self.visual_tokenizer_path is not None:
-            known[self.visual_tokenizer_path] = self._visual_tokenizer.fingerprint
-        for name, fingerprint in known.items():
-            if None not in (fingerprint, data.fingerprint) and fingerprint != data.fingerprint:
-                raise ValueError(
-                    f"the token shards were made by visual tokenizer {str(data.fingerprint)[:12]}…, but {name} is "
-                    f"{str(fingerprint)[:12]}…: tokenize again with that one, or name the one that made them "
-                    "(--model.init_args.visual_tokenizer)."
-                )
-        if data.layout != self.language_model.layout:
-            raise ValueError(
-                f"--data.tokenizer {data.tokenizer_path} gives {data.layout}, the model's text tokenizer "
-                f"{self.language_model.layout}: name the same one for both."
-            )
-        for height, width in data.grids:
-            longest = height * width + data.max_text_tokens + 2
-            if longest > self.language_model.max_positions:
-                raise ValueError(
-                    f"a {height} × {width} grid with up to {data.max_text_tokens} caption tokens takes {longest} "
-                    f"positions, the model has {self.language_model.max_positions}: lower --data.max_text_tokens or "
-                    "raise max_position_embeddings (--model.init_args.language_model.architecture)."
-                )
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         """Loss of one micro-batch, mean over its samples."""
@@ -170,57 +72,3 @@ class NextTokenModule(OptimizedModule):
             values, on_step=training, on_epoch=not training, sync_dist=not training, batch_size=len(image_loss)
         )
         return loss
-
-    @property
-    def trained_module(self) -> LanguageModel:
-        """The language model."""
-        return self.language_model
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the grid, so that a finished run that is started again can still export."""
-        checkpoint["grid"] = self.grid
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the grid back, after what every stage checks."""
-        super().on_load_checkpoint(checkpoint)
-        self.grid = checkpoint["grid"]
-
-    @cached_property
-    def _visual_tokenizer(self) -> VisualTokenizer:
-        assert self.visual_tokenizer_path is not None
-        with isolate_rng():  # its weights are drawn before they are loaded, at another moment on each rank
-            return load_visual_tokenizer(self.visual_tokenizer_path)
-
-    def checkpoint_settings(self) -> CheckpointSettings:
-        """What ``simplear.json`` says of the model as trained here; the grid is the last training batch's."""
-        if self.grid is None:
-            raise RuntimeError("no batch has been seen yet, so the grid of the checkpoint is not known.")
-        data = getattr(self.trainer, "datamodule", None)
-        layout = self.language_model.layout
-        return CheckpointSettings(
-            image_token_offset=layout.image_token_offset,
-            codebook_size=layout.codebook_size,
-            grid=self.grid,
-            downsample=self.downsample,
-            rope=self.language_model.rope,
-            max_text_tokens=data.max_text_tokens if isinstance(data, TokenDataModule) else MAX_TEXT_TOKENS,
-            generation=self.generation or GenerationDefaults(),
-            visual_tokenizer=self.visual_tokenizer_path,
-            visual_tokenizer_fingerprint=self._fingerprint,
-        )
-
-    @property
-    def _fingerprint(self) -> str | None:
-        if self.visual_tokenizer_path is not None:
-            return self._visual_tokenizer.fingerprint
-        data = getattr(self.trainer, "datamodule", None)
-        return (data.fingerprint if isinstance(data, TokenDataModule) else None) or self.start_fingerprint
-
-    @property
-    def downsample(self) -> int:
-        """Pixels a code: the named visual tokenizer's, else the token shards', else the starting checkpoint's."""
-        if self.visual_tokenizer_path is not None:
-            return self._visual_tokenizer.downsample
-        data = getattr(self.trainer, "datamodule", None)
-        shards = data.downsample if isinstance(data, TokenDataModule) else None
-        return shards or self.start_downsample or DEFAULT_DOWNSAMPLE

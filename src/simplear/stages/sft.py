@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
-from simplear.language_model import LanguageModel, load_checkpoint
+from simplear.language_model import LanguageModel
 from simplear.stages.next_token import NextTokenModule
 
 
@@ -26,11 +25,5 @@ class SFTModule(NextTokenModule):
 
     def load_language_model(self) -> tuple[LanguageModel, PreTrainedTokenizerBase]:
         """Load the checkpoint's weights in float32, to be trained."""
-        loaded = load_checkpoint(self.checkpoint, dtype=torch.float32)
-        self.start_fingerprint = loaded.settings.visual_tokenizer_fingerprint
-        self.start_downsample = loaded.settings.downsample
-        if self.generation is None:
-            self.generation = loaded.settings.generation
-        if self.visual_tokenizer_path is None and loaded.visual_tokenizer_path is not None:
-            self.visual_tokenizer_path = str(loaded.visual_tokenizer_path)
+        loaded = self.load_checkpoint(self.checkpoint)
         return loaded.model, loaded.tokenizer

@@ -1,0 +1,55 @@
+"""What GRPO's policy draws: the best and the worst image of a group, with caption and score, into TensorBoard."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from lightning.pytorch import Callback, LightningModule, Trainer
+from PIL import Image
+from torch import Tensor
+
+from simplear.callbacks.samples import tensorboards
+from simplear.evaluation import Cell, image_grid
+
+
+class RolloutImages(Callback):
+    """Shows the first groups of a rollout, as ``rollouts``.
+
+    Args:
+        every_n_steps: training steps between pictures.
+        groups: captions shown.
+        image_size: pixels of an image as shown.
+    """
+
+    def __init__(self, every_n_steps: int, groups: int = 4, image_size: int = 128) -> None:
+        if every_n_steps < 1 or groups < 1:
+            raise ValueError(f"every_n_steps {every_n_steps} and groups {groups} must be at least 1.")
+        self.every_n_steps, self.groups, self.image_size = every_n_steps, groups, image_size
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Raises TypeError for a stage without rollouts."""
+        if not hasattr(pl_module, "last_rollout"):
+            raise TypeError(f"RolloutImages shows rollouts, and {type(pl_module).__name__} has none: use SampleImages.")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if pl_module.rollouts_done % self.every_n_steps or not trainer.is_global_zero:
+            return
+        rollout, size = pl_module.last_rollout, pl_module.group_size
+        cells = []
+        for start in range(0, min(self.groups * size, len(rollout.captions)), size):
+            scores = rollout.scores[start : start + size]
+            places = (int(scores.argmax()), int(scores.argmin()))
+            images = tuple(_picture(rollout.images[start + place]) for place in places)
+            labels = tuple(f"{name} {float(scores[place]):.2f}" for name, place in zip(("best", "worst"), places))
+            cells.append(Cell(rollout.captions[start], images, labels=labels))
+        grid = np.asarray(image_grid({"": cells}, image_size=self.image_size))
+        for logger in tensorboards(trainer):
+            logger.experiment.add_image("rollouts", grid, trainer.global_step, dataformats="HWC")
+
+
+def _picture(pixels: Tensor) -> Image.Image:
+    """Of (3, H, W) in [0, 1]."""
+    return Image.fromarray((pixels.float() * 255).round().byte().permute(1, 2, 0).cpu().numpy())

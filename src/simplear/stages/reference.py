@@ -1,0 +1,80 @@
+"""The frozen reference of GRPO: the policy as it was at the start, kept out of the training state.
+
+It is no submodule of the stage, so no .ckpt holds it and no optimizer, wrapper or precision plugin finds it; after a
+resume it is read from the same checkpoint again. In the policy's own compute dtype it gives the policy's log-probs bit
+for bit as long as their weights are equal.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from simplear.language_model import LanguageModel
+from simplear.stages.sharding import shard_language_model
+
+
+@dataclass(frozen=True)
+class ReferenceSettings:
+    """Where the reference lives, and in which precision."""
+
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of its weights; None is the policy's, with which the KL term is exactly 0 at the first update."""
+    device: str | None = None
+    """Such as "cuda:1"; None is the policy's."""
+    offload: bool = False
+    """Keep the weights on CPU between uses; they travel to the device once a rollout."""
+
+
+class Reference:
+    """Log-probs under frozen weights.
+
+    Args:
+        policy: the language model to copy, whole and before training.
+        settings: where and in which precision.
+        mesh: shard the copy over this data-parallel mesh, as the policy is; None keeps it whole.
+
+    Raises:
+        ValueError: another device or offloading together with sharding, which already spreads the weights.
+    """
+
+    def __init__(self, policy: LanguageModel, settings: ReferenceSettings, mesh: DeviceMesh | None = None) -> None:
+        if mesh is not None and (settings.device is not None or settings.offload):
+            raise ValueError("a sharded reference lives where the policy does: leave reference.device and offload out.")
+        self.settings = settings
+        self.sharded = mesh is not None
+        self.model = copy.deepcopy(policy).eval().requires_grad_(False)
+        if mesh is not None:
+            self.model.to(device=mesh.device_type)
+            if settings.dtype is not None:
+                self.model.to(getattr(torch, settings.dtype))
+            shard_language_model(self.model, mesh)
+
+    def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Take the place and the precision that the settings and the policy's own give; before the first use."""
+        self.device = torch.device(self.settings.device or device)
+        if not self.sharded:
+            wanted = dtype if self.settings.dtype is None else getattr(torch, self.settings.dtype)
+            self.model.to(device="cpu" if self.settings.offload else self.device, dtype=wanted)
+
+    @torch.no_grad()
+    def log_probs(
+        self, sequences: list[Tensor], grid: tuple[int, int], temperature: float, chunk_rows: int | None
+    ) -> list[Tensor]:
+        """Log-probs (B, T) of the codes of each micro-batch of sequences (B, L), on the sequences' device."""
+        if self.settings.offload:
+            self.model.to(self.device)
+        found = [
+            self.model.image_log_probs(ids.to(self.device), grid, temperature=temperature, chunk_rows=chunk_rows)[0].to(
+                ids.device
+            )
+            for ids in sequences
+        ]
+        if self.settings.offload:
+            self.model.to("cpu")
+        return found

@@ -1,0 +1,81 @@
+"""Train GRPO on two CPU processes and write the weights: fit_grpo.py CHECKPOINT PROMPTS OUT ddp|fsdp2."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from simplear.data import TokenDataModule
+from simplear.stages import GRPOModule
+from toys import CODEBOOK
+
+
+class Brightness:
+    """Of the red channel; one rank may fail in its second rollout."""
+
+    def __init__(self, failing_rank: int | None) -> None:
+        self.failing_rank, self.calls = failing_rank, 0
+
+    def __call__(self, images: Tensor, captions: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        self.calls += 1
+        if self.calls == 2 and torch.distributed.get_rank() == self.failing_rank:
+            raise OSError("the reward's server is gone")
+        return images[:, 0].mean(dim=(1, 2))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    for name in ("checkpoint", "prompts", "out", "strategy"):
+        parser.add_argument(name)
+    parser.add_argument("--fail-on-rank", type=int)
+    arguments = parser.parse_args()
+    module = GRPOModule(
+        arguments.checkpoint,
+        Brightness(arguments.fail_on_rank),
+        group_size=3,
+        optimizer=lambda params: torch.optim.SGD(params, lr=0.5),
+        rollout_batch_size=6,
+        micro_batch_size=6,
+    )
+    data = TokenDataModule(
+        paths=arguments.prompts,
+        global_batch_size=4,
+        tokenizer=arguments.checkpoint,
+        codebook_size=CODEBOOK,
+        caption_dropout=0.0,
+        max_text_tokens=40,
+    )
+    strategy: Any = DDPStrategy(process_group_backend="gloo")
+    if arguments.strategy == "fsdp2":
+        strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy=strategy,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        max_epochs=-1,
+        max_steps=3,
+    )
+    trainer.fit(module, datamodule=data)
+    weights = get_model_state_dict(
+        module.language_model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
+    if trainer.is_global_zero:
+        torch.save(weights, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
