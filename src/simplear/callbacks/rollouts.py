@@ -32,18 +32,16 @@ class RolloutImages(Callback):
         if not hasattr(pl_module, "last_rollout"):
             raise TypeError(f"RolloutImages shows rollouts, and {type(pl_module).__name__} has none: use SampleImages.")
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if pl_module.rollouts_done % self.every_n_steps or not trainer.is_global_zero:
             return
         rollout, size = pl_module.last_rollout, pl_module.group_size
         cells = []
         for start in range(0, min(self.groups * size, len(rollout.captions)), size):
             scores = rollout.scores[start : start + size]
-            places = (int(scores.argmax()), int(scores.argmin()))
-            images = tuple(_picture(rollout.images[start + place]) for place in places)
-            labels = tuple(f"{name} {float(scores[place]):.2f}" for name, place in zip(("best", "worst"), places))
+            places = {"best": int(scores.argmax()), "worst": int(scores.argmin())}
+            images = tuple(_picture(rollout.images[start + place]) for place in places.values())
+            labels = tuple(f"{name} {float(scores[place]):.2f}" for name, place in places.items())
             cells.append(Cell(rollout.captions[start], images, labels=labels))
         grid = np.asarray(image_grid({"": cells}, image_size=self.image_size))
         for logger in tensorboards(trainer):

@@ -160,7 +160,7 @@ def save_clip(network: nn.Module, architecture: dict[str, Any], tokenizer: Any, 
         tokenizer: saved too if it can be (`open_clip.tokenizer.HFTokenizer`); the built-in one needs no files.
         directory: to write.
     """
-    preprocessing = {key: value for key, value in network.visual.preprocess_cfg.items() if key != "size"}  # type: ignore[union-attr]
+    preprocessing = {key: value for key, value in network.visual.preprocess_cfg.items() if key != "size"}  # type: ignore[union-attr, operator]
     config = {"model_cfg": architecture, "preprocess_cfg": preprocessing}
     weights = {name: weight.detach().cpu().contiguous() for name, weight in network.state_dict().items()}
     directory = Path(directory)

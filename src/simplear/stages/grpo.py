@@ -186,13 +186,13 @@ class GRPOModule(LanguageModelModule):
             )
         if self.start_fingerprint not in (None, self.visual_tokenizer.fingerprint):
             raise ValueError(
-                f"the visual tokenizer at {self.visual_tokenizer_path} is {self.visual_tokenizer.fingerprint[:12]}…, but "
-                f"the checkpoint draws the codes of {str(self.start_fingerprint)[:12]}…: name the one that belongs to it "
-                "(--model.init_args.visual_tokenizer)."
+                f"the visual tokenizer at {self.visual_tokenizer_path} is {self.visual_tokenizer.fingerprint[:12]}…, "
+                f"but the checkpoint draws the codes of {str(self.start_fingerprint)[:12]}…: name the one that belongs "
+                "to it (--model.init_args.visual_tokenizer)."
             )
         self.visual_tokenizer.to(self.device)  # type: ignore[attr-defined]
         move(self.reward, self.device)
-        # Lightning would rather save what was there before the last update: here a state is what a training step leaves.
+        # Lightning would rather save what was there before the update: here a state is what a training step leaves.
         warnings.filterwarnings("ignore", "Using ModelCheckpoint with manual optimization.*")
         if self._reference is not None:
             self._reference.prepare(self.device, next(self.language_model.parameters()).dtype)
@@ -326,9 +326,7 @@ class GRPOModule(LanguageModelModule):
     def _log_probs(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         assert self.grid is not None
         temperature = self.sampling.temperature
-        return self.language_model.image_log_probs(
-            ids, self.grid, temperature=temperature, chunk_rows=self.chunk_rows
-        )
+        return self.language_model.image_log_probs(ids, self.grid, temperature=temperature, chunk_rows=self.chunk_rows)
 
     def _log_rollout(self, rollout: Rollout) -> None:
         groups = rollout.scores.view(-1, self.group_size)
@@ -368,9 +366,9 @@ def _require_plain_sampling(sampling: SamplingSettings) -> None:
         value, wanted = getattr(sampling, name), getattr(plain, name)
         if value != wanted:
             raise ValueError(
-                f"sampling.{name} {value}: rollouts must sample the policy itself, at a temperature alone. With guidance "
-                "or truncation the images come from another distribution than the one whose log-probs the objective "
-                f"takes, and its gradient is wrong. Leave it at {wanted}."
+                f"sampling.{name} {value}: rollouts must sample the policy itself, at a temperature alone. With "
+                "guidance or truncation the images come from another distribution than the one whose log-probs the "
+                f"objective takes, and its gradient is wrong. Leave it at {wanted}."
             )
 
 
