@@ -177,7 +177,9 @@ def _errors_for_the_reader() -> Iterator[None]:
         refused = isinstance(error, OSError) and error.filename is not None
         if os.environ.get("SIMPLEAR_TRACEBACK") or not (ours or refused):
             raise
-        message = error.strerror if isinstance(error, OSError) and not refused else error
+        # An error of the system prints its number first; one of our own has none.
+        message = getattr(error, "strerror", None) if not refused else None
+        message = message or error
         _fail(f"error: {message}\n(SIMPLEAR_TRACEBACK=1 shows where it was raised)")
 
 
