@@ -1,62 +1,147 @@
-"""A training that is killed again and again ends in the weights of one that never was."""
+"""Work that is killed again and again, at any moment, ends in the same bytes as work that never was."""
 
 from __future__ import annotations
 
+import json
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from toys import write_pretraining
+from simplear.callbacks.integrity import damage
+from simplear.data import TokenShards
+from simplear.data.shards import MANIFEST_FILE, TEMPORARY_MARK
+from simplear.language_model import load_checkpoint
+from simplear.visual_tokenizer import load_visual_tokenizer
+from toys import write_pretraining, write_sft, write_visual_tokenizer_training
 
-KILLS = 12
-STEPS = 1500
-LONGEST_WAIT = 1.5
-"""Seconds from the first sign of training to a kill, at most; the whole training takes several times as long."""
+PROCESSES = multiprocessing.get_context("forkserver")
+"""Each piece of work is a process of its own, forked from one that has the libraries loaded and has run nothing."""
+PROCESSES.set_forkserver_preload(["faults.test_kills", "simplear.cli", "lightning.pytorch.cli", "simplear.stages"])
+
+STAGES = ("visual_tokenizer", "pretrain", "sft")
+SLOW_SYNC = 0.01
+"""Seconds of an fsync, as of a real disk: on one in memory a kill would hardly ever fall into a write."""
 
 
-def start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def work(arguments: Sequence[str], log: Path) -> None:
+    """One `simplear` command, in a child process."""
+    from simplear.cli import main
+
     with log.open("ab") as out:
-        return subprocess.Popen(
-            [sys.executable, "-m", "simplear.cli", *command], stdout=out, stderr=out, env=environment
-        )
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    torch.set_num_threads(1)
+    os.fsync = lambda descriptor: time.sleep(SLOW_SYNC)
+    main(arguments)
 
 
-def states(root: Path) -> dict[str, int]:
-    return {str(path): path.stat().st_mtime_ns for path in root.glob("states/*.ckpt")}
+def start(arguments: Sequence[str], log: Path) -> BaseProcess:
+    process = PROCESSES.Process(target=work, args=(list(arguments), log))
+    process.start()
+    return process
+
+
+def finish(arguments: Sequence[str], log: Path) -> None:
+    process = start(arguments, log)
+    process.join()
+    assert process.exitcode == 0, log.read_text()[-3000:]
+
+
+def kill_often(
+    arguments: Sequence[str], log: Path, kills: int, longest: float, written: Callable[[], Any]
+) -> list[Any]:
+    """Start the work again and again and kill it, up to `longest` seconds after it first wrote something.
+
+    Every fourth time while it is still starting. Returns what was there after each kill; the work may end before.
+    """
+    moments, left = random.Random(0), []
+    for attempt in range(kills):
+        before = written()
+        process = start(arguments, log)
+        while process.is_alive() and written() == before and attempt % 4 != 3:
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, longest))
+        process.kill()
+        process.join()
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL, log.read_text()[-3000:]
+        left.append(written())
+    return left
+
+
+def assert_trained_alike(
+    config: Path, directory: Path, stage: str, steps: int, kills: int, at_least: int, longest: float
+) -> None:
+    """Also: whatever a kill leaves under the name of a state is whole."""
+    command = ["fit", "--config", str(config), "--trainer.max_steps", str(steps), "--ckpt_path", "last"]
+    whole, killed, log = directory / "whole", directory / "killed", directory / "log"
+    finish([*command, "--trainer.default_root_dir", str(whole)], log)
+    command += ["--trainer.default_root_dir", str(killed)]
+
+    def states() -> dict[str, int]:
+        assert not [name for name in killed.glob("states/[!.]*.ckpt") if damage(name)]
+        return {path.name: path.stat().st_mtime_ns for path in killed.glob("states/last.ckpt")}
+
+    left = kill_often(command, log, kills, longest, states)
+    assert len(left) >= at_least, "the training is too short to be killed often"
+    finish(command, log)
+    one, other = (torch.load(root / "states" / "last.ckpt")["state_dict"] for root in (whole, killed))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    if stage == "visual_tokenizer":
+        exports = [load_visual_tokenizer(root / "model").state_dict() for root in (whole, killed)]
+    else:
+        exports = [load_checkpoint(root / "model").model.state_dict() for root in (whole, killed)]
+    assert all(torch.equal(exports[0][name], exports[1][name]) for name in exports[0])
+    assert not [path.name for path in killed.glob("states/.*")]
+
+
+@pytest.fixture
+def make_config(
+    tmp_path: Path, tiny_text_tokenizer: str, tiny_visual_tokenizer: str, tiny_shards: str, tiny_checkpoint: Path
+) -> Callable[[str, int], Path]:
+    def make(stage: str, save_every: int) -> Path:
+        if stage == "visual_tokenizer":
+            return write_visual_tokenizer_training(tmp_path, save_every)
+        if stage == "sft":
+            return write_sft(tmp_path, str(tiny_checkpoint), tiny_visual_tokenizer, tiny_shards, save_every)
+        return write_pretraining(tmp_path, tiny_text_tokenizer, tiny_visual_tokenizer, tiny_shards, save_every)
+
+    return make
 
 
 @pytest.mark.long
-def test_killed_pretraining_is_bit_identical(
-    tmp_path: Path, tiny_text_tokenizer: str, tiny_shards: str, tiny_visual_tokenizer: str
-) -> None:
-    config = write_pretraining(tmp_path, tiny_text_tokenizer, tiny_visual_tokenizer, tiny_shards, save_every=7)
-    command = ["fit", "--config", str(config), "--trainer.max_steps", str(STEPS), "--ckpt_path", "last"]
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert start([*command, "--trainer.default_root_dir", str(whole)], tmp_path / "whole.log").wait() == 0
-    moments = random.Random(0)
-    kills = 0
-    for _ in range(KILLS):
-        before = states(killed)
-        process = start([*command, "--trainer.default_root_dir", str(killed)], tmp_path / "killed.log")
-        while process.poll() is None and states(killed) == before:
-            time.sleep(0.01)
-        time.sleep(moments.uniform(0, LONGEST_WAIT))
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.wait()
-    assert kills >= KILLS // 2, "the training is too short to be killed often"
-    assert start([*command, "--trainer.default_root_dir", str(killed)], tmp_path / "killed.log").wait() == 0
-    one, other = (
-        torch.load(root / "states" / "last.ckpt", weights_only=True)["state_dict"] for root in (whole, killed)
-    )
-    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-    assert (killed / "model" / "simplear.json").exists()
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_training_is_bit_identical(make_config: Callable[[str, int], Path], tmp_path: Path, stage: str) -> None:
+    """With states of every third step, so that many kills fall into saving one."""
+    assert_trained_alike(make_config(stage, 3), tmp_path, stage, steps=400, kills=16, at_least=12, longest=1.0)
+
+
+def test_training_killed_a_few_times_is_bit_identical(make_config: Callable[[str, int], Path], tmp_path: Path) -> None:
+    assert_trained_alike(make_config("pretrain", 3), tmp_path, "pretrain", steps=60, kills=2, at_least=2, longest=0.2)
+
+
+@pytest.mark.long
+def test_tokenization_killed_while_writing_ends_in_the_same_hashes(tmp_path: Path, tiny_visual_tokenizer: str) -> None:
+    source = ["--source", "ScenesSource", "--source.count", "300", "--source.resolution", "16"]
+    command = ["tokenize", *source, "--source.rows_per_unit", "3", "--visual-tokenizer", tiny_visual_tokenizer]
+    log, whole, out = tmp_path / "log", tmp_path / "whole", tmp_path / "killed"
+    finish([*command, "--out", str(whole)], log)
+    command += ["--out", str(out)]
+    left = kill_often(command, log, 32, 0.15, lambda: {path.name for path in out.glob("*")})
+    assert len(left) >= 20, "the work is too short to be killed often"
+    assert any(TEMPORARY_MARK in name for names in left for name in names), "no kill fell into a write"
+    finish(command, log)
+    manifests = [json.loads((directory / MANIFEST_FILE).read_text()) for directory in (whole, out)]
+    assert manifests[0] == manifests[1] and len(manifests[0]["shards"]) == 100
+    TokenShards(out).verify()
+    assert not list(out.glob(f".*{TEMPORARY_MARK}*"))
