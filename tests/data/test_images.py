@@ -97,6 +97,19 @@ def test_a_broken_picture_is_counted_when_cached_and_named_when_not(
         list(direct.train_dataloader())
 
 
+def test_too_few_pictures_are_named_by_what_they_are_for() -> None:
+    few, enough = ScenesSource(3, 8), ScenesSource(4, 8)
+    data = ImageDataModule(enough, 4, 8, 8, validation_source=few)
+    data.setup("fit")
+    data.train_dataloader()
+    with pytest.raises(ValueError, match=r"^3 validation rows .* fill no global batch of 4"):
+        data.val_dataloader()
+    data = ImageDataModule(few, 4, 8, 8)
+    data.setup("fit")
+    with pytest.raises(ValueError, match=r"^3 training rows"):
+        data.train_dataloader()
+
+
 def test_tars_need_the_cache(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name, content in (("1.txt", b"x"), ("1.png", _png())):

@@ -152,12 +152,14 @@ class OrderedDataModule(lightning.LightningDataModule):
         progress.ready = progress.started = progress.processed = whole_steps
 
     def _sampler(self, dataset: BatchDataset, shuffle: bool, accumulation: int, endless: bool) -> MicroBatchSampler:
-        order = DataOrder(dataset.bucket_sizes, self.global_batch_size, self.seed, shuffle)
+        noun = "training rows" if dataset is self.training else "validation rows"
+        order = DataOrder(dataset.bucket_sizes, self.global_batch_size, self.seed, shuffle, noun)
         if order.rows_left_out and (self.trainer is None or self.trainer.is_global_zero):
             logger.info(
-                "%d of %d rows fill no global batch of %d and are left out of an epoch",
+                "%d of %d %s fill no global batch of %d and are left out of an epoch",
                 order.rows_left_out,
                 sum(dataset.bucket_sizes),
+                noun,
                 self.global_batch_size,
             )
         rank, world_size = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)

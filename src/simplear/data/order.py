@@ -111,11 +111,13 @@ class DataOrder:
     """Seed of the order and of every choice about a sample."""
     shuffle: bool = True
     """False: rows and batches come as they lie, the same in every epoch."""
+    noun: str = "rows"
+    """What a message calls the rows."""
 
     def __post_init__(self) -> None:
         if self.batches_per_epoch == 0:
             raise ValueError(
-                f"{sum(self.bucket_sizes)} rows (by grid: {list(self.bucket_sizes)}) fill no global batch of "
+                f"{sum(self.bucket_sizes)} {self.noun} (by grid: {list(self.bucket_sizes)}) fill no global batch of "
                 f"{self.global_batch_size}: take a smaller global_batch_size or more data."
             )
 
