@@ -196,7 +196,7 @@ def test_parts_that_are_not_asked_for_are_no_part_of_the_score() -> None:
 
 
 def test_prompts_without_a_scenes_metadata_are_named() -> None:
-    with pytest.raises(ValueError, match="SceneReward cannot judge the caption 'a dog': .*no key 'tag'"):
+    with pytest.raises(ValueError, match=r"SceneReward cannot judge the caption 'a dog': .*no key 'tag'"):
         scored([draw(ONE, 64)], ["a dog"], [{}])
 
 
