@@ -7,6 +7,7 @@ import pytest
 
 from simplear.scenes import (
     COLORS,
+    HELD_OUT,
     PERTURBATIONS,
     SHAPES,
     Scene,
@@ -33,7 +34,7 @@ def rng() -> np.random.Generator:
         (
             "color",
             "a photo of an orange cross",
-            {f"a photo of a {color} cross" for color in COLORS if color != "orange"},
+            {f"a photo of a {name} cross" for name in COLORS if name != "orange"},
         ),
         ("color", "a red cross", {f"a{'n' * (color == 'orange')} {color} cross" for color in COLORS if color != "red"}),
         ("shape", "three red crosses", {"three red circles", "three red squares", "three red triangles"}),
@@ -120,6 +121,19 @@ def test_no_change_breaks_the_grammar() -> None:
         for kind in PERTURBATIONS:
             other = perturb(captions(scene, 0, index)[1], kind, generator)
             assert other is None or not re.search(r"\ban [^aeiou]|\ba [aeiou]", other)
+
+
+def test_pairs_to_avoid_are_named_by_no_changed_caption() -> None:
+    generator = rng()
+    found = set()
+    for scene, index in SCENES:
+        for kind in ("color", "shape", "binding"):
+            free = perturb(captions(scene, 0, index)[0], kind, generator)
+            found |= set(_says(free or "")[0])
+            other = perturb(captions(scene, 0, index)[0], kind, generator, avoid=HELD_OUT)
+            assert other is None or not set(_says(other)[0]) & set(HELD_OUT)
+    assert set(HELD_OUT) <= found
+    assert perturb("a cyan circle and a red square", "binding", generator, avoid=[("square", "cyan")]) is None
 
 
 def test_unknown_kind_is_refused() -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
@@ -151,7 +151,7 @@ def _root_logger_quiet() -> Iterator[None]:
         root.setLevel(level)
 
 
-def save_clip(network: nn.Module, architecture: dict[str, Any], tokenizer: Any, directory: str | Path) -> None:
+def save_clip(network: Any, architecture: dict[str, Any], tokenizer: Any, directory: str | Path) -> None:
     """Write a model as a directory in open_clip's format; it appears whole or not at all, in place of an older one.
 
     Args:
@@ -160,7 +160,7 @@ def save_clip(network: nn.Module, architecture: dict[str, Any], tokenizer: Any, 
         tokenizer: saved too if it can be (`open_clip.tokenizer.HFTokenizer`); the built-in one needs no files.
         directory: to write.
     """
-    preprocessing = {key: value for key, value in network.visual.preprocess_cfg.items() if key != "size"}  # type: ignore[union-attr, operator]
+    preprocessing = {key: value for key, value in network.visual.preprocess_cfg.items() if key != "size"}
     config = {"model_cfg": architecture, "preprocess_cfg": preprocessing}
     weights = {name: weight.detach().cpu().contiguous() for name, weight in network.state_dict().items()}
     directory = Path(directory)

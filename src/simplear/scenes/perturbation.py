@@ -7,7 +7,7 @@ contrastive model learns most from. Works on the words alone, so any caption of 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 
 import numpy as np
 
@@ -25,54 +25,62 @@ def _words(*options: str) -> re.Pattern[str]:
 
 _COLOR, _BACKGROUND, _NUMBER = _words(*COLORS), _words(*BACKGROUNDS), _words(*_NUMBERS)
 _SHAPE, _RELATION = _words(*_PLURALS, *_PLURALS.values()), _words(*_OPPOSITE)
+_PAIR = re.compile(rf"\b({'|'.join(COLORS)}) ({'|'.join(SHAPES)})")
 
 
-def _other(rng: np.random.Generator, found: str, options: tuple[str, ...]) -> str:
-    rest = [option for option in options if option != found]
-    return rest[int(rng.integers(len(rest)))]
+def _among(options: Collection[str]) -> Callable[[str], list[str]]:
+    return lambda found: [option for option in options if option != found]
 
 
-def _other_shape(rng: np.random.Generator, found: str) -> str:
-    plural = found in _PLURALS.values()
-    return _other(rng, found, tuple(_PLURALS.values()) if plural else SHAPES)
+def _other_shapes(found: str) -> list[str]:
+    return _among(_PLURALS.values() if found in _PLURALS.values() else SHAPES)(found)
 
 
-_CHANGES: dict[str, tuple[re.Pattern[str], Callable[[np.random.Generator, str], str]]] = {
-    "color": (_COLOR, lambda rng, found: _other(rng, found, tuple(COLORS))),
-    "shape": (_SHAPE, _other_shape),
-    "count": (_NUMBER, lambda rng, found: _other(rng, found, _NUMBERS)),
-    "relation": (_RELATION, lambda rng, found: _OPPOSITE[found]),
-    "background": (_BACKGROUND, lambda rng, found: _other(rng, found, tuple(BACKGROUNDS))),
+_CHANGES: dict[str, tuple[re.Pattern[str], Callable[[str], list[str]]]] = {
+    "color": (_COLOR, _among(COLORS)),
+    "shape": (_SHAPE, _other_shapes),
+    "count": (_NUMBER, _among(_NUMBERS)),
+    "relation": (_RELATION, lambda found: [_OPPOSITE[found]]),
+    "background": (_BACKGROUND, _among(BACKGROUNDS)),
 }
 PERTURBATIONS = (*_CHANGES, "binding")
 """What can be changed; "binding" swaps the colours of two objects."""
 
 
-def perturb(caption: str, kind: str, rng: np.random.Generator) -> str | None:
+def perturb(caption: str, kind: str, rng: np.random.Generator, avoid: Collection[tuple[str, str]] = ()) -> str | None:
     """The caption with one thing changed, so that it is false of its scene; None when it says nothing of that kind.
 
     Args:
         caption: of a scene.
         kind: one of `PERTURBATIONS`.
-        rng: picks the word to change, and what it becomes.
+        rng: picks among all that it can become.
+        avoid: (shape, colour) pairs that the changed caption must not name: `HELD_OUT` in training, or a model learns
+            that captions with those are always false.
 
     Raises:
         ValueError: the kind is unknown.
     """
+    if kind not in PERTURBATIONS:
+        raise ValueError(f"kind {kind!r} is unknown, known are {list(PERTURBATIONS)}.")
+    changed = [
+        other
+        for other in map(_with_articles, _changed(caption, kind))
+        if avoid == () or not any((shape, color) in avoid for color, shape in _PAIR.findall(other))
+    ]
+    return changed[int(rng.integers(len(changed)))] if changed else None
+
+
+def _changed(caption: str, kind: str) -> Iterator[str]:
     if kind == "binding":
         colors = _COLOR.findall(caption)
-        if len(set(colors)) != 2:
-            return None
-        swapped = dict(zip(colors, reversed(colors), strict=True))
-        return _with_articles(_COLOR.sub(lambda match: swapped[match[0]], caption))
-    if kind not in _CHANGES:
-        raise ValueError(f"kind {kind!r} is unknown, known are {list(PERTURBATIONS)}.")
-    pattern, change = _CHANGES[kind]
-    places = list(pattern.finditer(caption))
-    if not places:
-        return None
-    place = places[int(rng.integers(len(places)))]
-    return _with_articles(caption[: place.start()] + change(rng, place[0]) + caption[place.end() :])
+        if len(set(colors)) == 2:
+            swapped = dict(zip(colors, reversed(colors), strict=True))
+            yield _COLOR.sub(lambda match: swapped[match[0]], caption)
+        return
+    pattern, options = _CHANGES[kind]
+    for place in pattern.finditer(caption):
+        for option in options(place[0]):
+            yield caption[: place.start()] + option + caption[place.end() :]
 
 
 def _with_articles(caption: str) -> str:
