@@ -1,0 +1,181 @@
+"""The demo's learning curve: scene accuracy against processor time, for several training seeds.
+
+    .venv/bin/python benchmarks/demo.py            after make demo; about 13 minutes a seed on two cores, resumable
+
+Each seed trains the demo's language model anew, pretraining and fine-tuning, on the tokenizers and token shards that
+`make demo` left. Beside it, with the first seed: what fine-tuning at 64 px takes, spent on more pretraining at 32 px.
+Accuracy during training is of 120 held-out captions, that of each end of 600. Writes a table, JSON and a picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from matplotlib.figure import Figure
+
+from simplear.callbacks.curves import read_curves
+from simplear.cli import main as simplear
+from simplear.evaluation import read_report, stratified_interval
+
+CONFIGS = Path("configs/demo")
+RESULTS = Path("benchmarks/results")
+CATEGORIES = 6
+
+
+def train(stage: str, run: Path, seed: int, steps: int | None, every: int, options: dict[str, Any]) -> Path:
+    """One stage of the demo under another seed; goes on where it was, and does nothing when it is complete.
+
+    Returns the directory of the checkpoint.
+    """
+    checkpoint = run / stage
+    if checkpoint.exists():
+        return checkpoint
+    config = yaml.safe_load((CONFIGS / f"{stage}.yaml").read_text())
+    steps = steps or config["trainer"]["max_steps"]
+    overlay = {
+        "seed_everything": seed,
+        "model": {"init_args": options},
+        "data": {"init_args": {"seed": seed, "validation_paths": None}},
+        "trainer": {
+            "default_root_dir": str(run),
+            "max_steps": steps,
+            "limit_val_batches": 0,
+            "callbacks": [
+                {"class_path": "simplear.callbacks.StageProgressBar"},
+                {
+                    "class_path": "simplear.callbacks.HuggingFaceCheckpoint",
+                    "init_args": {
+                        "dirpath": str(run / "states" / stage),
+                        "export_dir": str(checkpoint),
+                        "every_n_train_steps": every,
+                    },
+                },
+                {
+                    "class_path": "simplear.callbacks.SceneAccuracy",
+                    "init_args": {"every_n_steps": every, "prompts_per_category": 20, "seed": 1},
+                },
+                {"class_path": "cpu_seconds.CPUSeconds"},
+            ],
+        },
+    }
+    run.mkdir(parents=True, exist_ok=True)
+    file = run / f"{stage}.yaml"
+    file.write_text(yaml.safe_dump(overlay))
+    state = run / "states" / stage / "last.ckpt"
+    resume = ["--ckpt_path", "last"] if state.exists() else []
+    simplear(["fit", "--config", str(CONFIGS / f"{stage}.yaml"), "--config", str(file), *resume])
+    return checkpoint
+
+
+def evaluate(checkpoint: Path, run: Path) -> dict[str, dict[str, float]]:
+    """Accuracy on the 600 captions of the demo's report, from the run's own report if it is there."""
+    report = run / "report.json"
+    if checkpoint.name not in read_report(report)["runs"]:
+        simplear(["evaluate", "scenes", str(checkpoint), "--out", str(run), "--run", checkpoint.name])
+    return read_report(report)["runs"][checkpoint.name]
+
+
+def curve(run: Path, stage: str, start: float) -> list[tuple[float, float]]:
+    """(CPU-seconds, accuracy) of a stage; `start` CPU-seconds were spent before it."""
+    curves = read_curves(run / "logs" / stage, ["scenes/overall", "cpu_seconds"])
+    spent = dict(zip(*curves["cpu_seconds"], strict=True))
+    return [(start + spent[step], value) for step, value in zip(*curves["scenes/overall"], strict=True)]
+
+
+def spent(run: Path, stage: str) -> float:
+    """CPU-seconds of a stage."""
+    return read_curves(run / "logs" / stage, ["cpu_seconds"])["cpu_seconds"][1][-1]
+
+
+def measure(root: Path, seeds: int, quick: bool) -> dict[str, Any]:
+    """All runs, and what they gave."""
+    every, steps = (5, 10) if quick else (100, None)
+    runs: list[dict[str, Any]] = []
+    for seed in range(seeds):
+        run = root / f"seed-{seed}"
+        pretrain = train("pretrain", run, seed, steps, every, {})
+        sft = train("sft", run, seed, steps, every, {"checkpoint": str(pretrain)})
+        first = spent(run, "pretrain")
+        runs.append(
+            {
+                "seed": seed,
+                "cpu_seconds": {"pretrain": first, "sft": spent(run, "sft")},
+                "curve": [*curve(run, "pretrain", 0.0), *curve(run, "sft", first)],
+                "pretrain": evaluate(pretrain, run),
+                "sft": evaluate(sft, run),
+            }
+        )
+    costs = runs[0]["cpu_seconds"]
+    base = yaml.safe_load((CONFIGS / "pretrain.yaml").read_text())["trainer"]["max_steps"] if steps is None else steps
+    longer = round(base * (costs["pretrain"] + costs["sft"]) / costs["pretrain"])
+    alone = root / "pretraining-alone"
+    checkpoint = train("pretrain", alone, 0, longer, 4 * every, {})
+    return {
+        "runs": runs,
+        "pretraining_alone": {
+            "steps": longer,
+            "cpu_seconds": spent(alone, "pretrain"),
+            "curve": curve(alone, "pretrain", 0.0),
+            "pretrain": evaluate(checkpoint, alone),
+        },
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown: the ends of all runs."""
+    lines = ["| run | CPU-seconds | accuracy (95 % interval) |", "| --- | ---: | ---: |"]
+    for run in result["runs"]:
+        costs, overall = run["cpu_seconds"], run["sft"]["overall"]
+        lines.append(f"| seed {run['seed']} | {sum(costs.values()):.0f} | {_percent(overall)} |")
+    counts = [
+        (sum(round(run["sft"][name]["accuracy"] * run["sft"][name]["n"]) for run in result["runs"]), n)
+        for name in result["runs"][0]["sft"]
+        if name != "overall" and (n := int(sum(run["sft"][name]["n"] for run in result["runs"])))
+    ]
+    assert len(counts) == CATEGORIES
+    mean, low, high = stratified_interval(counts)
+    lines.append(f"| all seeds | | {_percent({'accuracy': mean, 'low': low, 'high': high})} |")
+    alone = result["pretraining_alone"]
+    lines.append(f"| pretraining alone | {alone['cpu_seconds']:.0f} | {_percent(alone['pretrain']['overall'])} |")
+    return "\n".join(lines)
+
+
+def _percent(entry: dict[str, float]) -> str:
+    return f"{100 * entry['accuracy']:.1f} ({100 * entry['low']:.1f}–{100 * entry['high']:.1f})"
+
+
+def plot(result: dict[str, Any], file: Path) -> None:
+    """Accuracy against CPU-seconds."""
+    figure = Figure(figsize=(6.4, 3.6), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for run in result["runs"]:
+        axes.plot(*zip(*run["curve"], strict=True), marker="o", markersize=3, label=f"demo, seed {run['seed']}")
+    alone = result["pretraining_alone"]["curve"]
+    axes.plot(*zip(*alone, strict=True), color="gray", linestyle="--", label="pretraining at 32 px alone")
+    axes.set_xlabel("CPU-seconds of training the language model")
+    axes.set_ylabel("scene accuracy")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(str(file))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--root", type=Path, default=Path("checkpoints/benchmark-demo"), help="where runs are kept")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--quick", action="store_true", help="ten steps of each stage, to see that it runs")
+    arguments = parser.parse_args()
+    result = measure(arguments.root, arguments.seeds, arguments.quick)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
+    plot(result, arguments.out / "demo.png")
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()
