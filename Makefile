@@ -13,7 +13,8 @@ SIMPLEAR := $(VENV)/bin/simplear
 configs = $(foreach file,$(or $(CONFIG),$(1)),--config $(file))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long lint train-tokenizer tokenize pretrain train-sft train-grpo train-clip evaluate generate tensorboard clean
+.PHONY: help setup demo test test-long lint bench train-tokenizer tokenize pretrain train-sft train-grpo train-clip evaluate \
+	generate tensorboard clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 18
@@ -34,6 +35,12 @@ test: $(READY)  ## the tests
 
 test-long: $(READY)  ## the tests that take many minutes
 	@$(VENV)/bin/python -m pytest -m long $(ARGS)
+
+bench: $(READY)  ## measure what README.md claims about speed and memory, and fill in its tables
+	$(VENV)/bin/python benchmarks/data.py
+	$(VENV)/bin/python benchmarks/training.py
+	$(VENV)/bin/python benchmarks/demo.py
+	$(VENV)/bin/python benchmarks/tables.py
 
 lint: $(READY)  ## style, types and import directions
 	$(VENV)/bin/ruff check .

@@ -47,7 +47,7 @@ def test_reading_copies_no_file_and_holds_no_descriptor(shard_directory: Path) -
     shards = TokenShards(shard_directory)
     before = len(list(Path("/proc/self/fd").iterdir()))
     shards.read(np.array([0, 1]))
-    assert not shards._open(0).tokens.flags.owndata
+    assert not shards._open(0).height.flags.owndata
     assert str(shard_directory / "a.arrow") in Path("/proc/self/maps").read_text()
     assert len(list(Path("/proc/self/fd").iterdir())) == before
     assert len(pickle.dumps(shards)) < 5_000

@@ -229,4 +229,4 @@ def choose_captions(
 ) -> list[str]:
     """One of each row's captions (or prefixes), drawn anew each epoch."""
     draws = uniforms(seed, epoch, rows, purpose)
-    return [options[int(draw * len(options))] for options, draw in zip(captions, draws, strict=True)]
+    return [options[int(draw * len(options))] for options, draw in zip(captions, draws.tolist(), strict=True)]

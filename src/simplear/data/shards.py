@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import torch
 
 from simplear.atomic import sync, writing
 
@@ -109,7 +110,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def row_checksum(codes: npt.NDArray[np.uint16], grid: Grid, texts: Sequence[bytes]) -> int:
+def row_checksum(codes: npt.NDArray[np.uint16] | memoryview, grid: Grid, texts: Sequence[bytes]) -> int:
     """CRC-32 of what training reads of a row.
 
     Args:
@@ -275,6 +276,8 @@ def read_prompts(path: Path) -> list[TokenRow]:
 class Rows:
     """Some rows of one grid, column by column."""
 
+    numbers: Int64
+    """(B,) which rows of all."""
     keys: list[str]
     codes: npt.NDArray[np.uint16]
     """(B, h, w)"""
@@ -403,25 +406,24 @@ class TokenShards:
     def read(self, rows: Int64) -> Rows:
         """The rows with these numbers, shape (B,), which must have one grid.
 
-        Raises IndexError for a row that does not exist, and ValueError, naming file and row, for a code outside the
-        codebook, a row that is not as it was written, or a damaged file.
+        Raises IndexError for a row that does not exist, and ValueError for rows of two grids and, naming file and row,
+        for a code outside the codebook, a row that is not as it was written, or a damaged file.
         """
         rows = np.asarray(rows)
         if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
             wrong = rows[(rows < 0) | (rows >= len(self))][0]
             raise IndexError(f"row {wrong} lies outside the {len(self)} rows of {self._shards[0].path.parent}, ….")
         shard_indices = np.searchsorted(self._starts, rows, side="right") - 1
-        keys, codes, captions, metadata = [], [], [], []
+        read = []
         for shard, local in zip(shard_indices.tolist(), (rows - self._starts[shard_indices]).tolist(), strict=True):
             try:
-                row = self._open(shard).row(local)
+                read.append(self._open(shard).row(local))
             except _DamagedRow as error:
                 raise ValueError(f"{self._shards[shard].path}, row {local} is damaged ({error}): {DAMAGED}.") from error
-            codes.append(row[0])
-            keys.append(row[1])
-            captions.append(row[2])
-            metadata.append(json.loads(row[3]))
-        stacked = np.stack(codes)
+        grids, codes, keys, captions, metadata = map(list, zip(*read, strict=True))
+        if len(set(grids)) > 1:
+            raise ValueError(f"rows of the grids {sorted(set(grids))} cannot be read together.")
+        stacked = np.frombuffer(bytearray().join(codes), np.uint16).reshape(len(rows), *grids[0])
         if stacked.size and self.codebook_size is not None and int(stacked.max()) >= self.codebook_size:
             number = int(np.flatnonzero((stacked >= self.codebook_size).any((1, 2)))[0])
             shard = shard_indices[number]
@@ -430,7 +432,8 @@ class TokenShards:
                 f"{self.codebook_size}, in row {rows[number] - self._starts[shard]} of the shard. The codes are of "
                 "another tokenizer than the manifest says: tokenize again into another directory."
             )
-        return Rows(keys, stacked, captions, metadata)
+        # Most sources have no metadata, and json.loads takes longer to begin than all the rest of a row.
+        return Rows(rows, keys, stacked, captions, [{} if text == "{}" else json.loads(text) for text in metadata])
 
     @property
     def size(self) -> int:
@@ -493,8 +496,8 @@ class _DamagedRow(Exception):
 class _Columns:
     """Columns of a table as views into its buffers.
 
-    Rows are slices of numpy arrays, which stay inside them whatever the offsets say: pyarrow itself follows damaged
-    lengths and offsets out of the file.
+    Rows are slices of memory views, which stay inside them whatever the offsets say: pyarrow itself follows damaged
+    lengths and offsets out of the file. (Single elements of a memory view are also half the price of numpy's.)
     """
 
     def __init__(self, table: pa.Table, rows: int) -> None:
@@ -503,50 +506,56 @@ class _Columns:
         # Of each column and its children: validity, which nothing here uses, and then offsets or values.
         buffers = {name: table[name].chunk(0).buffers() for name in SCHEMA.names}
         try:
-            self.key, self.metadata = _text(*buffers["key"][1:]), _text(*buffers["metadata"][1:])
-            self.token_offsets = np.frombuffer(buffers["tokens"][1], np.int32)
-            self.tokens = np.frombuffer(buffers["tokens"][3] or b"", np.uint16)
-            self.caption_offsets = np.frombuffer(buffers["captions"][1], np.int32)
-            self.captions = _text(*buffers["captions"][3:])
+            self._key, self._metadata = _text(*buffers["key"][1:]), _text(*buffers["metadata"][1:])
+            self._token_offsets = memoryview(buffers["tokens"][1]).cast("B").cast("i")
+            self._tokens = memoryview(buffers["tokens"][3] or b"").cast("B").cast("H")
+            self._caption_offsets = memoryview(buffers["captions"][1]).cast("B").cast("i")
+            self._captions = _text(*buffers["captions"][3:])
             self.height, self.width = (np.frombuffer(buffers[side][1], np.int32, rows) for side in ("height", "width"))
-            self.checksum = np.frombuffer(buffers["checksum"][1], np.uint32, rows)
+            self._heights, self._widths = memoryview(self.height), memoryview(self.width)
+            self._checksums = memoryview(np.frombuffer(buffers["checksum"][1], np.uint32, rows))
         except (ValueError, TypeError) as error:
             raise _DamagedRow(str(error)) from error
 
-    def row(self, index: int) -> tuple[npt.NDArray[np.uint16], str, list[str], str]:
-        """Codes (h, w), key, captions and metadata. Raises `_DamagedRow` when they do not have the row's checksum."""
+    def row(self, index: int) -> tuple[Grid, memoryview, str, list[str], str]:
+        """Grid, codes in raster order, key, captions and metadata.
+
+        Raises `_DamagedRow` when they do not have the row's checksum.
+        """
         try:
-            codes = self.tokens[self.token_offsets[index] : self.token_offsets[index + 1]]
-            grid = int(self.height[index]), int(self.width[index])
-            captions = _texts(self.captions, self.caption_offsets[index], self.caption_offsets[index + 1])
-            (key,), (metadata,) = (_texts(column, index, index + 1) for column in (self.key, self.metadata))
+            codes = self._tokens[self._token_offsets[index] : self._token_offsets[index + 1]]
+            grid = self._heights[index], self._widths[index]
+            captions = _texts(self._captions, self._caption_offsets[index], self._caption_offsets[index + 1])
+            (key,), (metadata,) = (_texts(column, index, index + 1) for column in (self._key, self._metadata))
         except (ValueError, IndexError) as error:
             raise _DamagedRow(str(error)) from error
         checksum = row_checksum(codes, grid, [key, *captions, metadata])
-        if checksum != self.checksum[index]:
-            raise _DamagedRow(f"checksum {checksum:08x} instead of {self.checksum[index]:08x}")
-        return codes.reshape(grid), key.decode(), [caption.decode() for caption in captions], metadata.decode()
+        if checksum != self._checksums[index]:
+            raise _DamagedRow(f"checksum {checksum:08x} instead of {self._checksums[index]:08x}")
+        return grid, codes, key.decode(), [caption.decode() for caption in captions], metadata.decode()
 
 
-Texts = tuple[npt.NDArray[np.int32], memoryview]
+Texts = tuple[memoryview, memoryview]
 """Offsets and bytes of a column of strings."""
 
 
 def _text(offsets: pa.Buffer, content: pa.Buffer | None) -> Texts:
-    return np.frombuffer(offsets, np.int32), memoryview(content or b"")
+    return memoryview(offsets).cast("B").cast("i"), memoryview(content or b"")
 
 
 def _texts(column: Texts, first: int, end: int) -> list[bytes]:
     offsets, content = column
-    return [bytes(content[a:b]) for a, b in pairwise(offsets[first : end + 1].tolist())]
+    return [bytes(content[a:b]) for a, b in pairwise(offsets[first : end + 1])]
 
 
 def _map_table(path: Path) -> pa.Table:
     try:
-        # Closing keeps what was read mapped and gives the file descriptor back: there may be thousands of shards.
-        with pa.memory_map(str(path)) as mapped, pa.ipc.open_stream(mapped) as stream:
+        # Not pyarrow.memory_map, which advises the kernel of all pages of the file and so takes ten times as long.
+        # PyTorch gives the file descriptor back, which Python's mmap keeps: there may be thousands of shards.
+        mapped = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
+        with pa.ipc.open_stream(pa.py_buffer(mapped.numpy())) as stream:
             return stream.read_all()
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, RuntimeError) as error:  # RuntimeError is how PyTorch cannot map
         raise ValueError(f"{path} is no readable Arrow stream ({error}): {DAMAGED}.") from error
 
 

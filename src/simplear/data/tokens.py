@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from simplear.data.datamodule import BatchDataset, OrderedDataModule
 from simplear.data.order import DROPOUT, PREFIX, MicroBatch, choose_captions, uniforms
-from simplear.data.shards import TokenShards
+from simplear.data.shards import Rows, TokenShards
 from simplear.language_model import load_text_tokenizer
 from simplear.sequence import (
     MAX_TEXT_TOKENS,
@@ -58,12 +59,17 @@ class TokenBatches(BatchDataset):
         self.buckets = [shards.bucket(grid) for grid in shards.grids]
         self.bucket_sizes = tuple(len(bucket) for bucket in self.buckets)
 
-    def make_batch(self, micro_batch: MicroBatch) -> dict[str, Any]:
-        """See `TokenDataModule`; ``truncated`` (B,) bool comes on top."""
-        epoch = micro_batch.epoch
+    def read(self, micro_batch: MicroBatch) -> tuple[Rows, Tensor, list[str]]:
+        """The rows at these positions, their codes (B, h, w) int64, and the caption that the epoch draws for each."""
         rows = self.buckets[micro_batch.bucket].rows(micro_batch.positions)
         read = self.shards.read(rows)
-        captions = choose_captions(read.captions, self.seed, epoch, rows)
+        codes = torch.from_numpy(read.codes.astype(np.int64))
+        return read, codes, choose_captions(read.captions, self.seed, micro_batch.epoch, rows)
+
+    def make_batch(self, micro_batch: MicroBatch) -> dict[str, Any]:
+        """See `TokenDataModule`; ``truncated`` (B,) bool comes on top."""
+        read, codes, captions = self.read(micro_batch)
+        epoch, rows = micro_batch.epoch, read.numbers
         prefixes = choose_captions([self.caption_prefixes] * len(rows), self.seed, epoch, rows, purpose=PREFIX)
         draws = uniforms(self.seed, epoch, rows, DROPOUT)
         texts = [
@@ -71,7 +77,6 @@ class TokenBatches(BatchDataset):
             for caption, prefix, draw in zip(captions, prefixes, draws, strict=True)
         ]
         cut = [truncate(ids, self.max_text_tokens) for ids in encode_captions(self.tokenizer, texts)]
-        codes = torch.from_numpy(read.codes.astype(np.int64))
         return {
             "codes": codes,
             **training_batch([ids for ids, _ in cut], codes, self.layout),

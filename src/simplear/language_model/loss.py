@@ -4,18 +4,23 @@
 ``full``: one softmax over all ids, as the paper's release does. Both come back as one number a sample, the mean over
 that sample's image (or text) targets, so that averaging over samples does not depend on how a batch was split over
 ranks, micro-batches or padding.
+
+With ``chunk_rows`` the logits of a few rows are held at once, and the head's gradients are computed while they are
+there. `F.linear_cross_entropy` in chunks does the same for one scalar loss, but for a loss a row it computes all logits
+a second time in the backward pass: a third more arithmetic.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import LinearCrossEntropyOptions
 
-from simplear.sequence import IGNORE_INDEX, TokenLayout, image_target_mask, text_target_mask
+from simplear.sequence import TokenLayout, image_target_mask, text_target_mask
 
 Normalizer = Literal["by_modality", "full"]
 
@@ -50,15 +55,108 @@ def next_token_losses(
         sections.append((text_target_mask(targets, layout), 0, layout.image_token_offset))
     losses = []
     for mask, first, last in sections:
-        first, last = (first, last) if normalizer == "by_modality" else (0, layout.vocab_size)
-        per_token = token_cross_entropy(states[mask], head_weight[first:last], targets[mask] - first, chunk_rows)
-        sums = per_token.new_zeros(len(labels)).index_add_(0, mask.nonzero()[:, 0], per_token)
-        losses.append(sums / mask.sum(dim=1).clamp(min=1))
+        ids = slice(first, last) if normalizer == "by_modality" else slice(0, layout.vocab_size)
+        samples, counts = mask.nonzero()[:, 0], mask.sum(dim=1).clamp(min=1)
+        row_weights = counts.to(torch.promote_types(states.dtype, torch.float32)).reciprocal()[samples]
+        per_row = _cross_entropy(states[mask], head_weight, ids, targets[mask] - ids.start, row_weights, chunk_rows)
+        losses.append(per_row.new_zeros(len(labels)).index_add_(0, samples, per_row))
     return losses[0], losses[1] if with_text else torch.zeros_like(losses[0])
 
 
+def _cross_entropy(
+    states: Tensor, weight: Tensor, ids: slice, targets: Tensor, row_weights: Tensor, chunk_rows: int | None
+) -> Tensor:
+    """Weighted loss of each row (N,) over the rows ``ids`` of the head, float32 or wider."""
+    if chunk_rows is None or len(states) <= chunk_rows:
+        logits = F.linear(states, weight[ids])
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits, targets, reduction="none") * row_weights
+    device = states.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
+    with_gradients = torch.is_grad_enabled() and (states.requires_grad or weight.requires_grad)
+    return _ChunkedCrossEntropy.apply(states, weight, targets, row_weights, ids, chunk_rows, dtype, with_gradients)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """`_cross_entropy` in chunks of rows, with matrix products in ``dtype`` and sums in float32 or wider.
+
+    The forward pass computes the gradients of the sum of all rows. They are the right ones but for a factor when the
+    loss is a mean over samples; for any other combination of rows the backward pass computes them anew.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        row_weights: Tensor,
+        ids: slice,
+        chunk_rows: int,
+        dtype: torch.dtype,
+        with_gradients: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(states, weight, targets, row_weights)
+        ctx.settings = ids, chunk_rows, dtype
+        # In float16 they would underflow without the factor of loss scaling, which the backward pass alone knows.
+        early = with_gradients and dtype != torch.float16
+        losses, ctx.gradients = _in_chunks(states, weight, targets, row_weights, ids, chunk_rows, dtype, early)
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is not None and bool((upstream == upstream[0]).all()):
+            grad_states, grad_weight = (gradient.mul_(upstream[0]) for gradient in gradients)
+        else:
+            del gradients
+            states, weight, targets, row_weights = ctx.saved_tensors
+            _, (grad_states, grad_weight) = _in_chunks(
+                states, weight, targets, row_weights * upstream, *ctx.settings, True
+            )
+        return grad_states, grad_weight, None, None, None, None, None, None
+
+
+def _in_chunks(
+    states: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    row_weights: Tensor,
+    ids: slice,
+    chunk_rows: int,
+    dtype: torch.dtype,
+    with_gradients: bool,
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """Weighted loss of each row (N,), and the gradients of their sum by states (N, D) and weight (V, D)."""
+    wide = torch.promote_types(dtype, torch.float32)
+    inputs, matrix = states.to(dtype), weight[ids].to(dtype)
+    losses = torch.empty(len(states), dtype=wide, device=states.device)
+    buffer = torch.empty(chunk_rows, len(matrix), dtype=dtype, device=states.device)
+    if with_gradients:
+        grad_states, grad_weight = torch.empty_like(states), torch.zeros_like(weight, dtype=wide)
+    with torch.autocast(states.device.type, enabled=False):
+        for first in range(0, len(states), chunk_rows):
+            rows = slice(first, first + chunk_rows)
+            chunk, target, scale = inputs[rows], targets[rows, None], row_weights[rows, None]
+            logits = torch.mm(chunk, matrix.T, out=buffer[: len(chunk)]).to(wide)
+            logits -= logits.amax(dim=1, keepdim=True)
+            at_target = logits.gather(1, target)
+            total = logits.exp_().sum(dim=1, keepdim=True)
+            losses[rows] = (scale * (total.log() - at_target))[:, 0]
+            if with_gradients:
+                # By the logits: softmax minus one-hot, each row with its weight.
+                by_logits = logits.mul_(scale / total).scatter_add_(1, target, -scale).to(dtype)
+                grad_states[rows] = by_logits @ matrix
+                if dtype == wide:
+                    grad_weight[ids].addmm_(by_logits.T, chunk)
+                else:
+                    grad_weight[ids] += by_logits.T @ chunk
+    return losses, (grad_states, grad_weight.to(weight.dtype)) if with_gradients else None
+
+
 def token_cross_entropy(states: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int | None) -> Tensor:
-    """Negative log-likelihood of each token, (N,) in nats, float32 or wider.
+    """Negative log-likelihood of each token, (N,) in nats, float32 or wider; whatever is made of the tokens later.
 
     Args:
         states: (N, D).
@@ -72,9 +170,7 @@ def token_cross_entropy(states: Tensor, weight: Tensor, targets: Tensor, chunk_r
             reduced = torch.get_autocast_dtype(states.device.type)
             states, weight = states.to(reduced), weight.to(reduced)
         options = LinearCrossEntropyOptions(batch_chunk_size=chunk_rows)
-        loss = F.linear_cross_entropy(
-            states, weight, targets, reduction="none", ignore_index=IGNORE_INDEX, options=options
-        )
+        loss = F.linear_cross_entropy(states, weight, targets, reduction="none", options=options)
         return loss.to(torch.promote_types(loss.dtype, torch.float32))
     logits = F.linear(states, weight)
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="none")
