@@ -52,6 +52,30 @@ def _refusal(error: BaseException | None) -> int | None:
 
 
 @contextmanager
+def whole_file(path: str | Path, partial: Path | None = None) -> Iterator[Path]:
+    """A path to write a file to, which gets the name `path` when the block ends well; one that has it goes then.
+
+    Args:
+        path: in a directory that is made if missing.
+        partial: the path to write to, beside `path`; needed where several processes write files of one name.
+
+    Raises OSError, naming the file, when the disk takes no more.
+    """
+    path = Path(path)
+    partial = partial or path.with_name(f".{path.name}.partial")
+    try:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            sync(partial)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    partial.replace(path)
+    sync(path.parent)
+
+
+@contextmanager
 def whole_directory(directory: str | Path) -> Iterator[Path]:
     """An empty directory to fill, which gets the name `directory` when the block ends well.
 

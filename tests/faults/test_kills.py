@@ -25,7 +25,7 @@ from toys import write_pretraining, write_sft, write_visual_tokenizer_training
 
 PROCESSES = multiprocessing.get_context("forkserver")
 """Each piece of work is a process of its own, forked from one that has the libraries loaded and has run nothing."""
-PROCESSES.set_forkserver_preload(["faults.test_kills", "simplear.cli", "lightning.pytorch.cli", "simplear.stages"])
+PROCESSES.set_forkserver_preload(["simplear.cli", "simplear.callbacks", "simplear.stages", "lightning.pytorch.cli"])
 
 STAGES = ("visual_tokenizer", "pretrain", "sft")
 SLOW_SYNC = 0.01

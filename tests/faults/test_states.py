@@ -80,14 +80,15 @@ def test_a_truncated_last_state_gives_way_to_the_one_before(
     assert [torch.load(state)["global_step"] for state in (previous, last)] == [6, 7]
 
 
+@pytest.mark.parametrize("resume", ["last", "previous"])
 def test_a_state_saved_over_a_damaged_one_spares_the_one_before(
-    make_config: Callable[[str, Path], Path], tmp_path: Path
+    make_config: Callable[[str, Path], Path], tmp_path: Path, resume: str
 ) -> None:
-    """With one save after resuming, the state that was resumed from is still there, with its own weights."""
+    """With one save after resuming, by word or by path, the state that was resumed from is there with its weights."""
     config, root = make_config("pretrain", tmp_path), tmp_path / "run"
     fit(config, 4, root)
     cut(root / "states" / "last.ckpt")
-    fit(config, 4, root, "--ckpt_path", "last")
+    fit(config, 4, root, "--ckpt_path", "last" if resume == "last" else str(root / "states" / "previous.ckpt"))
     states = root / "states"
     assert [torch.load(states / f"{name}.ckpt")["global_step"] for name in ("previous", "last")] == [2, 4]
     for name in ("previous", "last"):

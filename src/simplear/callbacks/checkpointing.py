@@ -27,7 +27,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from simplear.atomic import require_replaceable, require_writable, sync, writing
+from simplear.atomic import require_replaceable, require_writable, sync, whole_file, writing
 from simplear.callbacks.integrity import damage
 from simplear.language_model import save_checkpoint
 
@@ -38,24 +38,27 @@ PREVIOUS = "previous"
 
 
 class StateIO(TorchCheckpointIO):
-    """States in one file: written straight to where they belong, and refused when they are not what was written.
+    """States in one file: written straight to their directory, and refused when they are not what was written.
 
     Args:
-        whole: a state that has been checked already.
+        whole: states that are known to be whole; grows.
     """
 
-    def __init__(self, whole: Path | None) -> None:
+    def __init__(self, whole: set[Path]) -> None:
         self.whole = whole
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write to `path`, whose directory exists. A disk that takes no more raises RuntimeError or OSError."""
-        with open(path, "wb") as file:
+        """Write a state, complete or not at all. Raises OSError, naming it, when the disk takes no more."""
+        with whole_file(path) as partial, partial.open("wb") as file:
             torch.save(checkpoint, file)
 
     def load_checkpoint(self, path: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
         """Raises ValueError, naming the file, for one that is damaged or cut short."""
-        if Path(path) != self.whole and Path(path).exists() and (reason := damage(Path(path))):
-            raise ValueError(f"{path} is damaged ({reason}): name another state, or --ckpt_path last.")
+        state = Path(path).absolute()
+        if state.exists() and state not in self.whole:
+            if (reason := damage(state)) is not None:
+                raise ValueError(f"{path} is damaged ({reason}): name another state, or --ckpt_path last.")
+            self.whole.add(state)
         return super().load_checkpoint(path, *arguments, **options)
 
 
@@ -78,8 +81,8 @@ class AtomicCheckpoint(ModelCheckpoint):
         if save_last not in (True, False):
             raise ValueError(f"save_last {save_last!r} must be true or false: last.ckpt is a file of its own.")
         super().__init__(save_last=save_last, save_top_k=save_top_k, **kwargs)
-        self._whole: Path | None = None
-        self._damaged: set[Path] = set()
+        self._whole: set[Path] = set()
+        """States that this process has written or checked."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Raises OSError, before any training, when states cannot be saved."""
@@ -104,7 +107,7 @@ class AtomicCheckpoint(ModelCheckpoint):
         reasons: dict[Path, str] = {}
         for state in [*_newest_first(states), *_newest_first(older)]:
             if (reason := damage(state)) is None:
-                self._whole, self._damaged = state, set(reasons)
+                self._whole.add(state)
                 for damaged, why in reasons.items():
                     _warn("%s is damaged (%s): going on from %s, the newest state that is whole", damaged, why, state)
                 return {str(state)}
@@ -150,8 +153,9 @@ class AtomicCheckpoint(ModelCheckpoint):
         trainer.strategy.barrier("AtomicCheckpoint.written")
         if trainer.is_global_zero:
             is_last = final.name.startswith(self.CHECKPOINT_NAME_LAST)
-            self._give_name(partial, final, keep_previous=is_last and final not in self._damaged)
-            self._damaged.discard(final)
+            # What might be damaged never takes the place of a state that is whole.
+            self._give_name(partial, final, keep_previous=is_last and final in self._whole)
+            self._whole.add(final)
             sync(final.parent)
         trainer.strategy.barrier("AtomicCheckpoint.end")
         self._last_global_step_saved = trainer.global_step

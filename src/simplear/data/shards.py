@@ -30,7 +30,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from simplear.atomic import sync, writing
+from simplear.atomic import whole_file
 
 FORMAT_VERSION = 2
 """Raised when a shard, sidecar or manifest changes so that older code cannot read it or this code not the older."""
@@ -85,15 +85,8 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
     Raises OSError, naming the file, when the disk takes no more.
     """
     temporary = path.with_name(f".{path.name}{TEMPORARY_MARK}{_HOST}-{os.getpid()}")
-    try:
-        with writing(path):
-            temporary.write_bytes(content)
-            sync(temporary)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    os.replace(temporary, path)
-    sync(path.parent)
+    with whole_file(path, temporary):
+        temporary.write_bytes(content)
 
 
 def remove_abandoned(directory: Path) -> None:

@@ -10,13 +10,13 @@ can be evaluated at different times and still stand side by side.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from simplear.atomic import whole_file
 from simplear.evaluation.intervals import stratified_interval, wilson_interval
 
 REPORT_FILE = "report.json"
@@ -75,19 +75,10 @@ def merge_run(path: str | Path, name: str, result: Result, settings: Mapping[str
     report["runs"][name] = result
     if settings is not None:
         report.setdefault("settings", {})[name] = dict(settings)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, json.dumps(report, indent=2) + "\n")
-    _write(path.with_suffix(".md"), markdown_table(report))
+    for file, text in ((path, json.dumps(report, indent=2) + "\n"), (path.with_suffix(".md"), markdown_table(report))):
+        with whole_file(file) as partial:
+            partial.write_text(text)
     return report
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def markdown_table(report: Mapping[str, Any]) -> str:
