@@ -17,11 +17,9 @@ import hashlib
 import json
 import os
 import socket
-import struct
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -103,16 +101,16 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def row_checksum(codes: npt.NDArray[np.uint16] | memoryview, grid: Grid, texts: Sequence[bytes]) -> int:
+def row_checksum(codes: memoryview, grid: Grid, texts: Sequence[bytes | memoryview]) -> int:
     """CRC-32 of what training reads of a row.
 
     Args:
-        codes: in raster order.
+        codes: uint16, in raster order, contiguous.
         grid: (h, w).
-        texts: key, captions and metadata, as UTF-8; their lengths count too.
+        texts: key, captions and metadata, as UTF-8; where one ends and the next begins counts too.
     """
-    lengths = struct.pack(f"<{2 + len(texts)}i", *grid, *map(len, texts))
-    return zlib.crc32(b"".join([lengths, codes.tobytes(), *texts]))
+    height, width = grid
+    return zlib.crc32(b"\0".join(texts), zlib.crc32(codes, (height << 16 ^ width) & 0xFFFFFFFF))
 
 
 def rows_table(rows: Sequence[TokenRow]) -> pa.Table:
@@ -131,7 +129,9 @@ def rows_table(rows: Sequence[TokenRow]) -> pa.Table:
             raise ValueError(
                 f"row {row.key!r} of {row.source!r} has text that is no valid Unicode: {error}."
             ) from error
-        checksums.append(row_checksum(row.codes, (row.codes.shape[0], row.codes.shape[1]), texts))
+        checksums.append(
+            row_checksum(np.ascontiguousarray(row.codes).data, (row.codes.shape[0], row.codes.shape[1]), texts)
+        )
     ends = np.cumsum([0, *(row.codes.size for row in rows)], dtype=np.int32)
     values = np.concatenate([np.empty(0, np.uint16), *(row.codes.reshape(-1) for row in rows)])
     columns = {
@@ -505,8 +505,8 @@ class _Columns:
             self._caption_offsets = memoryview(buffers["captions"][1]).cast("B").cast("i")
             self._captions = _text(*buffers["captions"][3:])
             self.height, self.width = (np.frombuffer(buffers[side][1], np.int32, rows) for side in ("height", "width"))
-            self._heights, self._widths = memoryview(self.height), memoryview(self.width)
-            self._checksums = memoryview(np.frombuffer(buffers["checksum"][1], np.uint32, rows))
+            self._heights, self._widths = self.height.data, self.width.data
+            self._checksums = np.frombuffer(buffers["checksum"][1], np.uint32, rows).data
         except (ValueError, TypeError) as error:
             raise _DamagedRow(str(error)) from error
 
@@ -518,14 +518,16 @@ class _Columns:
         try:
             codes = self._tokens[self._token_offsets[index] : self._token_offsets[index + 1]]
             grid = self._heights[index], self._widths[index]
-            captions = _texts(self._captions, self._caption_offsets[index], self._caption_offsets[index + 1])
-            (key,), (metadata,) = (_texts(column, index, index + 1) for column in (self._key, self._metadata))
+            first, end = self._caption_offsets[index], self._caption_offsets[index + 1]
+            texts = [_one_text(self._key, index), *[_one_text(self._captions, at) for at in range(first, end)]]
+            texts.append(_one_text(self._metadata, index))
         except (ValueError, IndexError) as error:
             raise _DamagedRow(str(error)) from error
-        checksum = row_checksum(codes, grid, [key, *captions, metadata])
+        checksum = row_checksum(codes, grid, texts)
         if checksum != self._checksums[index]:
             raise _DamagedRow(f"checksum {checksum:08x} instead of {self._checksums[index]:08x}")
-        return grid, codes, key.decode(), [caption.decode() for caption in captions], metadata.decode()
+        key, *captions, metadata = [str(text, "utf-8") for text in texts]
+        return grid, codes, key, captions, metadata
 
 
 Texts = tuple[memoryview, memoryview]
@@ -536,9 +538,9 @@ def _text(offsets: pa.Buffer, content: pa.Buffer | None) -> Texts:
     return memoryview(offsets).cast("B").cast("i"), memoryview(content or b"")
 
 
-def _texts(column: Texts, first: int, end: int) -> list[bytes]:
+def _one_text(column: Texts, index: int) -> memoryview:
     offsets, content = column
-    return [bytes(content[a:b]) for a, b in pairwise(offsets[first : end + 1])]
+    return content[offsets[index] : offsets[index + 1]]
 
 
 def _map_table(path: Path) -> pa.Table:

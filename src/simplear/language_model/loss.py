@@ -112,9 +112,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         else:
             del gradients
             states, weight, targets, row_weights = ctx.saved_tensors
-            _, (grad_states, grad_weight) = _in_chunks(
-                states, weight, targets, row_weights * upstream, *ctx.settings, True
+            ids, chunk_rows, dtype = ctx.settings
+            _, computed = _in_chunks(
+                states, weight, targets, row_weights * upstream, ids, chunk_rows, dtype, with_gradients=True
             )
+            assert computed is not None
+            grad_states, grad_weight = computed
         return grad_states, grad_weight, None, None, None, None, None, None
 
 
