@@ -1,5 +1,6 @@
 """The training stages, one LightningModule each, and the optimizer that the small ones learn fastest with."""
 
+from simplear.stages.clip import CLIPModule
 from simplear.stages.next_token import NextTokenModule, NextTokenObjective
 from simplear.stages.optimizers import MuonWithAdamW, parameter_groups
 from simplear.stages.pretrain import PretrainModule
@@ -7,6 +8,7 @@ from simplear.stages.sft import SFTModule
 from simplear.stages.visual_tokenizer import VisualTokenizerModule
 
 __all__ = [
+    "CLIPModule",
     "MuonWithAdamW",
     "NextTokenModule",
     "NextTokenObjective",
