@@ -40,6 +40,7 @@ NOISY_LOGGERS = (
     "filelock",
     "fsspec",
     "PIL",
+    "tensorboard",
     "lightning.pytorch.utilities.rank_zero",
     "lightning.fabric.utilities.seed",
 )
@@ -156,7 +157,7 @@ def _class_arguments() -> set[str]:
     from lightning.pytorch import Trainer
 
     names = {f"trainer.{name}" for name in inspect.signature(Trainer).parameters}
-    for package in ("stages", "data", "callbacks", "language_model", "visual_tokenizer"):
+    for package in ("stages", "rewards", "data", "callbacks", "language_model", "visual_tokenizer"):
         module = importlib.import_module(f"simplear.{package}")
         for public in module.__all__:
             for base in getattr(getattr(module, public), "__mro__", ()):

@@ -1,5 +1,6 @@
 """The training stages, one LightningModule each, and the optimizer that the small ones learn fastest with."""
 
+from simplear.stages.clip import CLIPModule
 from simplear.stages.grpo import GRPOModule
 from simplear.stages.grpo_objective import group_advantages, grpo_loss
 from simplear.stages.language_model_module import LanguageModelModule
@@ -13,6 +14,7 @@ from simplear.stages.token_weights import SimilarityTokenWeights
 from simplear.stages.visual_tokenizer import VisualTokenizerModule
 
 __all__ = [
+    "CLIPModule",
     "CosineWithWarmup",
     "GRPOModule",
     "LanguageModelModule",
