@@ -54,7 +54,8 @@ def _accuracy(
     device: torch.device | str,
 ) -> float:
     rng = np.random.default_rng((seed, PERTURBATIONS.index(kind)))
-    pictures, true, false, rows = [], list[str](), list[str](), []
+    pictures: list[np.ndarray] = []
+    true, false, rows = list[str](), list[str](), []
     for index in itertools.count(first):
         if len(pictures) == count:
             break

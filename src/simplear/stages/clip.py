@@ -192,7 +192,8 @@ class CLIPModule(OptimizedModule):
         self._validated.append((images, self._encode(batch["captions"]), batch["captions"]))
 
     def on_validation_epoch_end(self) -> None:
-        images, texts = (torch.cat([part[side] for part in self._validated]) for side in (0, 1))
+        images = torch.cat([encoded for encoded, _, _ in self._validated])
+        texts = torch.cat([encoded for _, encoded, _ in self._validated])
         captions = [caption for part in self._validated for caption in part[2]]
         self._validated.clear()
         groups = [slice(at, at + self.candidates) for at in range(0, len(captions), self.candidates)]
