@@ -99,6 +99,17 @@ def test_unknown_keys_name_the_nearest(config: list[str], arguments: list[str], 
     assert code == 2 and message in printed and "Traceback" not in printed
 
 
+def test_what_a_constructor_refuses_is_said_without_a_trace(config: list[str], tmp_path: Path) -> None:
+    """jsonargparse makes an error of its own of it, with all arguments."""
+    out = ["--visual-tokenizer", "nowhere", "--out", str(tmp_path / "out")]
+    for arguments, message in (
+        ([*config, "--data.init_args.caption_dropout", "2"], "caption_dropout 2.0 is no probability"),
+        (["tokenize", "--source", "ImageFolderSource", "--source.path", "nowhere", *out], "nowhere is no folder"),
+    ):
+        code, printed = run(*arguments)
+        assert code == 2 and message in printed and "Traceback" not in printed and "Given value" not in printed
+
+
 def test_unknown_key_in_a_file(config: list[str], tmp_path: Path) -> None:
     overlay = tmp_path / "overlay.yaml"
     overlay.write_text("trainer: {max_stps: 3}")

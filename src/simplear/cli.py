@@ -119,9 +119,9 @@ def run_function(module: str, name: str, arguments: Sequence[str], program: str)
     parser = FunctionParser(prog=program, description=summary, parser_mode=PARSER_MODE)
     parser.add_argument("--config", action="config", help="YAML with any of the options below; may be repeated")
     parser.add_function_arguments(function, as_positional=False)
-    options = parser.instantiate_classes(parser.parse_args(_spelled_out(arguments, function)))
-    options.pop("config", None)
     with _errors_for_the_reader():
+        options = parser.instantiate_classes(parser.parse_args(_spelled_out(arguments, function)))
+        options.pop("config", None)
         function(**vars(options))
 
 
@@ -171,17 +171,27 @@ def _errors_for_the_reader() -> Iterator[None]:
     """Mistakes in input, which the project's own checks name, end in one message without a trace."""
     try:
         yield
-    except (ValueError, TypeError, OSError) as error:
-        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-        ours = Path(__file__).parent in Path(raised_in).parents
+    except (ValueError, TypeError, OSError) as raised:
+        ours = _own_error(raised)
+        error = ours or raised
         # What the system refuses with a path is the user's to mend, wherever it was raised.
         refused = isinstance(error, OSError) and error.filename is not None
         if os.environ.get("SIMPLEAR_TRACEBACK") or not (ours or refused):
             raise
         # An error of the system prints its number first; one of our own has none.
-        message = getattr(error, "strerror", None) if not refused else None
-        message = message or error
+        message = error if refused else getattr(error, "strerror", None) or error
         _fail(f"error: {message}\n(SIMPLEAR_TRACEBACK=1 shows where it was raised)")
+
+
+def _own_error(raised: BaseException) -> BaseException | None:
+    """The project's own error, itself or behind what a library made of it, as jsonargparse does of an argument's."""
+    error: BaseException | None = raised
+    while error is not None:
+        for frame in traceback.extract_tb(error.__traceback__)[-1:]:
+            if Path(__file__).parent in Path(frame.filename).parents:
+                return error
+        error = error.__cause__
+    return None
 
 
 def _quieten() -> None:
