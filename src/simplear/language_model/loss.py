@@ -68,9 +68,7 @@ def _cross_entropy(
 ) -> Tensor:
     """Weighted loss of each row (N,) over the rows ``ids`` of the head, float32 or wider."""
     if chunk_rows is None or len(states) <= chunk_rows:
-        logits = F.linear(states, weight[ids])
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits, targets, reduction="none") * row_weights
+        return token_cross_entropy(states, weight[ids], targets, None) * row_weights
     device = states.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
     with_gradients = torch.is_grad_enabled() and (states.requires_grad or weight.requires_grad)

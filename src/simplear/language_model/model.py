@@ -100,13 +100,15 @@ class LanguageModel(nn.Module):
         *,
         temperature: float = 1.0,
         chunk_rows: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        with_entropies: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
         """What sampling at a temperature, without guidance or truncation, gives each code of right-padded sequences.
 
         Args:
             input_ids: (B, L), from `simplear.sequence.training_batch`; each row holds one image of ``grid``.
             temperature: divides the logits over the codebook.
             chunk_rows: rows of logits held at once; None holds them all. Same values, less memory.
+            with_entropies: compute the entropies, which takes the head's logits once more; else they are None.
 
         Returns:
             log-probabilities of the codes (B, h · w), in nats, and the entropies of their distributions (B, h · w),
@@ -117,12 +119,14 @@ class LanguageModel(nn.Module):
         # The state before a code predicts it: the image begins at the text's length.
         first = text_lengths(input_ids, self.layout)[:, None]
         places = first + torch.arange(count, device=input_ids.device)
-        states = hidden.gather(1, (places - 1)[..., None].expand(-1, -1, hidden.shape[-1])).flatten(0, 1)
+        states = hidden.gather(1, (places - 1)[..., None].expand(-1, -1, hidden.shape[-1])).flatten(0, 1) / temperature
         codes = self.layout.codes_of_ids(input_ids.gather(1, places)).flatten()
         weight = self.image_head_weight
-        log_probs = -token_cross_entropy(states / temperature, weight, codes, chunk_rows)
-        entropies = token_entropy(states.detach() / temperature, weight.detach(), chunk_rows)
-        return log_probs.view(len(input_ids), count), entropies.view(len(input_ids), count)
+        log_probs = -token_cross_entropy(states, weight, codes, chunk_rows)
+        log_probs = log_probs.view(len(input_ids), count)
+        if not with_entropies:
+            return log_probs, None
+        return log_probs, token_entropy(states, weight, chunk_rows).view_as(log_probs)
 
     def training_positions(self, input_ids: Tensor, grid: tuple[int, int]) -> Tensor:
         """Positions of right-padded sequences (B, L): (1, L) for 1-D RoPE, (2, B, L) for 2-D."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -230,15 +230,15 @@ class GRPOModule(LanguageModelModule):
         engine = make_engine(self.engine_name, self.language_model)
         training = self.language_model.training
         self.language_model.eval()
+        parts = _parts(images, self.rollout_batch_size)
         with _timed(seconds, "rollout", self.device), gathered(self.language_model):
             drawn = [
                 engine.generate(prompts[part], prompts[part], self.grid, self.sampling, seeds[part])[0].clone()
-                for part in _parts(images, self.rollout_batch_size)
+                for part in parts
             ]
         self.language_model.train(training)
         codes = torch.cat(drawn)
         with _timed(seconds, "decode", self.device):
-            parts = _parts(images, self.rollout_batch_size)
             pixels = torch.cat([self.visual_tokenizer.decode(codes[part]) for part in parts])
             pictures = (pixels.float() + 1) / 2
         failure: Exception | None = None
@@ -273,20 +273,21 @@ class GRPOModule(LanguageModelModule):
         weights = None
         if self.token_weights is not None:
             weights = self.token_weights(rollout.codes.flatten(1), self.group_size)
-        nothing: list[Tensor | None] = [None] * len(parts)
-        references, olds = list(nothing), list(nothing)
+        references: Sequence[Tensor | None] = [None] * len(parts)
+        olds = references
         if self._reference is not None:
             temperature = self.sampling.temperature
-            references = list(self._reference.log_probs(sequences, self.grid, temperature, self.chunk_rows))
+            references = self._reference.log_probs(sequences, self.grid, temperature, self.chunk_rows)
         if self.inner_updates > 1:
             with torch.no_grad():
-                olds = [self._log_probs(ids)[0] for ids in sequences]
+                olds = [self._log_probs(ids, with_entropies=False)[0] for ids in sequences]
         optimizer: Any = self.optimizers()
         statistics: list[dict[str, Tensor]] = []
         norms = []
         for _ in range(self.inner_updates):
             for part, ids, old, reference in zip(parts, sequences, olds, references, strict=True):
                 log_probs, entropies = self._log_probs(ids)
+                assert entropies is not None
                 loss, found = grpo_loss(
                     log_probs,
                     old,
@@ -323,10 +324,15 @@ class GRPOModule(LanguageModelModule):
         captions = [prompt[1:-1].tolist() for prompt in prompts]
         return training_batch(captions, codes.cpu(), layout)["input_ids"].to(self.device)
 
-    def _log_probs(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def _log_probs(self, ids: Tensor, with_entropies: bool = True) -> tuple[Tensor, Tensor | None]:
         assert self.grid is not None
-        temperature = self.sampling.temperature
-        return self.language_model.image_log_probs(ids, self.grid, temperature=temperature, chunk_rows=self.chunk_rows)
+        return self.language_model.image_log_probs(
+            ids,
+            self.grid,
+            temperature=self.sampling.temperature,
+            chunk_rows=self.chunk_rows,
+            with_entropies=with_entropies,
+        )
 
     def _log_rollout(self, rollout: Rollout) -> None:
         groups = rollout.scores.view(-1, self.group_size)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -69,11 +69,9 @@ class Reference:
         """Log-probs (B, T) of the codes of each micro-batch of sequences (B, L), on the sequences' device."""
         if self.settings.offload:
             self.model.to(self.device)
+        options: dict[str, Any] = {"temperature": temperature, "chunk_rows": chunk_rows, "with_entropies": False}
         found = [
-            self.model.image_log_probs(ids.to(self.device), grid, temperature=temperature, chunk_rows=chunk_rows)[0].to(
-                ids.device
-            )
-            for ids in sequences
+            self.model.image_log_probs(ids.to(self.device), grid, **options)[0].to(ids.device) for ids in sequences
         ]
         if self.settings.offload:
             self.model.to("cpu")
