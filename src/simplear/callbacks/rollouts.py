@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
-from PIL import Image
-from torch import Tensor
 
 from simplear.callbacks.samples import tensorboards
 from simplear.evaluation import Cell, image_grid
+from simplear.generation import pil_images
 
 
 class RolloutImages(Callback):
@@ -40,14 +39,9 @@ class RolloutImages(Callback):
         for start in range(0, min(self.groups * size, len(rollout.captions)), size):
             scores = rollout.scores[start : start + size]
             places = {"best": int(scores.argmax()), "worst": int(scores.argmin())}
-            images = tuple(_picture(rollout.images[start + place]) for place in places.values())
+            images = tuple(pil_images(rollout.images[[start + place for place in places.values()]].float().cpu()))
             labels = tuple(f"{name} {float(scores[place]):.2f}" for name, place in places.items())
             cells.append(Cell(rollout.captions[start], images, labels=labels))
         grid = np.asarray(image_grid({"": cells}, image_size=self.image_size))
         for logger in tensorboards(trainer):
             logger.experiment.add_image("rollouts", grid, trainer.global_step, dataformats="HWC")
-
-
-def _picture(pixels: Tensor) -> Image.Image:
-    """Of (3, H, W) in [0, 1]."""
-    return Image.fromarray((pixels.float() * 255).round().byte().permute(1, 2, 0).cpu().numpy())

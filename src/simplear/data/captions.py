@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from simplear.atomic import whole_directory
+from simplear.data.pictures import warn_of_drops
 from simplear.data.sources import Source
 from simplear.language_model import train_text_tokenizer
-
-logger = logging.getLogger(__name__)
 
 
 def train_text_tokenizer_on(source: Source, out: str, *, vocab_size: int = 512) -> None:
@@ -44,5 +42,4 @@ def _captions(source: Source) -> Iterator[str]:
     for unit in source.units():
         for sample in source.read(unit, drops):
             yield from sample.captions
-    for reason, count in sorted(drops.items()):
-        logger.warning("%d pictures dropped: %s", count, reason)
+    warn_of_drops(drops)

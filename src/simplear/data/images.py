@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from typing import Any
 
@@ -13,10 +12,8 @@ import torch
 
 from simplear.data.datamodule import BatchDataset, OrderedDataModule
 from simplear.data.order import MicroBatch, choose_captions
-from simplear.data.pictures import Drop, Pixels, resize_and_crop, to_pixels
+from simplear.data.pictures import Drop, Pixels, resize_and_crop, to_pixels, warn_of_drops
 from simplear.data.sources import IndexedSource, Sample, Source
-
-logger = logging.getLogger(__name__)
 
 
 class ImageBatches(BatchDataset):
@@ -28,8 +25,7 @@ class ImageBatches(BatchDataset):
         if cache:
             drops: Counter[str] = Counter()
             self.cached = [self._row(sample) for unit in source.units() for sample in source.read(unit, drops)]
-            for reason, count in sorted(drops.items()):
-                logger.warning("%d pictures dropped: %s", count, reason)
+            warn_of_drops(drops)
             self.bucket_sizes = (len(self.cached),)
         elif isinstance(source, IndexedSource):
             self.bucket_sizes = (len(source),)

@@ -5,12 +5,16 @@ Left out: filters by size or quality. A picture smaller than asked for is enlarg
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+logger = logging.getLogger(__name__)
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -23,6 +27,12 @@ WHITE = (255, 255, 255)
 
 class Drop(Exception):
     """A sample that cannot be used; its text is the reason that is counted."""
+
+
+def warn_of_drops(drops: Counter[str], where: str = "") -> None:
+    """A line for each reason, so that nothing is left out in silence."""
+    for reason, count in sorted(drops.items()):
+        logger.warning("%d pictures dropped%s: %s", count, where, reason)
 
 
 def open_rgb(file: str | Path | IO[bytes]) -> Image.Image:

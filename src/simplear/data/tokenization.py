@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
-from simplear.data.pictures import Pixels, resize_and_crop
+from simplear.data.pictures import Pixels, resize_and_crop, warn_of_drops
 from simplear.data.shards import (
     MAX_CODEBOOK_SIZE,
     TokenRow,
@@ -203,8 +203,7 @@ class ShardWriter(BasePredictionWriter):
         """Wait for all ranks, then merge."""
         assert self._progress is not None and isinstance(pl_module, TokenizeModule)
         self._progress.close()
-        for reason, count in sorted(self.drops.items()):
-            logger.warning("%d pictures dropped on rank %d: %s", count, trainer.global_rank, reason)
+        warn_of_drops(self.drops, f" on rank {trainer.global_rank}")
         trainer.strategy.barrier("tokenized")
         if trainer.is_global_zero:
             remove_abandoned(self.out)

@@ -4,7 +4,7 @@ from simplear.generation.cached import CachedEngine
 from simplear.generation.command import generate
 from simplear.generation.engine import ENGINES, Engine, GenerationStats, make_engine
 from simplear.generation.guidance import guide
-from simplear.generation.pipeline import PipelineOutput, SimpleARPipeline
+from simplear.generation.pipeline import PipelineOutput, SimpleARPipeline, pil_images
 from simplear.generation.sampling import SamplingSettings
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "generate",
     "guide",
     "make_engine",
+    "pil_images",
 ]

@@ -213,7 +213,7 @@ class SimpleARPipeline:
                 )
         all_codes = torch.cat(codes)
         images = None if output_type == "codes" else self.decode(all_codes, batch_size)
-        pictures = _pil(images) if output_type == "pil" and images is not None else images
+        pictures = pil_images(images) if output_type == "pil" and images is not None else images
         return PipelineOutput(pictures, all_codes, stats, seeds, sampling)
 
     def check_prompts(
@@ -286,6 +286,7 @@ def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
     return list(seed)
 
 
-def _pil(images: Tensor) -> list[Image.Image]:
+def pil_images(images: Tensor) -> list[Image.Image]:
+    """Pictures of (B, 3, H, W) float on CPU, in [0, 1]."""
     pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     return [Image.fromarray(np.ascontiguousarray(picture)) for picture in pixels]

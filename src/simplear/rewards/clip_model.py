@@ -12,8 +12,6 @@ import contextlib
 import difflib
 import json
 import logging
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+from simplear.atomic import whole_directory
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
@@ -159,27 +159,17 @@ def save_clip(network: Any, architecture: dict[str, Any], tokenizer: Any, direct
         architecture: the arguments it was built with, open_clip's ``model_cfg``.
         tokenizer: saved too if it can be (`open_clip.tokenizer.HFTokenizer`); the built-in one needs no files.
         directory: to write.
+
+    Raises OSError, naming the directory, when the disk takes no more.
     """
     preprocessing = {key: value for key, value in network.visual.preprocess_cfg.items() if key != "size"}
     config = {"model_cfg": architecture, "preprocess_cfg": preprocessing}
     weights = {name: weight.detach().cpu().contiguous() for name, weight in network.state_dict().items()}
-    directory = Path(directory)
-    partial, replaced = (directory.with_name(f".{directory.name}.{state}") for state in ("partial", "replaced"))
-    for leftover in (partial, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
-    if hasattr(tokenizer, "save_pretrained"):
-        tokenizer.save_pretrained(partial)
-    (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
-    save_file(weights, partial / WEIGHTS_FILE)
-    for file in partial.iterdir():
-        file.chmod(0o644)  # safetensors writes for the owner alone
-        with file.open("rb") as written:
-            os.fsync(written.fileno())
-    if directory.exists():
-        directory.rename(replaced)
-    partial.rename(directory)
-    shutil.rmtree(replaced, ignore_errors=True)
+    with whole_directory(directory) as partial:
+        if hasattr(tokenizer, "save_pretrained"):
+            tokenizer.save_pretrained(partial)
+        (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+        save_file(weights, partial / WEIGHTS_FILE)
 
 
 def preprocess(images: Tensor, preprocessing: Any) -> Tensor:
