@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 from simplear.data.shards import TokenRow, claim_directory, merge_manifest, write_shard
@@ -80,6 +81,42 @@ def make_batch(
     return training_batch(encode_captions(tokenizer, captions), codes, model.layout)
 
 
+def make_trainer(directory: Path, **options: Any) -> Trainer:
+    """A Trainer on one CPU process that prints and keeps nothing but what `options` ask for."""
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "default_root_dir": directory,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return Trainer(**{**defaults, **options})
+
+
+def trainer_yaml(directory: Path, callback: str, **callback_options: Any) -> str:
+    """The ``trainer`` of a configuration file that runs a few steps under ``directory/run``, with one callback."""
+    options = "".join(f"\n        {name}: {value}" for name, value in callback_options.items())
+    return f"""
+trainer:
+  default_root_dir: {directory / "run"}
+  accelerator: cpu
+  devices: 1
+  max_steps: 6
+  max_epochs: -1
+  logger:
+    class_path: lightning.pytorch.loggers.CSVLogger
+    init_args: {{save_dir: "${{trainer.default_root_dir}}/logs"}}
+  log_every_n_steps: 1
+  enable_model_summary: false
+  callbacks:
+    - class_path: simplear.callbacks.{callback}
+      init_args:
+        dirpath: ${{trainer.default_root_dir}}/states{options}
+"""
+
+
 def write_pretraining(
     directory: Path, text_tokenizer: str, visual_tokenizer: str, shards: str, save_every: int = 1000
 ) -> Path:
@@ -105,24 +142,13 @@ data:
     global_batch_size: 4
     tokenizer: ${{model.init_args.language_model.tokenizer}}
     max_text_tokens: 40
-trainer:
-  default_root_dir: {directory / "run"}
-  accelerator: cpu
-  devices: 1
-  max_steps: 6
-  max_epochs: -1
-  logger:
-    class_path: lightning.pytorch.loggers.CSVLogger
-    init_args: {{save_dir: "${{trainer.default_root_dir}}/logs"}}
-  log_every_n_steps: 1
-  enable_model_summary: false
-  callbacks:
-    - class_path: simplear.callbacks.HuggingFaceCheckpoint
-      init_args:
-        dirpath: ${{trainer.default_root_dir}}/states
-        export_dir: ${{trainer.default_root_dir}}/model
-        every_n_train_steps: {save_every}
 """
+        + trainer_yaml(
+            directory,
+            "HuggingFaceCheckpoint",
+            export_dir="${trainer.default_root_dir}/model",
+            every_n_train_steps=save_every,
+        )
     )
     return file
 
@@ -143,39 +169,24 @@ def write_visual_tokenizer_training(directory: Path, save_every: int = 1000) -> 
     """A configuration file that trains a tiny visual tokenizer under ``directory/run``; returns its path."""
     file = directory / "visual_tokenizer.yaml"
     file.write_text(
-        f"""
+        """
 seed_everything: 0
 model:
   class_path: simplear.stages.VisualTokenizerModule
   init_args:
     tokenizer:
       class_path: simplear.visual_tokenizer.FSQAutoencoder
-      init_args: {{levels: [3, 3, 3], downsample: 8, encoder_channels: 8, decoder_channels: 8, refine_channels: 4}}
-    optimizer: {{class_path: torch.optim.AdamW, init_args: {{lr: 0.01, weight_decay: 0.01}}}}
-    export_dir: ${{trainer.default_root_dir}}/model
+      init_args: {levels: [3, 3, 3], downsample: 8, encoder_channels: 8, decoder_channels: 8, refine_channels: 4}
+    optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 0.01, weight_decay: 0.01}}
+    export_dir: ${trainer.default_root_dir}/model
 data:
   class_path: simplear.data.ImageDataModule
   init_args:
-    source: {{class_path: simplear.data.ScenesSource, init_args: {{count: 18, resolution: 16}}}}
+    source: {class_path: simplear.data.ScenesSource, init_args: {count: 18, resolution: 16}}
     global_batch_size: 4
     height: 16
     width: 16
-trainer:
-  default_root_dir: {directory / "run"}
-  accelerator: cpu
-  devices: 1
-  max_steps: 6
-  max_epochs: -1
-  logger:
-    class_path: lightning.pytorch.loggers.CSVLogger
-    init_args: {{save_dir: "${{trainer.default_root_dir}}/logs"}}
-  log_every_n_steps: 1
-  enable_model_summary: false
-  callbacks:
-    - class_path: simplear.callbacks.AtomicCheckpoint
-      init_args:
-        dirpath: ${{trainer.default_root_dir}}/states
-        every_n_train_steps: {save_every}
 """
+        + trainer_yaml(directory, "AtomicCheckpoint", every_n_train_steps=save_every)
     )
     return file

@@ -22,6 +22,7 @@ from simplear.language_model import train_text_tokenizer
 from simplear.rewards import CLIPReward
 from simplear.scenes import HELD_OUT, PERTURBATIONS, captions, draw, sample_scene
 from simplear.stages.clip import CLIPModule, degrade, false_caption_loss, falsify, retrieval_accuracy
+from toys import make_trainer
 
 ARCHITECTURE: dict[str, Any] = {
     "embed_dim": 16,
@@ -51,16 +52,7 @@ def data(count: int = 17, batch: int = 4) -> ImageDataModule:
 
 
 def trainer(directory: Path, **changes: Any) -> Trainer:
-    arguments = {
-        "accelerator": "cpu",
-        "default_root_dir": directory,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-    }
-    return Trainer(**(arguments | changes))
+    return make_trainer(directory, num_sanity_val_steps=0, **changes)
 
 
 def features(*shape: int, seed: int = 0) -> torch.Tensor:

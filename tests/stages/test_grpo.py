@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
 import math
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from simplear.data import TokenDataModule
@@ -24,7 +26,7 @@ from simplear.sequence import SPECIAL_TOKENS, encode_captions, prompt_sequence, 
 from simplear.stages import CosineWithWarmup, GRPOModule
 from simplear.stages.grpo_objective import grpo_loss
 from simplear.visual_tokenizer import load_visual_tokenizer
-from toys import CODEBOOK, DOWNSAMPLE, make_visual_tokenizer, model_config
+from toys import CODEBOOK, DOWNSAMPLE, make_trainer, make_visual_tokenizer, model_config
 
 GRID = (2, 3)
 STEPS = 4
@@ -129,37 +131,20 @@ def data(start: str, prompts: str) -> Callable[..., TokenDataModule]:
     return make
 
 
-class Values:
-    """A logger that keeps all values of each name."""
-
-    def __new__(cls, directory: Path) -> Any:
-        from lightning.pytorch.loggers import CSVLogger
-
-        return CSVLogger(directory, name="", version="", flush_logs_every_n_steps=1)
-
-
 def fit(stage: GRPOModule, batches: TokenDataModule, directory: Path, **options: Any) -> Trainer:
     resume = options.pop("ckpt_path", None)
     defaults: dict[str, Any] = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "default_root_dir": directory,
-        "logger": Values(directory / "values"),
+        "logger": CSVLogger(directory / "values", name="", version="", flush_logs_every_n_steps=1),
         "log_every_n_steps": 1,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
         "max_epochs": -1,
         "max_steps": STEPS,
     }
-    trainer = Trainer(**{**defaults, **options})
+    trainer = make_trainer(directory, **{**defaults, **options})
     trainer.fit(stage, datamodule=batches, ckpt_path=resume, weights_only=False)
     return trainer
 
 
 def values(directory: Path, name: str) -> list[float]:
-    import csv
-
     with open(directory / "values" / "metrics.csv") as file:
         return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
 

@@ -18,7 +18,7 @@ from simplear.data import TokenDataModule
 from simplear.language_model import GenerationDefaults, load_checkpoint, save_checkpoint, train_text_tokenizer
 from simplear.stages import MuonWithAdamW, NextTokenModule, NextTokenObjective, PretrainModule, SFTModule
 from simplear.visual_tokenizer import load_visual_tokenizer
-from toys import CODEBOOK, DOWNSAMPLE, make_shards, make_visual_tokenizer, model_config
+from toys import CODEBOOK, DOWNSAMPLE, make_shards, make_trainer, make_visual_tokenizer, model_config
 
 STEPS = 8
 BATCHES_PER_EPOCH = 5
@@ -36,23 +36,9 @@ def schedule(optimizer: Any) -> Any:
     return torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, STEPS)
 
 
-def make_trainer(directory: Path, **options: Any) -> Trainer:
-    defaults: dict[str, Any] = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "default_root_dir": directory,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "max_epochs": -1,
-    }
-    return Trainer(**{**defaults, **options})
-
-
 def fit(module: NextTokenModule, data: TokenDataModule, directory: Path, **options: Any) -> Trainer:
     resume = options.pop("ckpt_path", None)
-    trainer = make_trainer(directory, **options)
+    trainer = make_trainer(directory, **{"max_epochs": -1, **options})
     trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=False)
     return trainer
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -21,6 +21,7 @@ from simplear.stages.visual_tokenizer import (
     reconstruction_loss,
 )
 from simplear.visual_tokenizer import FSQAutoencoder, load_visual_tokenizer
+from toys import make_trainer
 
 
 def tokenizer() -> FSQAutoencoder:
@@ -51,18 +52,6 @@ def module(**changes) -> VisualTokenizerModule:
         "contrast_weight": 2.0,
     }
     return VisualTokenizerModule(tokenizer(), **(arguments | changes))
-
-
-def trainer(directory, **changes) -> Trainer:
-    arguments = {
-        "accelerator": "cpu",
-        "default_root_dir": directory,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    return Trainer(**(arguments | changes))
 
 
 def test_loss_without_weights_is_the_mean_absolute_error():
@@ -111,8 +100,8 @@ def test_grid_shows_originals_over_reconstructions():
 def test_training_lowers_the_loss_logs_what_it_says_and_exports(tmp_path):
     logger = TensorBoardLogger(tmp_path, name="", version="logs")
     stage = module(lr_scheduler=None, export_dir=str(tmp_path / "tokenizer"))
-    runner = trainer(tmp_path, max_epochs=12, logger=logger, log_every_n_steps=1)
-    before = trainer(tmp_path).validate(stage, loader(), verbose=False)[0]
+    runner = make_trainer(tmp_path, max_epochs=12, logger=logger, log_every_n_steps=1)
+    before = make_trainer(tmp_path).validate(stage, loader(), verbose=False)[0]
     runner.fit(stage, loader(), loader())
     after = runner.callback_metrics
     assert after["validation/loss"] < 0.6 * before["validation/loss"]
@@ -139,7 +128,7 @@ def test_run_stopped_and_resumed_has_the_weights_of_one_never_stopped(tmp_path):
         seed_everything(7)
         saver = ModelCheckpoint(directory, filename="step", every_n_train_steps=6)
         stage = module()
-        runner = trainer(tmp_path, max_steps=steps, callbacks=[saver], enable_checkpointing=True)
+        runner = make_trainer(tmp_path, max_steps=steps, callbacks=[saver], enable_checkpointing=True)
         runner.fit(stage, loader(), ckpt_path=checkpoint, weights_only=True)
         return stage.tokenizer.state_dict()
 
@@ -159,7 +148,7 @@ def test_run_over_a_data_module_goes_on_within_an_epoch(tmp_path, stop):
         data = ImageDataModule(ScenesSource(17, 16), 4, 16, 16, seed=5)
         saver = ModelCheckpoint(directory, filename="step", every_n_train_steps=stop)
         stage = module()
-        runner = trainer(tmp_path, max_steps=steps, callbacks=[saver], enable_checkpointing=True)
+        runner = make_trainer(tmp_path, max_steps=steps, callbacks=[saver], enable_checkpointing=True)
         runner.fit(stage, data, ckpt_path=checkpoint, weights_only=True)
         return stage.tokenizer.state_dict()
 
@@ -170,7 +159,7 @@ def test_run_over_a_data_module_goes_on_within_an_epoch(tmp_path, stop):
 
 
 def test_checkpoint_holds_plain_values_alone(tmp_path):
-    runner = trainer(tmp_path, max_steps=1)
+    runner = make_trainer(tmp_path, max_steps=1)
     runner.fit(module(), loader())
     runner.save_checkpoint(tmp_path / "one.ckpt")
     checkpoint = torch.load(tmp_path / "one.ckpt", weights_only=True)
