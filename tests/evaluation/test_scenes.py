@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,14 @@ from PIL import Image
 from torch import Tensor
 
 from simplear.cli import main
-from simplear.evaluation import blind_accuracy, draw_and_judge, evaluate_scenes, reconstruction_accuracy, scene_result
+from simplear.evaluation import (
+    blind_accuracy,
+    draw_and_judge,
+    evaluate_scenes,
+    reconstruction_accuracy,
+    scene_result,
+    strict_result,
+)
 from simplear.evaluation.scenes import image_seed
 from simplear.language_model import CheckpointSettings, LanguageModelConfig, save_checkpoint, train_text_tokenizer
 from simplear.scenes import CATEGORIES, Scene, captions, draw, evaluation_prompts, metadata, sample_scene
@@ -65,6 +73,19 @@ def test_a_perfect_painter_is_always_right(prompts: list[dict[str, Any]], scenes
     seeds = [seed for _, part, _ in painter.calls for seed in part]
     assert len(set(seeds)) == len(seeds)
     assert seeds[:2] == [image_seed(0, prompts[0]["prompt"], sample) for sample in (0, 1)]
+
+
+def test_the_strict_judge_is_asked_about_the_same_images(
+    prompts: list[dict[str, Any]], scenes: dict[str, Scene]
+) -> None:
+    """Where each third drawing has a speckled corner, the ordinary judge sees nothing."""
+    judged = draw_and_judge(Painter(scenes), prompts)  # type: ignore[arg-type]
+    assert strict_result(judged)["overall"]["accuracy"] == 1
+    speckled = [replace(item, image=item.image.copy()) for item in judged]
+    for item in speckled[::3]:
+        item.image[:9:2, :9:2] = (214, 39, 40)
+    assert scene_result(speckled)["overall"]["accuracy"] == 1
+    assert strict_result(speckled)["overall"]["accuracy"] == pytest.approx(2 / 3, abs=0.02)
 
 
 def test_a_painter_of_one_category_is_right_in_that_category_alone(
@@ -164,15 +185,18 @@ def test_verb_writes_report_images_verdicts_and_events(
     options = ["--out", str(out), "--prompts_per_category", "2", "--batch_size", "5"]
     main(["evaluate", "scenes", str(checkpoint), *options])
     extra = ["--run", "sft", "--blind_prompts", "1", "--tokenizer_ceiling", "true", "--compare_with", "tiny"]
+    extra += ["--strict", "true"]
     main(["evaluate", "scenes", str(checkpoint), *options, "--guidance_scale", "2", *extra])
     report = json.loads((out / "report.json").read_text())
-    assert list(report["runs"]) == ["tiny", "tokenizer", "sft-blind", "sft"]
+    assert list(report["runs"]) == ["tiny", "tokenizer", "sft-blind", "sft-strict", "sft"]
     for result in report["runs"].values():
         assert set(result) == {"overall", *CATEGORIES}
         assert all(set(entry) == {"accuracy", "low", "high", "n"} for entry in result.values())
     assert report["settings"]["sft"]["guidance_scale"] == 2.0
     assert report["settings"]["tiny"]["guidance_scale"] == 1.0
-    assert "| category | tiny | tokenizer | sft-blind | sft |" in capsys.readouterr().out
+    assert set(report["diversity"]) == {"tiny", "sft"}
+    assert "| background entropy |" in (out / "report.md").read_text()
+    assert "| category | tiny | tokenizer | sft-blind | sft-strict | sft |" in capsys.readouterr().out
     assert (out / "report.md").read_text().startswith("| category | tiny")
     for run in ("tiny", "sft"):
         images = images_of(out / "scenes" / run)

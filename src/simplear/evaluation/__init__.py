@@ -1,5 +1,6 @@
 """Measuring checkpoints: scene accuracy, intervals, and the report with its table, pictures and TensorBoard events."""
 
+from simplear.evaluation.diversity import diversity
 from simplear.evaluation.grid import Cell, image_grid
 from simplear.evaluation.intervals import stratified_interval, wilson_interval
 from simplear.evaluation.report import (
@@ -17,6 +18,7 @@ from simplear.evaluation.scenes import (
     evaluate_scenes,
     reconstruction_accuracy,
     scene_result,
+    strict_result,
 )
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "Result",
     "accuracy_result",
     "blind_accuracy",
+    "diversity",
     "draw_and_judge",
     "evaluate_scenes",
     "image_grid",
@@ -34,6 +37,7 @@ __all__ = [
     "reconstruction_accuracy",
     "scene_result",
     "stratified_interval",
+    "strict_result",
     "wilson_interval",
     "write_tensorboard",
 ]

@@ -1,7 +1,7 @@
 """The report of evaluations: one ``report.json`` that runs are added to, and its readable forms.
 
     {"runs": {name: {"overall": {"accuracy" or "score", "low", "high", "n"}, category: {…}, …}},
-     "settings": {name: {…}}}
+     "settings": {name: {…}}, "diversity": {name: {…}}}
 
 A run's result is the inner dictionary. Whoever adds a run leaves the others as they are, so the stages of a training
 can be evaluated at different times and still stand side by side.
@@ -55,7 +55,13 @@ def read_report(path: str | Path) -> dict[str, Any]:
     return report
 
 
-def merge_run(path: str | Path, name: str, result: Result, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def merge_run(
+    path: str | Path,
+    name: str,
+    result: Result,
+    settings: Mapping[str, Any] | None = None,
+    diversity: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
     """Add a run to the report, or replace the one of that name; all others stay.
 
     The file is replaced in one step: a reader, or a machine that stops, finds the old report or the new one. Its table
@@ -66,6 +72,7 @@ def merge_run(path: str | Path, name: str, result: Result, settings: Mapping[str
         name: of the run.
         result: of the run.
         settings: what the result was made with, JSON-able.
+        diversity: numbers that say how varied the images are.
 
     Returns:
         the whole report.
@@ -75,6 +82,8 @@ def merge_run(path: str | Path, name: str, result: Result, settings: Mapping[str
     report["runs"][name] = result
     if settings is not None:
         report.setdefault("settings", {})[name] = dict(settings)
+    if diversity is not None:
+        report.setdefault("diversity", {})[name] = dict(diversity)
     for file, text in ((path, json.dumps(report, indent=2) + "\n"), (path.with_suffix(".md"), markdown_table(report))):
         with whole_file(file) as partial:
             partial.write_text(text)
@@ -90,6 +99,10 @@ def markdown_table(report: Mapping[str, Any]) -> str:
         title = f"**{category}**" if category == OVERALL else category
         rows.append([title, *[_cell(result.get(category)) for result in runs.values()]])
     rows.append(["images", *[f"{result[OVERALL]['n']:,.0f}" for result in runs.values()]])
+    varied: Mapping[str, Mapping[str, float]] = report.get("diversity", {})
+    for measure in dict.fromkeys(measure for numbers in varied.values() for measure in numbers):
+        numbers = [varied.get(name, {}).get(measure) for name in runs]
+        rows.append([measure.replace("_", " "), *["" if number is None else f"{number:.2f}" for number in numbers]])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 

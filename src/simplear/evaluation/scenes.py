@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from simplear.evaluation.diversity import diversity
 from simplear.evaluation.grid import Cell, image_grid
 from simplear.evaluation.report import (
     REPORT_FILE,
@@ -32,7 +33,7 @@ from simplear.evaluation.report import (
     write_tensorboard,
 )
 from simplear.generation import SimpleARPipeline
-from simplear.scenes import Verdict, detect, draw, evaluation_prompts, metadata, sample_scene, verdict
+from simplear.scenes import Verdict, detect, draw, evaluation_prompts, metadata, sample_scene, strict_verdict, verdict
 from simplear.visual_tokenizer import VisualTokenizer
 
 FOLDER = "scenes"
@@ -64,6 +65,7 @@ def evaluate_scenes(
     guidance_scale: float | None = None,
     blind_prompts: int = 0,
     tokenizer_ceiling: bool = False,
+    strict: bool = False,
     compare_with: str | None = None,
     engine: str = "cached",
     batch_size: int = 100,
@@ -85,6 +87,8 @@ def evaluate_scenes(
         guidance_scale: classifier-free guidance; the checkpoint's default if not given.
         blind_prompts: also draw this many images from the empty caption and judge them by as many prompts of each
             category, as run RUN-blind; 0 leaves it out.
+        strict: also judge the images by `simplear.scenes.strict_verdict`, as run RUN-strict: for models that were
+            trained on the ordinary judge.
         tokenizer_ceiling: also judge drawings that went through the visual tokenizer alone, as run "tokenizer".
         compare_with: an earlier run in OUT on the same prompts; the picture shows its images beside the new ones.
         engine: how codes are drawn.
@@ -132,8 +136,11 @@ def evaluate_scenes(
         "images_per_prompt": images_per_prompt,
         "guidance_scale": pipeline.settings.generation.guidance_scale if guidance_scale is None else guidance_scale,
     }
+    if strict:
+        merge_run(report_file, f"{name}-strict", strict_result(judged), settings)
     # Last, so that a run in the report has its images beside it.
-    report = merge_run(report_file, name, result, settings)
+    varied = diversity([item.image for item in judged], [item.prompt["prompt"] for item in judged])
+    report = merge_run(report_file, name, result, settings, varied)
     print(f"\n{markdown_table(report)}\nreport: {report_file}\nimages: {Path(out) / FOLDER / f'{name}.png'}")
     return report
 
@@ -156,9 +163,18 @@ def draw_and_judge(
 
 def scene_result(judged: Sequence[JudgedImage]) -> Result:
     """Accuracy with 95 % intervals, overall and by category."""
+    return _result(judged, lambda item: item.verdict)
+
+
+def strict_result(judged: Sequence[JudgedImage]) -> Result:
+    """As `scene_result`, by `simplear.scenes.strict_verdict`, a judge that gives no rewards."""
+    return _result(judged, lambda item: strict_verdict(item.prompt, item.image))
+
+
+def _result(judged: Sequence[JudgedImage], judge: Callable[[JudgedImage], Verdict]) -> Result:
     verdicts: dict[str, list[bool]] = {}
     for item in judged:
-        verdicts.setdefault(item.prompt["tag"], []).append(item.verdict.correct)
+        verdicts.setdefault(item.prompt["tag"], []).append(judge(item).correct)
     return accuracy_result(verdicts)
 
 
