@@ -33,6 +33,12 @@ def test_rows_come_back_as_written(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read.codes, np.stack([rows[pick].codes for pick in picks]))
 
 
+@pytest.mark.parametrize("captions", [["one\0two", "\0"], ["", "\0\0", ""], ["größe", "字"]])
+def test_captions_come_back_whole_whatever_is_in_them(tmp_path: Path, captions: list[str]) -> None:
+    write_rows(tmp_path, {"a": [TokenRow("0", np.zeros((1, 1), np.uint16), captions)]})
+    assert TokenShards(tmp_path).read(np.array([0])).captions == [captions]
+
+
 def test_datasets_reads_the_same_file(tmp_path: Path) -> None:
     rows = make_rows(5, (2, 3))
     write_rows(tmp_path, {"a": rows})

@@ -17,7 +17,6 @@ import hashlib
 import json
 import os
 import socket
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,10 +26,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
+from xxhash import xxh3_64_intdigest
 
 from simplear.atomic import whole_file
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Raised when a shard, sidecar or manifest changes so that older code cannot read it or this code not the older."""
 
 MANIFEST_FILE = "manifest.json"
@@ -46,11 +46,14 @@ SCHEMA = pa.schema(
         "captions": pa.list_(pa.string()),
         "metadata": pa.string(),
         "source": pa.string(),
-        "checksum": pa.uint32(),
+        "checksum": pa.uint64(),
     }
 )
 MAX_CODEBOOK_SIZE = 2**16
 """Codes are stored as uint16."""
+
+TEXT_END = "\0"
+"""Between the texts of a row where they are read as one; a text may still have one inside."""
 
 DAMAGED = "delete it and run the same `simplear tokenize` again"
 """What to do about a damaged shard."""
@@ -101,16 +104,17 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def row_checksum(codes: memoryview, grid: Grid, texts: Sequence[bytes | memoryview]) -> int:
-    """CRC-32 of what training reads of a row.
+def row_checksum(codes: memoryview, grid: Grid, texts: bytes) -> int:
+    """XXH3 (64 bits, in [0, 2**64)) of what training reads of a row.
 
     Args:
         codes: uint16, in raster order, contiguous.
         grid: (h, w).
-        texts: key, captions and metadata, as UTF-8; where one ends and the next begins counts too.
+        texts: key, captions and metadata, as UTF-8 with `TEXT_END` between them.
     """
     height, width = grid
-    return zlib.crc32(b"\0".join(texts), zlib.crc32(codes, (height << 16 ^ width) & 0xFFFFFFFF))
+    shape = (height & 0xFFFFFFFF) << 32 | width & 0xFFFFFFFF
+    return xxh3_64_intdigest(texts, xxh3_64_intdigest(codes, shape))
 
 
 def rows_table(rows: Sequence[TokenRow]) -> pa.Table:
@@ -124,7 +128,7 @@ def rows_table(rows: Sequence[TokenRow]) -> pa.Table:
             raise ValueError(f"row {row.key!r} of {row.source!r} has no caption; an empty string would be one.")
         metadata.append(json.dumps(row.metadata, ensure_ascii=False))
         try:
-            texts = [text.encode() for text in (row.key, *row.captions, metadata[-1])]
+            texts = TEXT_END.join((row.key, *row.captions, metadata[-1])).encode()
         except UnicodeEncodeError as error:
             raise ValueError(
                 f"row {row.key!r} of {row.source!r} has text that is no valid Unicode: {error}."
@@ -385,7 +389,7 @@ class TokenShards:
             if grid not in shard.grids:
                 continue
             if len(shard.grids) > 1:
-                columns = self._open(index)
+                columns = self._columns.get(index) or self._open(index)
                 rows = np.flatnonzero((columns.height == grid[0]) & (columns.width == grid[1]))
                 if len(rows) != shard.grids[grid]:
                     raise ValueError(
@@ -409,8 +413,9 @@ class TokenShards:
         shard_indices = np.searchsorted(self._starts, rows, side="right") - 1
         read = []
         for shard, local in zip(shard_indices.tolist(), (rows - self._starts[shard_indices]).tolist(), strict=True):
+            columns = self._columns.get(shard) or self._open(shard)
             try:
-                read.append(self._open(shard).row(local))
+                read.append(columns.row(local))
             except _DamagedRow as error:
                 raise ValueError(f"{self._shards[shard].path}, row {local} is damaged ({error}): {DAMAGED}.") from error
         grids, codes, keys, captions, metadata = map(list, zip(*read, strict=True))
@@ -448,13 +453,12 @@ class TokenShards:
                     )
 
     def _open(self, index: int) -> _Columns:
-        if index not in self._columns:
-            shard = self._shards[index]
-            table = _map_table(shard.path) if shard.table is None else shard.table
-            try:
-                self._columns[index] = _Columns(table, shard.rows)
-            except _DamagedRow as error:
-                raise ValueError(f"{shard.path} is damaged ({error}): {DAMAGED}.") from error
+        shard = self._shards[index]
+        table = _map_table(shard.path) if shard.table is None else shard.table
+        try:
+            self._columns[index] = _Columns(table, shard.rows)
+        except _DamagedRow as error:
+            raise ValueError(f"{shard.path} is damaged ({error}): {DAMAGED}.") from error
         return self._columns[index]
 
 
@@ -506,7 +510,7 @@ class _Columns:
             self._captions = _text(*buffers["captions"][3:])
             self.height, self.width = (np.frombuffer(buffers[side][1], np.int32, rows) for side in ("height", "width"))
             self._heights, self._widths = self.height.data, self.width.data
-            self._checksums = np.frombuffer(buffers["checksum"][1], np.uint32, rows).data
+            self._checksums = np.frombuffer(buffers["checksum"][1], np.uint64, rows).data
         except (ValueError, TypeError) as error:
             raise _DamagedRow(str(error)) from error
 
@@ -515,19 +519,26 @@ class _Columns:
 
         Raises `_DamagedRow` when they do not have the row's checksum.
         """
+        keys, key_bytes = self._key
+        captions, caption_bytes = self._captions
+        metadata, metadata_bytes = self._metadata
         try:
             codes = self._tokens[self._token_offsets[index] : self._token_offsets[index + 1]]
             grid = self._heights[index], self._widths[index]
-            first, end = self._caption_offsets[index], self._caption_offsets[index + 1]
-            texts = [_one_text(self._key, index), *[_one_text(self._captions, at) for at in range(first, end)]]
-            texts.append(_one_text(self._metadata, index))
+            texts = [key_bytes[keys[index] : keys[index + 1]]]
+            for caption in range(self._caption_offsets[index], self._caption_offsets[index + 1]):
+                texts.append(caption_bytes[captions[caption] : captions[caption + 1]])
+            texts.append(metadata_bytes[metadata[index] : metadata[index + 1]])
         except (ValueError, IndexError) as error:
             raise _DamagedRow(str(error)) from error
-        checksum = row_checksum(codes, grid, texts)
+        joined = TEXT_END.encode().join(texts)
+        checksum = row_checksum(codes, grid, joined)
         if checksum != self._checksums[index]:
-            raise _DamagedRow(f"checksum {checksum:08x} instead of {self._checksums[index]:08x}")
-        key, *captions, metadata = [str(text, "utf-8") for text in texts]
-        return grid, codes, key, captions, metadata
+            raise _DamagedRow(f"checksum {checksum:016x} instead of {self._checksums[index]:016x}")
+        decoded = joined.decode().split(TEXT_END)  # half the time of decoding one by one
+        if len(decoded) != len(texts):
+            decoded = [str(text, "utf-8") for text in texts]
+        return grid, codes, decoded[0], decoded[1:-1], decoded[-1]
 
 
 Texts = tuple[memoryview, memoryview]
@@ -536,11 +547,6 @@ Texts = tuple[memoryview, memoryview]
 
 def _text(offsets: pa.Buffer, content: pa.Buffer | None) -> Texts:
     return memoryview(offsets).cast("B").cast("i"), memoryview(content or b"")
-
-
-def _one_text(column: Texts, index: int) -> memoryview:
-    offsets, content = column
-    return content[offsets[index] : offsets[index + 1]]
 
 
 def _map_table(path: Path) -> pa.Table:
