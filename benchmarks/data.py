@@ -147,7 +147,12 @@ def measure_pairs(settings: argparse.Namespace, directory: Path, tokenizer: Path
         got = reader(order[0])
         if not (torch.equal(got[0], expected[0]) and got[1] == expected[1]):
             raise AssertionError(f"{name} reads other pairs than the shards: the comparison means nothing.")
-    variants = {name: lambda reader=reader: [reader(rows) for rows in order] for name, reader in readers.items()}
+
+    def read_one_after_another(reader: Callable[[Int64], Pairs]) -> None:
+        for rows in order:
+            reader(rows)  # and dropped before the next, as training does
+
+    variants = {name: lambda reader=reader: read_one_after_another(reader) for name, reader in readers.items()}
     runs = alternate(variants, settings.rounds, "pairs", balance=True)
     return runs, {
         "shards": sum(file.stat().st_size for file in shards.iterdir()) / settings.samples,

@@ -389,7 +389,7 @@ class TokenShards:
             if grid not in shard.grids:
                 continue
             if len(shard.grids) > 1:
-                columns = self._columns.get(index) or self._open(index)
+                columns = self._open(index)
                 rows = np.flatnonzero((columns.height == grid[0]) & (columns.width == grid[1]))
                 if len(rows) != shard.grids[grid]:
                     raise ValueError(
@@ -411,14 +411,10 @@ class TokenShards:
             wrong = rows[(rows < 0) | (rows >= len(self))][0]
             raise IndexError(f"row {wrong} lies outside the {len(self)} rows of {self._shards[0].path.parent}, ….")
         shard_indices = np.searchsorted(self._starts, rows, side="right") - 1
-        read = []
-        for shard, local in zip(shard_indices.tolist(), (rows - self._starts[shard_indices]).tolist(), strict=True):
-            columns = self._columns.get(shard) or self._open(shard)
-            try:
-                read.append(columns.row(local))
-            except _DamagedRow as error:
-                raise ValueError(f"{self._shards[shard].path}, row {local} is damaged ({error}): {DAMAGED}.") from error
-        grids, codes, keys, captions, metadata = map(list, zip(*read, strict=True))
+        shards, local = shard_indices.tolist(), (rows - self._starts[shard_indices]).tolist()
+        columns = {shard: self._open(shard) for shard in set(shards)}
+        read = [columns[shard].row(row) for shard, row in zip(shards, local, strict=True)]
+        grids, codes, keys, captions, metadata = zip(*read, strict=True)
         if len(set(grids)) > 1:
             raise ValueError(f"rows of the grids {sorted(set(grids))} cannot be read together.")
         stacked = np.frombuffer(bytearray().join(codes), np.uint16).reshape(len(rows), *grids[0])
@@ -431,7 +427,8 @@ class TokenShards:
                 "another tokenizer than the manifest says: tokenize again into another directory."
             )
         # Most sources have no metadata, and json.loads takes longer to begin than all the rest of a row.
-        return Rows(rows, keys, stacked, captions, [{} if text == "{}" else json.loads(text) for text in metadata])
+        parsed = [{} if text == "{}" else json.loads(text) for text in metadata]
+        return Rows(rows, list(keys), stacked, list(captions), parsed)
 
     @property
     def size(self) -> int:
@@ -453,12 +450,8 @@ class TokenShards:
                     )
 
     def _open(self, index: int) -> _Columns:
-        shard = self._shards[index]
-        table = _map_table(shard.path) if shard.table is None else shard.table
-        try:
-            self._columns[index] = _Columns(table, shard.rows)
-        except _DamagedRow as error:
-            raise ValueError(f"{shard.path} is damaged ({error}): {DAMAGED}.") from error
+        if index not in self._columns:
+            self._columns[index] = _Columns(self._shards[index])
         return self._columns[index]
 
 
@@ -486,10 +479,6 @@ class Bucket:
         return self.starts[shards] + local
 
 
-class _DamagedRow(Exception):
-    """What was read is not what was written."""
-
-
 class _Columns:
     """Columns of a table as views into its buffers.
 
@@ -497,9 +486,12 @@ class _Columns:
     lengths and offsets out of the file. (Single elements of a memory view are also half the price of numpy's.)
     """
 
-    def __init__(self, table: pa.Table, rows: int) -> None:
+    def __init__(self, shard: _Shard) -> None:
+        """Raises ValueError, naming the file, when it does not hold the shard's rows."""
+        self._path, rows = shard.path, shard.rows
+        table = _map_table(shard.path) if shard.table is None else shard.table
         if table.schema != SCHEMA or table.num_rows != rows or table["key"].num_chunks != 1:
-            raise _DamagedRow(f"{table.num_rows} rows instead of {rows}, or other columns")
+            raise _damaged(self._path, f"{table.num_rows} rows instead of {rows}, or other columns")
         # Of each column and its children: validity, which nothing here uses, and then offsets or values.
         buffers = {name: table[name].chunk(0).buffers() for name in SCHEMA.names}
         try:
@@ -512,12 +504,12 @@ class _Columns:
             self._heights, self._widths = self.height.data, self.width.data
             self._checksums = np.frombuffer(buffers["checksum"][1], np.uint64, rows).data
         except (ValueError, TypeError) as error:
-            raise _DamagedRow(str(error)) from error
+            raise _damaged(self._path, error) from error
 
     def row(self, index: int) -> tuple[Grid, memoryview, str, list[str], str]:
         """Grid, codes in raster order, key, captions and metadata.
 
-        Raises `_DamagedRow` when they do not have the row's checksum.
+        Raises ValueError, naming file and row, when they do not have the row's checksum.
         """
         keys, key_bytes = self._key
         captions, caption_bytes = self._captions
@@ -530,15 +522,20 @@ class _Columns:
                 texts.append(caption_bytes[captions[caption] : captions[caption + 1]])
             texts.append(metadata_bytes[metadata[index] : metadata[index + 1]])
         except (ValueError, IndexError) as error:
-            raise _DamagedRow(str(error)) from error
+            raise _damaged(f"{self._path}, row {index}", error) from error
         joined = TEXT_END.encode().join(texts)
         checksum = row_checksum(codes, grid, joined)
         if checksum != self._checksums[index]:
-            raise _DamagedRow(f"checksum {checksum:016x} instead of {self._checksums[index]:016x}")
+            wrong = f"checksum {checksum:016x} instead of {self._checksums[index]:016x}"
+            raise _damaged(f"{self._path}, row {index}", wrong)
         decoded = joined.decode().split(TEXT_END)  # half the time of decoding one by one
         if len(decoded) != len(texts):
             decoded = [str(text, "utf-8") for text in texts]
         return grid, codes, decoded[0], decoded[1:-1], decoded[-1]
+
+
+def _damaged(what: object, why: object) -> ValueError:
+    return ValueError(f"{what} is damaged ({why}): {DAMAGED}.")
 
 
 Texts = tuple[memoryview, memoryview]
