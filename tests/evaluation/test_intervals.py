@@ -7,7 +7,7 @@ from math import sqrt
 import numpy as np
 import pytest
 
-from simplear.evaluation import stratified_interval, wilson_interval
+from simplear.evaluation import clustered_interval, stratified_interval, wilson_interval
 from simplear.evaluation.intervals import Z_95
 
 
@@ -73,3 +73,37 @@ def test_interval_covers_the_truth_95_times_in_100(shares: tuple[float, ...]) ->
     means, variances = counts.mean(axis=1) / 100, (counts / 100 * (1 - counts / 100) / 100).sum(axis=1) / 36
     plain = np.abs(means - sum(shares) / 6) <= Z_95 * np.sqrt(variances)
     assert plain.mean() < covered / len(counts)
+
+
+def test_clusters_of_one_image_are_a_large_binomial() -> None:
+    verdicts = [[1.0] * 300 + [0.0] * 700, [1.0] * 800 + [0.0] * 200]
+    assert clustered_interval(verdicts) == pytest.approx(stratified_interval([(300, 1000), (800, 1000)]), abs=2e-3)
+
+
+def test_equal_images_of_a_prompt_tell_no_more_than_one() -> None:
+    """Four images a prompt that always agree: the binomial interval is half as wide as it should be."""
+    rng = np.random.default_rng(0)
+    prompts = [(rng.random(400) < share).astype(float) for share in (0.3, 0.6)]
+    _, low, high = clustered_interval([list(values) for values in prompts])
+    _, naive_low, naive_high = stratified_interval([(int(values.sum()) * 4, 1600) for values in prompts])
+    assert (high - low) / (naive_high - naive_low) == pytest.approx(2, rel=0.02)
+
+
+def test_clustered_intervals_cover_a_paired_difference() -> None:
+    """95 of 100 intervals hold the truth, though prompts differ far more than the models do."""
+    rng = np.random.default_rng(1)
+    covered = 0
+    for _ in range(1000):
+        strata = []
+        for _ in range(3):
+            hardness = rng.uniform(0.1, 0.8, 60)
+            before, after = (rng.binomial(4, hardness + gain) / 4 for gain in (0.0, 0.1))
+            strata.append(list(after - before))
+        _, low, high = clustered_interval(strata)
+        covered += low <= 0.1 <= high
+    assert 0.93 <= covered / 1000 <= 0.97
+
+
+def test_a_stratum_of_one_cluster_is_refused() -> None:
+    with pytest.raises(ValueError, match="stratum 1 has fewer than 2 clusters"):
+        clustered_interval([[0.1, 0.2], [0.3]])

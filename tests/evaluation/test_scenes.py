@@ -203,6 +203,10 @@ def test_verb_writes_report_images_verdicts_and_events(
         assert set(images) == {row["prompt"] for row in evaluation_prompts(2)}
         assert all(image.shape == (32, 32, 3) for image in images.values())
         assert list((out / "scenes" / run).glob("events.out.tfevents.*"))
+    verdicts = [json.loads(line) for line in (out / "scenes" / "sft" / "verdicts.jsonl").read_text().splitlines()]
+    strict = report["runs"]["sft-strict"]["overall"]
+    assert sum(row["strict"] for row in verdicts) == round(strict["accuracy"] * strict["n"])
+    assert all(row["strict"] != bool(row["strict_reason"]) for row in verdicts)
     assert Image.open(out / "scenes" / "sft.png").width > 1.7 * Image.open(out / "scenes" / "tiny.png").width
 
 

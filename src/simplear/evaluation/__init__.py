@@ -2,7 +2,7 @@
 
 from simplear.evaluation.diversity import diversity
 from simplear.evaluation.grid import Cell, image_grid
-from simplear.evaluation.intervals import stratified_interval, wilson_interval
+from simplear.evaluation.intervals import clustered_interval, stratified_interval, wilson_interval
 from simplear.evaluation.report import (
     Result,
     accuracy_result,
@@ -27,6 +27,7 @@ __all__ = [
     "Result",
     "accuracy_result",
     "blind_accuracy",
+    "clustered_interval",
     "diversity",
     "draw_and_judge",
     "evaluate_scenes",

@@ -1,12 +1,14 @@
 """95 % intervals for accuracies: of one category, and of the mean over categories.
 
-A count of right images is taken as binomial, so several images of one prompt count as several trials, as in GenEval.
+`wilson_interval` and `stratified_interval` take a count of right images as binomial, so several images of one prompt
+count as several trials, as in GenEval. `clustered_interval` takes the prompt as the unit, however many images it has.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from math import sqrt
+from statistics import fmean, variance
 
 Z_95 = 1.959963984540054
 """Quantile of the normal distribution that leaves 2.5 % on either side."""
@@ -52,3 +54,28 @@ def stratified_interval(strata: Sequence[tuple[int, int]]) -> tuple[float, float
     below = sqrt(sum((share - low) ** 2 for share, (low, _) in zip(shares, bounds, strict=True))) / len(strata)
     above = sqrt(sum((high - share) ** 2 for share, (_, high) in zip(shares, bounds, strict=True))) / len(strata)
     return mean, max(0.0, mean - below), min(1.0, mean + above)
+
+
+def clustered_interval(strata: Sequence[Sequence[float]]) -> tuple[float, float, float]:
+    """Mean of the strata's means, each with the same weight whatever its size, and its 95 % interval by the clusters.
+
+    A cluster is a prompt, and its value the mean over its images, or the difference of two models on it, which pairs
+    them. Images of one prompt are alike, so they narrow the interval no more than they tell. The K strata's variances
+    of the mean, s² / n, add up to K² times that of the result; the interval is normal.
+
+    Source: Cochran 1977, "Sampling Techniques", chapters 5 (strata) and 9 (clusters).
+
+    Args:
+        strata: of each stratum, the values of its clusters, two or more.
+
+    Returns:
+        mean, low, high.
+
+    Raises:
+        ValueError: a stratum of fewer than two clusters.
+    """
+    if small := [number for number, values in enumerate(strata) if len(values) < 2]:
+        raise ValueError(f"stratum {small[0]} has fewer than 2 clusters: their spread is unknown.")
+    mean = fmean(map(fmean, strata))
+    spread = Z_95 * sqrt(sum(variance(values) / len(values) for values in strata)) / len(strata)
+    return mean, mean - spread, mean + spread

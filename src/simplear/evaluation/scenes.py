@@ -13,6 +13,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,11 @@ class JudgedImage:
     image: NDArray[np.uint8]
     """(H, W, 3)."""
     verdict: Verdict
+
+    @cached_property
+    def strict(self) -> Verdict:
+        """`simplear.scenes.strict_verdict`, which takes some milliseconds, when it is first asked for."""
+        return strict_verdict(self.prompt, self.image)
 
 
 def evaluate_scenes(
@@ -125,7 +131,7 @@ def evaluate_scenes(
         blind = blind_accuracy(pipeline, prompts, blind_prompts, seed, batch_size)
         merge_run(report_file, f"{name}-blind", blind, {**settings, "images": blind_prompts})
     judged = draw_and_judge(pipeline, prompts, images_per_prompt, seed, guidance_scale, batch_size)
-    _write_images(Path(out) / FOLDER / name, judged)
+    _write_images(Path(out) / FOLDER / name, judged, strict)
     runs = [name] if compare_with is None else [compare_with, name]
     picture = _shown(Path(out), runs, prompts)
     picture.save(Path(out) / FOLDER / f"{name}.png")
@@ -168,7 +174,7 @@ def scene_result(judged: Sequence[JudgedImage]) -> Result:
 
 def strict_result(judged: Sequence[JudgedImage]) -> Result:
     """As `scene_result`, by `simplear.scenes.strict_verdict`, a judge that gives no rewards."""
-    return _result(judged, lambda item: strict_verdict(item.prompt, item.image))
+    return _result(judged, lambda item: item.strict)
 
 
 def _result(judged: Sequence[JudgedImage], judge: Callable[[JudgedImage], Verdict]) -> Result:
@@ -257,7 +263,7 @@ def _judged(prompt: dict[str, Any], image: NDArray[np.uint8]) -> JudgedImage:
     return JudgedImage(prompt, image, verdict(prompt, detect(image)))
 
 
-def _write_images(directory: Path, judged: Sequence[JudgedImage]) -> None:
+def _write_images(directory: Path, judged: Sequence[JudgedImage], strict: bool) -> None:
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     rows = []
@@ -265,6 +271,8 @@ def _write_images(directory: Path, judged: Sequence[JudgedImage]) -> None:
         file = f"{number:05d}.png"
         Image.fromarray(item.image).save(directory / file)
         rows.append({"file": file, **item.prompt, "correct": item.verdict.correct, "reason": item.verdict.reason})
+        if strict:
+            rows[-1] |= {"strict": item.strict.correct, "strict_reason": item.strict.reason}
     (directory / VERDICTS_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
