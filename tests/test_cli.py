@@ -90,6 +90,7 @@ def test_overlay_resolves_references_over_all_files(
     ("arguments", "message"),
     [
         (["--trainer.max_stps", "3"], "Did you mean 'trainer.max_steps'?"),
+        (["--trainer.max_step", "3"], "Did you mean 'trainer.max_steps'?"),
         (["--model.init_args.optimiser", "torch.optim.SGD"], "Did you mean 'optimizer'?"),
         (["--data.init_args.global_batchsize", "8"], "Did you mean 'global_batch_size'?"),
     ],

@@ -35,6 +35,8 @@ OWN_VERBS = {
 }
 BENCHMARKS = {"scenes": ("simplear.evaluation", "evaluate_scenes", "accuracy on drawn scenes by an exact detector")}
 PARSER_MODE = "omegaconf+"
+PARSER_OPTIONS: dict[str, Any] = {"parser_mode": PARSER_MODE, "allow_abbrev": False}
+"""argparse would take ``--trainer.max_step`` for any option that begins so."""
 NOISY_LOGGERS = (
     "httpx",
     "filelock",
@@ -100,7 +102,7 @@ def run_lightning(arguments: Sequence[str]) -> None:
             subclass_mode_model=True,
             subclass_mode_data=True,
             parser_class=ArgumentParser,
-            parser_kwargs={"parser_mode": PARSER_MODE, "prog": "simplear"},
+            parser_kwargs={**PARSER_OPTIONS, "prog": "simplear"},
             save_config_kwargs={"overwrite": True},
             load_from_checkpoint_support=False,
             args=list(arguments),
@@ -116,7 +118,7 @@ def run_function(module: str, name: str, arguments: Sequence[str], program: str)
 
     function = getattr(importlib.import_module(module), name)
     summary = (function.__doc__ or "").split("\n\n")[0]
-    parser = FunctionParser(prog=program, description=summary, parser_mode=PARSER_MODE)
+    parser = FunctionParser(prog=program, description=summary, **PARSER_OPTIONS)
     parser.add_argument("--config", action="config", help="YAML with any of the options below; may be repeated")
     parser.add_function_arguments(function, as_positional=False)
     with _errors_for_the_reader():
