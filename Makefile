@@ -39,7 +39,10 @@ test-long: $(READY)  ## the tests that take many minutes
 bench: $(READY)  ## measure what README.md claims about speed and memory, and fill in its tables
 	$(VENV)/bin/python benchmarks/data.py
 	$(VENV)/bin/python benchmarks/training.py
+	$(VENV)/bin/python benchmarks/grpo_speed.py
 	$(VENV)/bin/python benchmarks/demo.py
+	$(VENV)/bin/python benchmarks/grpo.py
+	$(VENV)/bin/python benchmarks/grpo.py --ablations
 	$(VENV)/bin/python benchmarks/tables.py
 
 lint: $(READY)  ## style, types and import directions

@@ -14,61 +14,20 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
 from matplotlib.figure import Figure
 
+import runs
 from simplear.callbacks.curves import read_curves
 from simplear.cli import main as simplear
 from simplear.evaluation import read_report, stratified_interval
 
-CONFIGS = Path("configs/demo")
-RESULTS = Path("benchmarks/results")
 CATEGORIES = 6
 
 
-def train(stage: str, run: Path, seed: int, steps: int | None, every: int, options: dict[str, Any]) -> Path:
-    """One stage of the demo under another seed; goes on where it was, and does nothing when it is complete.
-
-    Returns the directory of the checkpoint.
-    """
-    checkpoint = run / stage
-    if checkpoint.exists():
-        return checkpoint
-    config = yaml.safe_load((CONFIGS / f"{stage}.yaml").read_text())
-    steps = steps or config["trainer"]["max_steps"]
-    overlay = {
-        "seed_everything": seed,
-        "model": {"init_args": options},
-        "data": {"init_args": {"seed": seed, "validation_paths": None}},
-        "trainer": {
-            "default_root_dir": str(run),
-            "max_steps": steps,
-            "limit_val_batches": 0,
-            "callbacks": [
-                {"class_path": "simplear.callbacks.StageProgressBar"},
-                {
-                    "class_path": "simplear.callbacks.HuggingFaceCheckpoint",
-                    "init_args": {
-                        "dirpath": str(run / "states" / stage),
-                        "export_dir": str(checkpoint),
-                        "every_n_train_steps": every,
-                    },
-                },
-                {
-                    "class_path": "simplear.callbacks.SceneAccuracy",
-                    "init_args": {"every_n_steps": every, "prompts_per_category": 20, "seed": 1},
-                },
-                {"class_path": "cpu_seconds.CPUSeconds"},
-            ],
-        },
-    }
-    run.mkdir(parents=True, exist_ok=True)
-    file = run / f"{stage}.yaml"
-    file.write_text(yaml.safe_dump(overlay))
-    state = run / "states" / stage / "last.ckpt"
-    resume = ["--ckpt_path", "last"] if state.exists() else []
-    simplear(["fit", "--config", str(CONFIGS / f"{stage}.yaml"), "--config", str(file), *resume])
-    return checkpoint
+def train(stage: str, run: Path, seed: int, steps: int, every: int, options: dict[str, Any]) -> Path:
+    """One stage of the demo, its accuracy and processor time noted every so many steps."""
+    callbacks = [runs.scene_accuracy(every, 20), {"class_path": "cpu_seconds.CPUSeconds"}]
+    return runs.train(stage, run, seed=seed, steps=steps, options=options, save_every=every, callbacks=callbacks)
 
 
 def evaluate(checkpoint: Path, run: Path) -> dict[str, dict[str, float]]:
@@ -93,14 +52,15 @@ def spent(run: Path, stage: str) -> float:
 
 def measure(root: Path, seeds: int, quick: bool) -> dict[str, Any]:
     """All runs, and what they gave."""
-    every, steps = (5, 10) if quick else (100, None)
-    runs: list[dict[str, Any]] = []
+    every = 5 if quick else 100
+    steps = {stage: 10 if quick else runs.configured_steps(stage) for stage in ("pretrain", "sft")}
+    results: list[dict[str, Any]] = []
     for seed in range(seeds):
         run = root / f"seed-{seed}"
-        pretrain = train("pretrain", run, seed, steps, every, {})
-        sft = train("sft", run, seed, steps, every, {"checkpoint": str(pretrain)})
+        pretrain = train("pretrain", run, seed, steps["pretrain"], every, {})
+        sft = train("sft", run, seed, steps["sft"], every, {"checkpoint": str(pretrain)})
         first = spent(run, "pretrain")
-        runs.append(
+        results.append(
             {
                 "seed": seed,
                 "cpu_seconds": {"pretrain": first, "sft": spent(run, "sft")},
@@ -109,13 +69,12 @@ def measure(root: Path, seeds: int, quick: bool) -> dict[str, Any]:
                 "sft": evaluate(sft, run),
             }
         )
-    costs = runs[0]["cpu_seconds"]
-    base = yaml.safe_load((CONFIGS / "pretrain.yaml").read_text())["trainer"]["max_steps"] if steps is None else steps
-    longer = round(base * (costs["pretrain"] + costs["sft"]) / costs["pretrain"])
+    costs = results[0]["cpu_seconds"]
+    longer = round(steps["pretrain"] * (costs["pretrain"] + costs["sft"]) / costs["pretrain"])
     alone = root / "pretraining-alone"
     checkpoint = train("pretrain", alone, 0, longer, 4 * every, {})
     return {
-        "runs": runs,
+        "runs": results,
         "pretraining_alone": {
             "steps": longer,
             "cpu_seconds": spent(alone, "pretrain"),
@@ -167,7 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--root", type=Path, default=Path("checkpoints/benchmark-demo"), help="where runs are kept")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=runs.RESULTS)
     parser.add_argument("--quick", action="store_true", help="ten steps of each stage, to see that it runs")
     arguments = parser.parse_args()
     result = measure(arguments.root, arguments.seeds, arguments.quick)

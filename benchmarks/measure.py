@@ -154,20 +154,23 @@ def parser(description: str | None, name: str) -> argparse.ArgumentParser:
 
 def publish(name: str, arguments: argparse.Namespace, claims: list[dict[str, Any]], details: Mapping[str, Any]) -> None:
     """Print the table and write the JSON."""
-    settings = {key: value for key, value in vars(arguments).items() if key not in ("out", "directory")}
-    result = {
-        "benchmark": name,
-        "environment": environment(),
-        "settings": settings,
-        "claims": claims,
-        "details": dict(details),
+    print(markdown_table(write_result(name, arguments, {"claims": claims, "details": dict(details)})))
+
+
+def write_result(name: str, arguments: argparse.Namespace, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the JSON, with what it was measured on and how, unless the run was a quick one without a place for it."""
+    settings = {
+        key: str(value) if isinstance(value, Path) else value
+        for key, value in vars(arguments).items()
+        if key not in ("out", "directory")
     }
-    print(markdown_table(result))
+    result = {"benchmark": name, "environment": environment(), "settings": settings, **content}
     out = arguments.out or (None if arguments.quick else RESULTS / f"{name}.json")
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(_rounded(result), indent=2, ensure_ascii=False) + "\n")
         print(f"written to {out}")
+    return result
 
 
 def markdown_table(result: Mapping[str, Any]) -> str:

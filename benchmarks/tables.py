@@ -1,4 +1,5 @@
-"""Put the tables of benchmarks/results/*.json into README.md, between its markers: ``python benchmarks/tables.py``."""
+"""Put the results of benchmarks/results/*.json as tables into the documents, between their markers:
+``python benchmarks/tables.py``."""
 
 from __future__ import annotations
 
@@ -6,10 +7,14 @@ import json
 import re
 from pathlib import Path
 
+import grpo
 from measure import RESULTS, markdown_table
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "grpo.md")
 MARKED = re.compile(r"(<!-- benchmarks/(\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+TABLES = {"grpo": grpo.table, "grpo_ablations": grpo.ablation_table}
+"""Of results that are not ratios."""
 
 
 def filled(text: str, results: Path = RESULTS) -> str:
@@ -17,11 +22,14 @@ def filled(text: str, results: Path = RESULTS) -> str:
 
     def place(match: re.Match[str]) -> str:
         path = results / f"{match[2]}.json"
-        table = markdown_table(json.loads(path.read_text())) if path.exists() else "Not measured yet: `make bench`."
+        table = "Not measured yet: `make bench`."
+        if path.exists():
+            table = TABLES.get(match[2], markdown_table)(json.loads(path.read_text()))
         return f"{match[1]}{table}\n{match[4]}"
 
     return MARKED.sub(place, text)
 
 
 if __name__ == "__main__":
-    README.write_text(filled(README.read_text()))
+    for document in DOCUMENTS:
+        document.write_text(filled(document.read_text()))

@@ -41,8 +41,8 @@ class Step:
         return self.result.exists() and (not self.run or self.run in read_report(self.result)["runs"])
 
 
-def _fit(stage: str, title: str, seconds: int) -> Step:
-    arguments = ("fit", "--config", f"configs/demo/{stage}.yaml")
+def _fit(stage: str, title: str, seconds: int, config: str | None = None) -> Step:
+    arguments = ("fit", "--config", f"configs/demo/{config or stage}.yaml")
     return Step(title, arguments, CHECKPOINTS / stage, seconds, states=CHECKPOINTS / "states" / stage)
 
 
@@ -51,10 +51,10 @@ def _tokenize(part: str, title: str, seconds: int) -> Step:
     return Step(title, arguments, DATA / f"tokens-{part}" / "manifest.json", seconds)
 
 
-def _evaluate(stage: str, title: str, seconds: int, *options: str) -> Step:
-    checkpoint = str(CHECKPOINTS / stage)
-    arguments = ("evaluate", "scenes", checkpoint, "--out", str(CHECKPOINTS), "--run", stage, *options)
-    return Step(title, arguments, REPORT, seconds, run=stage)
+def _evaluate(stage: str, title: str, seconds: int, *options: str, guided: bool = True) -> Step:
+    checkpoint, run = str(CHECKPOINTS / stage), stage if guided else f"{stage}-unguided"
+    arguments = ("evaluate", "scenes", checkpoint, "--out", str(CHECKPOINTS), "--run", run, *options)
+    return Step(title, arguments if guided else (*arguments, "--guidance_scale", "1"), REPORT, seconds, run=run)
 
 
 STEPS = (
@@ -71,13 +71,17 @@ STEPS = (
     _tokenize("sft-validation", "token shards of 64-pixel scenes, held out", 5),
     _fit("pretrain", "pretraining at 32 pixels", 185),
     _fit("sft", "supervised fine-tuning at 64 pixels", 380),
+    _fit("grpo", "reinforcement learning against the exact detector", 300, config="grpo-scene"),
     _evaluate("pretrain", "evaluation of pretraining", 20),
     _evaluate(
         "sft",
         "evaluation of fine-tuning",
         40,
-        *("--blind_prompts", "100", "--tokenizer_ceiling", "true", "--compare_with", "pretrain"),
+        *("--blind_prompts", "100", "--tokenizer_ceiling", "true", "--compare_with", "pretrain", "--strict", "true"),
     ),
+    _evaluate("grpo", "evaluation of reinforcement learning", 45, "--compare_with", "sft", "--strict", "true"),
+    _evaluate("sft", "the same without guidance", 25, guided=False),
+    _evaluate("grpo", "the same without guidance", 25, guided=False),
 )
 """In the order of the paper's section 3.2; each needs results of the ones before."""
 
@@ -112,10 +116,10 @@ def _summary() -> str:
             markdown_table(read_report(REPORT)),
             "",
             f"images       {CHECKPOINTS / 'scenes' / 'sft.png'}  (pretraining beside fine-tuning)",
+            f"             {CHECKPOINTS / 'scenes' / 'grpo.png'}  (fine-tuning beside reinforcement learning)",
             f"report       {REPORT}",
-            f"checkpoint   {CHECKPOINTS / 'sft'}",
+            f"checkpoints  {CHECKPOINTS / 'sft'}, {CHECKPOINTS / 'grpo'}",
             "draw         make generate ARGS='--prompt \"a photo of a red circle\"'",
-            "curves       make tensorboard",
-            "go on        make train-grpo (reinforcement learning from this checkpoint)",
+            f"curves       make tensorboard; {CHECKPOINTS / 'logs' / 'grpo' / 'curves.png'}",
         ]
     )

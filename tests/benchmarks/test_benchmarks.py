@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import runpy
 from pathlib import Path
@@ -9,9 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
+import grpo
 import measure
 import tables
+from simplear.evaluation.report import merge_run
 
 BENCHMARKS = Path(measure.__file__).parent
 CLAIM_KEYS = {"what", "ratio", "low", "high", "bar", "met", "note"}
@@ -101,7 +105,71 @@ def test_tables_fill_their_places_alone(tmp_path: Path) -> None:
     assert tables.filled(filled, tmp_path) == filled
 
 
-def test_the_readme_shows_the_committed_results() -> None:
-    text = tables.README.read_text()
-    assert {"data", "training"} <= {place[1] for place in tables.MARKED.findall(text)}
-    assert tables.filled(text) == text, "python benchmarks/tables.py brings README.md up to date"
+def test_the_documents_show_the_committed_results() -> None:
+    places = set()
+    for document in tables.DOCUMENTS:
+        text = document.read_text()
+        places |= {place[1] for place in tables.MARKED.findall(text)}
+        assert tables.filled(text) == text, f"python benchmarks/tables.py brings {document.name} up to date"
+    assert {"data", "training", "grpo", "grpo_ablations", "grpo_speed"} <= places
+
+
+def test_grpo_speed(tmp_path: Path) -> None:
+    """Both ways draw the same images and take the same gradient; the script itself refuses to go on otherwise."""
+    result = run("grpo_speed", tmp_path / "speed.json")
+    assert result["claims"][-1]["met"]
+    for shares in result["details"]["share_of_time"].values():
+        assert shares.keys() == set(grpo.PARTS) and sum(shares.values()) == pytest.approx(1, abs=1e-3)
+
+
+class TestGRPO:
+    """Of two captions a category the second is right for every model; the first for the trained one alone, on half of
+    its images."""
+
+    @pytest.fixture
+    def result(self, tmp_path: Path) -> dict[str, Any]:
+        settings = argparse.Namespace(root=tmp_path)
+        names = {"sft": ["sft"], "scene": ["scene-0", "scene-1"]}
+        for guidance in grpo.GUIDANCE:
+            for name in ("sft", "scene-0", "scene-1"):
+                folder = tmp_path / guidance / "scenes" / name
+                folder.mkdir(parents=True)
+                rows = [
+                    {"tag": tag, "prompt": f"{tag} {n}", "correct": n == 1 or (trained and image), "strict": n == 1}
+                    for trained in [name != "sft"]
+                    for tag in ("counting", "colors")
+                    for n in (0, 1)
+                    for image in (0, 1)
+                ]
+                (folder / "verdicts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+                entry = {"accuracy": 0.5, "low": 0.4, "high": 0.6, "n": 8}
+                varied = {"color_entropy": 2.0 if name == "scene-0" else 3.0}
+                merge_run(tmp_path / guidance / "report.json", name, {"overall": entry}, diversity=varied)
+        return {"models": grpo.judged(names, settings)}
+
+    def test_gains_are_differences_on_the_same_captions(self, result: dict[str, Any]) -> None:
+        before, after = (result["models"][model]["guided"] for model in ("sft", "scene"))
+        assert before["correct"]["overall"][0] == 0.5 and after["correct"]["overall"][0] == 0.75
+        # Two captions a category, whose gains are 0.5 and 0: s² / n = 0.125 / 2 in each of two.
+        spread = 1.959964 * (2 * 0.125 / 2) ** 0.5 / 2
+        assert after["correct_gain"]["overall"] == pytest.approx([0.25, 0.25 - spread, 0.25 + spread], abs=1e-6)
+        assert after["strict_gain"]["overall"] == [0, 0, 0]
+        assert after["overall_by_seed"] == [0.75, 0.75] and after["diversity"] == {"color_entropy": 2.5}
+
+    def test_the_table_has_a_column_a_model(self, result: dict[str, Any]) -> None:
+        lines = grpo.table(result).splitlines()
+        assert lines[0] == "| % | fine-tuned | + scene reward (trained on the judge) |"
+        assert all(line.count("|") == 4 for line in lines)
+        assert "| **gain** |  | +25.0 (-9.6 to +59.6) |" in lines
+        assert "| color entropy | 3.00 | 2.50 |" in lines
+
+    def test_the_ablations_have_a_row_each(self, result: dict[str, Any]) -> None:
+        last = {"scene": {"policy/kl": 0.0123, "policy/entropy": 0.5, "reward/mean": 0.9}}
+        lines = grpo.ablation_table({**result, "last": last}).splitlines()
+        assert lines[3].startswith("| scene | 75.0 (") and "| 0.012 | 0.500 |" in lines[3]
+        assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
+
+    def test_the_curves_are_drawn(self, tmp_path: Path) -> None:
+        curve = {tag: ([1, 2, 3], [0.1, 0.2, 0.3]) for tag in grpo.PANELS.values()}
+        grpo.plot({"scene-0": curve, "scene-1": curve, "clip-0": curve}, tmp_path / "curves.png")
+        assert Image.open(tmp_path / "curves.png").width > 1000
