@@ -61,10 +61,11 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     made.add_argument("--steps", type=int, help="training steps; the configuration's, and 100 for ablations")
     made.add_argument("--prompts", type=int, default=100, help="captions of each category")
     made.add_argument("--images", type=int, help="of each caption; 4, and 1 for ablations")
-    made.add_argument("--root", type=Path, default=Path("checkpoints/benchmark-grpo"), help="where runs are kept")
+    made.add_argument("--root", type=Path, help="where runs are kept; checkpoints/benchmark-grpo[-ablations]")
     chosen = made.parse_args(argv)
     chosen.steps = chosen.steps or (100 if chosen.ablations else runs.configured_steps("grpo-scene"))
     chosen.images = chosen.images or (1 if chosen.ablations else 4)
+    chosen.root = chosen.root or Path("checkpoints/benchmark-grpo" + ("-ablations" if chosen.ablations else ""))
     if chosen.quick:
         chosen.seeds, chosen.steps, chosen.prompts, chosen.images = 1, 2, 2, 2
     return chosen
