@@ -56,6 +56,24 @@ def test_an_image_can_be_drawn_again_from_what_its_file_says(checkpoint, tmp_pat
     assert np.abs(np.asarray(again).astype(int) - np.asarray(Image.open(files[3])).astype(int)).max() <= 1
 
 
+def test_a_picture_is_continued_where_its_mask_says(checkpoint, tmp_path: Path):
+    """The upper half stays, code for code; the file says what it was made from."""
+    generate(checkpoint, out=str(tmp_path), prompt="a red circle", seed=1)
+    before = tmp_path / "00000-a-red-circle-0.png"
+    mask = Image.new("L", (16, 16), 255)
+    mask.paste(0, (0, 0, 16, 8))
+    mask.save(tmp_path / "mask.png")
+    out = tmp_path / "after"
+    generate(checkpoint, out=str(out), prompt="one star", seed=2, image=str(before), mask=str(tmp_path / "mask.png"))
+    made = Image.open(out / "00000-one-star-0.png")
+    assert json.loads(made.text["simplear"])["image"] == str(before)
+    pipe = SimpleARPipeline.from_pretrained(checkpoint, device="cpu")
+    again = pipe("one star", seed=2, image=Image.open(before), mask=mask)
+    assert np.abs(np.asarray(again.images[0]).astype(int) - np.asarray(made).astype(int)).max() <= 1
+    pixels = torch.from_numpy(np.array(Image.open(before))).permute(2, 0, 1)[None].float() / 127.5 - 1
+    assert torch.equal(again.codes[0, 0], pipe.visual_tokenizer.encode(pixels)[0, 0])
+
+
 def test_prompts_come_from_a_text_file_a_line_each(checkpoint, tmp_path: Path):
     file = tmp_path / "prompts.txt"
     file.write_text("one star\r\n\r\ntwo\u2028squares\n", encoding="utf-8", newline="")

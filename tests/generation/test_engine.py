@@ -1,11 +1,18 @@
-"""Engines by name."""
+"""What holds for every engine: names, and codes that are given instead of drawn."""
 
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import Tensor
 
-from generation.models import language_model
-from simplear.generation import ENGINES, make_engine
+from generation.models import CODEBOOK, language_model
+from generation.test_cached import GRID, NEGATIVES, PROMPTS, SEEDS, SETTINGS, plainly
+from simplear.generation import ENGINES, SamplingSettings, make_engine
+from simplear.generation.engine import leading
+
+SAMPLED = SETTINGS[-1]
+GREEDY = SETTINGS[1]
 
 
 @pytest.mark.parametrize("name", sorted(ENGINES))
@@ -18,3 +25,72 @@ def test_each_name_makes_an_engine_over_the_model(name):
 def test_an_unknown_engine_is_refused_with_the_names_there_are():
     with pytest.raises(ValueError, match=r"no engine 'cache'.*cached"):
         make_engine("cache", language_model())
+
+
+def given_codes() -> Tensor:
+    """A row and some more that all images have, a hole in one of them, a code in the last row."""
+    given = torch.full((4, *GRID), -1)
+    given[:, 0] = torch.arange(4)
+    given[:, 1, :2] = 7
+    given[1, 1, 0] = -1
+    given[2, 2, 3] = 9
+    return given
+
+
+@pytest.mark.parametrize("rope", ["1d", "2d"])
+@pytest.mark.parametrize("name", sorted(ENGINES))
+@pytest.mark.parametrize("settings", [GREEDY, SAMPLED])
+def test_given_codes_stay_and_the_rest_is_drawn_behind_them(rope: str, name: str, settings: SamplingSettings) -> None:
+    """Against the same continuation of the baseline, and of what a plain loop draws for codes that it drew itself."""
+    model, given = language_model(rope), given_codes()
+    codes, _ = make_engine(name, model).generate(PROMPTS, NEGATIVES, GRID, settings, SEEDS, given=given)
+    assert torch.equal(codes[given >= 0], given[given >= 0])
+    if name == "jacobi" and settings.do_sample:
+        return  # it agrees in distribution
+    baseline, _ = make_engine("baseline", model).generate(PROMPTS, NEGATIVES, GRID, settings, SEEDS, given=given)
+    assert torch.equal(codes, baseline)
+    whole = plainly(model, settings)
+    known = torch.where(given_codes() >= 0, whole, -1)
+    known[2, 2, 3] = -1
+    again, _ = make_engine(name, model).generate(PROMPTS, NEGATIVES, GRID, settings, SEEDS, given=known)
+    assert torch.equal(again, whole)
+
+
+@pytest.mark.parametrize("name", sorted(ENGINES))
+def test_rows_that_were_given_are_shown_too(name: str) -> None:
+    seen: list[tuple[int, Tensor]] = []
+    codes, _ = make_engine(name, language_model()).generate(
+        *(PROMPTS, NEGATIVES, GRID, SAMPLED, SEEDS),
+        on_row=lambda row, so_far: seen.append((row, so_far.clone())),
+        given=given_codes(),
+    )
+    assert [row for row, _ in seen] == [1, 2, 3]
+    assert all(torch.equal(so_far, codes.flatten(1)[:, : row * GRID[1]]) for row, so_far in seen)
+
+
+@pytest.mark.parametrize("name", sorted(ENGINES))
+def test_all_codes_may_be_given(name: str) -> None:
+    given = torch.arange(12).view(1, *GRID)
+    codes, _ = make_engine(name, language_model()).generate(PROMPTS[:1], NEGATIVES[:1], GRID, SAMPLED, [0], given=given)
+    assert torch.equal(codes, given)
+
+
+def test_what_all_images_have_from_the_beginning_is_read_at_once() -> None:
+    given = given_codes()
+    assert leading(None) == 0 and leading(given) == 4 and leading(torch.zeros(2, *GRID)) == 11
+    stats = make_engine("cached", language_model()).generate(PROMPTS, NEGATIVES, GRID, SAMPLED, SEEDS, given=given)[1]
+    assert (stats.steps, stats.tokens) == (8, 32)
+
+
+@pytest.mark.parametrize("name", sorted(ENGINES))
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (torch.zeros(1, 3, 5, dtype=torch.long), r"given codes of shape \(1, 3, 5\) for 1 images of 3 × 4 codes"),
+        (torch.full((1, 3, 4), CODEBOOK), r"given codes lie in \[50, 50\]: a code lies in \[0, 50\)"),
+        (torch.full((1, 3, 4), -2), "and -1 stands where one is drawn"),
+    ],
+)
+def test_what_are_no_codes_is_refused(name: str, given: Tensor, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        make_engine(name, language_model()).generate(PROMPTS[:1], NEGATIVES[:1], GRID, SAMPLED, [0], given=given)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -117,7 +118,7 @@ def test_bad_requests_are_named(pipe: SimpleARPipeline, arguments: dict[str, obj
 
 
 def test_unknown_engine_names_the_known(checkpoint: Path) -> None:
-    with pytest.raises(ValueError, match="no engine 'warp'; there are: cached"):
+    with pytest.raises(ValueError, match="no engine 'warp'; there are: baseline, cached"):
         SimpleARPipeline.from_pretrained(checkpoint, engine="warp")
 
 
@@ -164,3 +165,38 @@ simplear.SimpleARPipeline
 assert "torch" in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_is_masked_is_drawn_anew_and_the_rest_stays(pipe: SimpleARPipeline) -> None:
+    """Of 2 × 3 patches, one pixel of the mask's second patch is white; and each prompt has a picture of its own."""
+    before = pipe(["a red circle", "one star"], seed=[3, 4])
+    assert isinstance(before.images, list)
+    mask = Image.new("L", (24, 16))
+    mask.putpixel((15, 7), 1)
+    after = pipe(["one star", "a red circle"], image=before.images, mask=mask, num_images_per_prompt=8, seed=0)
+    kept = pipe.visual_tokenizer.encode(
+        torch.from_numpy(np.stack(before.images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    ).repeat_interleave(8, dim=0)
+    changed = (after.codes != kept).any(dim=0)
+    assert changed.tolist() == [[False, True, False], [False, False, False]]
+    black, white = Image.new("L", (24, 16)), Image.new("L", (24, 16), 255)
+    assert torch.equal(pipe("one star", image=before.images[0], mask=black, seed=1).codes, kept[:1])
+    anew = pipe("one star", image=before.images[0], mask=white, seed=1)
+    assert torch.equal(anew.codes, pipe("one star", seed=1).codes)
+
+
+@pytest.mark.parametrize(
+    ("image", "mask", "words"),
+    [
+        ((24, 16), None, "image and mask go together"),
+        ((24, 16), (16, 24), r"have the sizes .*\(16, 24\), \(24, 16\)\], and \(24, 16\) is to be drawn: resize them"),
+        ((20, 16), (20, 16), "width 20 is no multiple of 8"),
+    ],
+)
+def test_a_picture_and_a_mask_that_do_not_belong_together_are_refused(
+    pipe: SimpleARPipeline, image: tuple[int, int], mask: tuple[int, int] | None, words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        pipe("one star", image=Image.new("RGB", image), mask=mask and Image.new("L", mask), seed=0)
+    with pytest.raises(ValueError, match="2 images and 1 masks for 1 prompts"):
+        pipe("one star", image=[Image.new("RGB", (24, 16))] * 2, mask=Image.new("L", (24, 16)), seed=0)

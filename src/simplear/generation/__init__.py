@@ -4,14 +4,19 @@ from simplear.generation.cached import CachedEngine
 from simplear.generation.command import generate
 from simplear.generation.engine import ENGINES, Engine, GenerationStats, make_engine
 from simplear.generation.guidance import guide
+from simplear.generation.jacobi import JacobiEngine
 from simplear.generation.pipeline import PipelineOutput, SimpleARPipeline, pil_images
+from simplear.generation.plain import BaselineEngine, KVCacheEngine
 from simplear.generation.sampling import SamplingSettings
 
 __all__ = [
     "ENGINES",
+    "BaselineEngine",
     "CachedEngine",
     "Engine",
     "GenerationStats",
+    "JacobiEngine",
+    "KVCacheEngine",
     "PipelineOutput",
     "SamplingSettings",
     "SimpleARPipeline",

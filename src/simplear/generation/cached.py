@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from simplear.generation.engine import GenerationStats, RowCallback, check_request
-from simplear.generation.guidance import guide
+from simplear.generation.engine import GenerationStats, RowCallback, check_request, leading
+from simplear.generation.guidance import guide, log_probabilities
 from simplear.generation.sampling import SamplingSettings, choose, uniforms
 from simplear.language_model import LanguageModel
 from simplear.sequence import left_pad
@@ -39,10 +39,11 @@ class CachedEngine:
         sampling: SamplingSettings,
         seeds: Sequence[int],
         on_row: RowCallback | None = None,
+        given: Tensor | None = None,
     ) -> tuple[Tensor, GenerationStats]:
         """See `Engine.generate`."""
         model, (height, width) = self.model, grid
-        check_request(model, prompt_ids, negative_ids, grid, seeds)
+        check_request(model, prompt_ids, negative_ids, grid, seeds, given)
         begin = time.perf_counter()
         images, count = len(prompt_ids), height * width
         guided = sampling.guidance_scale != 1.0
@@ -53,23 +54,24 @@ class CachedEngine:
         position = (mask.cumsum(dim=1) - 1).clamp(min=0)
         uniform = uniforms(seeds, range(count)).to(device) if sampling.do_sample else None
         cache = DynamicCache(config=model.decoder.config)
-        codes = torch.empty(images, count, dtype=torch.long, device=device)
-        for step in range(count):
+        codes = torch.full((images, count), -1, device=device) if given is None else given.flatten(1).to(device).clone()
+        if first := leading(given):
+            kept = codes[:, :first].repeat(len(ids) // images, 1) + model.layout.image_token_offset
+            ids, mask = torch.cat([ids, kept], dim=1), torch.cat([mask, mask.new_ones(kept.shape)], dim=1)
+            position = (mask.cumsum(dim=1) - 1).clamp(min=0)
+            for row in range(first // width if on_row else 0):
+                on_row(row + 1, codes[:, : (row + 1) * width])  # type: ignore[misc]
+        for step in range(first, count):
             hidden = model.hidden_states(ids, model.positions_at(position, lengths, grid), mask, cache)
-            log_weights = _log_probabilities(model.image_logits(hidden[:, -1]))
+            log_weights = log_probabilities(model.image_logits(hidden[:, -1]))
             if guided:
                 log_weights = guide(log_weights[:images], log_weights[images:], sampling.guidance_scale)
-            codes[:, step] = choose(log_weights, sampling, None if uniform is None else uniform[:, step])
-            drawn = codes[:, step, None] + model.layout.image_token_offset
-            ids = torch.cat([drawn, drawn]) if guided else drawn
+            drawn = choose(log_weights, sampling, None if uniform is None else uniform[:, step])
+            codes[:, step] = torch.where(codes[:, step] < 0, drawn, codes[:, step])
+            ids = (codes[:, step, None] + model.layout.image_token_offset).repeat(len(ids) // images, 1)
             position = (lengths + step)[:, None]
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             if on_row is not None and (step + 1) % width == 0:
                 on_row((step + 1) // width, codes[:, : step + 1])
-        stats = GenerationStats("cached", images, images * count, count, time.perf_counter() - begin)
+        stats = GenerationStats("cached", images, images * (count - first), count - first, time.perf_counter() - begin)
         return codes.view(images, height, width), stats
-
-
-def _log_probabilities(logits: Tensor) -> Tensor:
-    """Log-softmax in float32 or wider."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)

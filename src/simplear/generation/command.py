@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
@@ -35,6 +36,8 @@ def generate(
     prompt_prefix: str | None = None,
     height: int | None = None,
     width: int | None = None,
+    image: str | None = None,
+    mask: str | None = None,
     engine: str = "cached",
     visual_tokenizer: str | None = None,
     batch_size: int = 32,
@@ -58,6 +61,8 @@ def generate(
         prompt_prefix: put before every prompt; the checkpoint's default if not given.
         height: pixels; the checkpoint's grid if not given.
         width: pixels; the checkpoint's grid if not given.
+        image: picture to keep a part of, for all prompts; height and width are its own.
+        mask: picture of the same size: where it is not black, the image is drawn anew.
         engine: how codes are drawn.
         visual_tokenizer: directory to use in place of the checkpoint's own.
         batch_size: images drawn at once.
@@ -70,7 +75,9 @@ def generate(
     pipeline = SimpleARPipeline.from_pretrained(
         checkpoint, engine=engine, device=device, visual_tokenizer=visual_tokenizer
     )
-    pipeline.check_prompts(prompts, prompt_prefix, height, width)
+    picture, anew = (None if file is None else Image.open(file) for file in (image, mask))
+    size = (height, width) if picture is None else (picture.height, picture.width)
+    pipeline.check_prompts(prompts, prompt_prefix, *size)
     directory = Path(out)
     directory.mkdir(parents=True, exist_ok=True)
     step = max(1, batch_size // max(1, num_images_per_prompt))
@@ -91,6 +98,8 @@ def generate(
                 seed=seed + start * num_images_per_prompt,
                 height=height,
                 width=width,
+                image=picture,
+                mask=anew,
                 batch_size=batch_size,
             )
             assert isinstance(drawn.images, list)
@@ -100,13 +109,14 @@ def generate(
                 "negative_prompt": defaults.negative_prompt if negative_prompt is None else negative_prompt,
                 "checkpoint": checkpoint,
                 "engine": engine,
+                **({"image": image, "mask": mask} if image else {}),
             }
-            for index, image in enumerate(drawn.images):
+            for index, made_image in enumerate(drawn.images):
                 number, sample = divmod(index, num_images_per_prompt)
                 made = {"prompt": part[number], "seed": drawn.seeds[index], **settings}
                 information = PngInfo()
                 information.add_itxt(METADATA_KEY, json.dumps(made, ensure_ascii=False))
-                image.save(directory / _file_name(start + number, part[number], sample), pnginfo=information)
+                made_image.save(directory / _file_name(start + number, part[number], sample), pnginfo=information)
             bar.update(len(drawn.images))
     print(f"{len(prompts) * num_images_per_prompt} images in {directory}")
 

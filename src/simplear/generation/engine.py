@@ -40,6 +40,7 @@ class Engine(Protocol):
         sampling: SamplingSettings,
         seeds: Sequence[int],
         on_row: RowCallback | None = None,
+        given: Tensor | None = None,
     ) -> tuple[Tensor, GenerationStats]:
         """Codes (B, h, w) int64 for B prompts.
 
@@ -50,14 +51,22 @@ class Engine(Protocol):
             sampling: how a code is drawn.
             seeds: B integers.
             on_row: called after each row of codes.
+            given: (B, h, w) int64 codes to keep, -1 where one is drawn; None draws all. A code is drawn given what
+                stands before it in raster order, kept or drawn, and knows nothing of what is kept behind it.
 
         Raises:
-            ValueError: different numbers of prompts and seeds, or a sequence longer than the model's positions.
+            ValueError: different numbers of prompts and seeds, a sequence longer than the model's positions, or given
+                codes of another shape or outside the codebook.
         """
         ...
 
 
-ENGINES = {"cached": "simplear.generation.cached.CachedEngine"}
+ENGINES = {
+    "baseline": "simplear.generation.plain.BaselineEngine",
+    "kv-cache": "simplear.generation.plain.KVCacheEngine",
+    "cached": "simplear.generation.cached.CachedEngine",
+    "jacobi": "simplear.generation.jacobi.JacobiEngine",
+}
 """Names that the pipeline takes, and their classes."""
 
 
@@ -75,8 +84,11 @@ def check_request(
     negative_ids: Sequence[Tensor],
     grid: tuple[int, int],
     seeds: Sequence[int],
+    given: Tensor | None = None,
 ) -> None:
-    """Raises ValueError where there is no prompt, numbers of them differ, or the longest sequence has no room."""
+    """Raises ValueError where there is no prompt, numbers of them differ, the longest sequence has no room, or what is
+    given are no codes.
+    """
     if not prompt_ids:
         raise ValueError("no prompts: there is nothing to draw.")
     if not len(prompt_ids) == len(negative_ids) == len(seeds):
@@ -93,3 +105,21 @@ def check_request(
             f"a prompt of {longest} tokens and a grid of {height} × {width} codes take {longest + height * width} "
             f"positions; the model has {model.max_positions}. Shorten the prompt or ask for a smaller picture."
         )
+    if given is not None:
+        if given.shape != (len(prompt_ids), *grid):
+            raise ValueError(
+                f"given codes of shape {tuple(given.shape)} for {len(prompt_ids)} images of {height} × {width} codes."
+            )
+        if not -1 <= int(given.min()) <= int(given.max()) < model.layout.codebook_size:
+            raise ValueError(
+                f"given codes lie in [{int(given.min())}, {int(given.max())}]: a code lies in "
+                f"[0, {model.layout.codebook_size}), and -1 stands where one is drawn."
+            )
+
+
+def leading(given: Tensor | None) -> int:
+    """How many codes from the first on are given for all images (B, h, w); never all, for something must be drawn."""
+    if given is None:
+        return 0
+    kept = (given.flatten(1) >= 0).all(dim=0)[:-1]
+    return int(kept.long().cumprod(dim=0).sum())

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    """Log-softmax over the last dimension, in float32 or wider."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:

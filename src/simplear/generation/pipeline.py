@@ -139,6 +139,8 @@ class SimpleARPipeline:
         seed: int | Sequence[int] | None = None,
         height: int | None = None,
         width: int | None = None,
+        image: Image.Image | Sequence[Image.Image] | None = None,
+        mask: Image.Image | Sequence[Image.Image] | None = None,
         output_type: OutputType = "pil",
         batch_size: int = 32,
         progress: bool = False,
@@ -158,13 +160,18 @@ class SimpleARPipeline:
             seed: image k of the call uses seed + k; a list gives each image its own; None draws one.
             height: pixels, a multiple of the visual tokenizer's downsample factor.
             width: pixels, likewise.
+            image: picture to keep a part of, one for all or one a prompt; height and width are its own.
+            mask: where to draw anew, of the picture's size: all codes in whose patch it is not black. Codes are drawn
+                in raster order, so what is drawn continues what is above it and to its left, and knows nothing of what
+                is kept below.
             output_type: "pil", "pt", or "codes", which needs no visual tokenizer.
             batch_size: images drawn at once.
             progress: show a bar over the codes.
 
         Raises:
             ValueError: an empty list, a prompt that is no valid text or too long, a size that is no whole number of
-                codes, or a number outside its range; the message names it.
+                codes, a picture and a mask that do not belong together, or a number outside its range; the message
+                names it.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts or num_images_per_prompt < 1 or batch_size < 1:
@@ -179,6 +186,9 @@ class SimpleARPipeline:
             top_k=defaults.top_k if top_k is None else top_k,
             top_p=defaults.top_p if top_p is None else top_p,
         )
+        pictures = _pictures(image, mask, len(prompts), height, width)
+        if pictures:
+            width, height = pictures[0][0].size
         grid = self._grid(height, width)
         prefix = defaults.prompt_prefix if prompt_prefix is None else prompt_prefix
         negative = defaults.negative_prompt if negative_prompt is None else negative_prompt
@@ -191,6 +201,7 @@ class SimpleARPipeline:
         negative_ids = self._encode(negatives, "negative prompt", grid)
         order = [index for index in range(len(prompts)) for _ in range(num_images_per_prompt)]
         seeds = _seeds(seed, len(order))
+        given = self._kept_codes(pictures) if pictures else None
         codes, stats = [], GenerationStats(engine="")
         with tqdm(total=len(order) * grid[0], unit="row", disable=not progress, desc="drawing") as bar:
             for start in range(0, len(order), batch_size):
@@ -202,6 +213,7 @@ class SimpleARPipeline:
                     sampling,
                     seeds[start : start + batch_size],
                     on_row=lambda row, so_far: bar.update(len(so_far)),
+                    given=None if given is None else given[part],
                 )
                 codes.append(drawn.cpu())
                 stats = replace(
@@ -213,8 +225,8 @@ class SimpleARPipeline:
                 )
         all_codes = torch.cat(codes)
         images = None if output_type == "codes" else self.decode(all_codes, batch_size)
-        pictures = pil_images(images) if output_type == "pil" and images is not None else images
-        return PipelineOutput(pictures, all_codes, stats, seeds, sampling)
+        shown = pil_images(images) if output_type == "pil" and images is not None else images
+        return PipelineOutput(shown, all_codes, stats, seeds, sampling)
 
     def check_prompts(
         self,
@@ -234,6 +246,16 @@ class SimpleARPipeline:
         device = next(tokenizer.parameters()).device if isinstance(tokenizer, nn.Module) else self.device
         decoded = [tokenizer.decode(part.to(device)).float().cpu() for part in codes.split(batch_size)]
         return ((torch.cat(decoded) + 1) / 2).clamp(0, 1)
+
+    @torch.no_grad()
+    def _kept_codes(self, pictures: Sequence[tuple[Image.Image, Image.Image]]) -> Tensor:
+        """Codes (P, h, w) of pictures, -1 where their mask is not black."""
+        tokenizer, downsample = self.visual_tokenizer, self.settings.downsample
+        pixels = torch.from_numpy(np.stack([np.asarray(picture.convert("RGB")) for picture, _ in pictures]))
+        masks = torch.from_numpy(np.stack([np.asarray(mask.convert("L")) for _, mask in pictures]))
+        anew = torch.nn.functional.max_pool2d(masks[:, None].float(), downsample)[:, 0] > 0
+        encoded = tokenizer.encode(pixels.permute(0, 3, 1, 2).to(self.device).float() / 127.5 - 1).cpu()
+        return torch.where(anew, -1, encoded)
 
     def _grid(self, height: int | None, width: int | None) -> tuple[int, int]:
         downsample = self.settings.downsample
@@ -274,6 +296,33 @@ class SimpleARPipeline:
                     f"{grid[0]} × {grid[1]} codes. Shorten it."
                 )
         return [prompt_sequence(ids, self.model.layout) for ids in encoded]
+
+
+def _pictures(
+    image: Image.Image | Sequence[Image.Image] | None,
+    mask: Image.Image | Sequence[Image.Image] | None,
+    prompts: int,
+    height: int | None,
+    width: int | None,
+) -> list[tuple[Image.Image, Image.Image]]:
+    """Picture and mask of each prompt; none where there is no picture."""
+    if image is None or mask is None:
+        if image is not None or mask is not None:
+            raise ValueError("image and mask go together: the mask is white where the image is to be drawn anew.")
+        return []
+    images = [image] * prompts if isinstance(image, Image.Image) else list(image)
+    masks = [mask] * prompts if isinstance(mask, Image.Image) else list(mask)
+    if not len(images) == len(masks) == prompts:
+        raise ValueError(
+            f"{len(images)} images and {len(masks)} masks for {prompts} prompts: give one, or one for each."
+        )
+    sizes = {item.size for item in (*images, *masks)}
+    asked = (width or images[0].width, height or images[0].height)
+    if sizes != {asked}:
+        raise ValueError(
+            f"images and masks have the sizes (width, height) {sorted(sizes)}, and {asked} is to be drawn: resize them."
+        )
+    return list(zip(images, masks, strict=True))
 
 
 def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
