@@ -17,6 +17,7 @@ import torch
 from generation.models import ARCHITECTURE, language_model
 from generation.test_cached import GRID, NEGATIVES, PROMPTS, SEEDS, SETTINGS, plainly
 from simplear.generation import JacobiEngine, SamplingSettings, guide, jacobi
+from simplear.generation.decoder_step import Rows
 from simplear.generation.sampling import probabilities
 from simplear.language_model import LanguageModel, LanguageModelConfig
 from simplear.sequence import TokenLayout
@@ -169,13 +170,13 @@ def first_code_by_argmax(monkeypatch):
 
 def unconditional_rows_a_code_behind(monkeypatch):
     """Caches that are cropped unequally."""
-    mask = jacobi.RowCache.mask
+    feed = Rows.feed
 
-    def shortened(self, new):
-        self.lengths[len(self.lengths) // 2 :] -= (self.lengths > 3)[len(self.lengths) // 2 :].long()
-        return mask(self, new)
+    def shortened(self, ids):
+        self.cache.lengths[len(self.lengths) // 2 :] -= self.cache.lengths[len(self.lengths) // 2 :].clamp(max=1)
+        return feed(self, ids)
 
-    monkeypatch.setattr(jacobi.RowCache, "mask", shortened)
+    monkeypatch.setattr(Rows, "feed", shortened)
 
 
 @pytest.mark.parametrize(

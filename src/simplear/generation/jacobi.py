@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from simplear.generation.decoder_step import DecoderStep, Rows
 from simplear.generation.engine import GenerationStats, RowCallback, check_request
 from simplear.generation.guidance import guide, log_probabilities
-from simplear.generation.row_cache import RowCache
 from simplear.generation.sampling import SamplingSettings, invert_cumulative, probabilities, uniforms
 from simplear.language_model import LanguageModel
 
@@ -68,8 +68,9 @@ class JacobiEngine:
         images, (height, width) = len(prompt_ids), grid
         count, window = height * width, min(self.window, height * width)
         guided = sampling.guidance_scale != 1.0
-        feed = _Feed(self.model, [*prompt_ids, *(negative_ids if guided else [])], grid, count + window)
-        device = feed.device
+        prompts = [*prompt_ids, *(negative_ids if guided else [])]
+        rows = Rows(self.model, DecoderStep(self.model), prompts, grid, count + window)
+        device = rows.device
         places = range(count + window)
         number = uniforms(seeds, places).to(device)
         for_draft, for_acceptance, for_residual = (
@@ -85,7 +86,7 @@ class JacobiEngine:
         self._propose(canvas, q, done, torch.zeros_like(done), kept, for_draft, width)
         rows_done, passes = 0, 1
         while int(done.min()) < count:
-            log_weights = log_probabilities(feed(canvas, done, window))
+            log_weights = log_probabilities(rows.drafted(canvas, done, window))
             if guided:
                 log_weights = guide(log_weights[:images], log_weights[images:], sampling.guidance_scale)
             p = _keep(_distribution(log_weights, sampling), kept, done)
@@ -167,38 +168,6 @@ def residual(p: Tensor, q: Tensor) -> Tensor:
     """
     left = (p - q).clamp(min=0)
     return torch.where(left.sum(dim=-1, keepdim=True) > 0, left, p)
-
-
-class _Feed:
-    """The conditional and then the unconditional rows of all images in one cache, prefilled up to their last token."""
-
-    def __init__(self, model: LanguageModel, prompts: Sequence[Tensor], grid: tuple[int, int], room: int) -> None:
-        parameter = next(model.parameters())
-        self.model, self.grid, self.device = model, grid, parameter.device
-        ids = torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True).to(self.device)
-        self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
-        self.start = ids.gather(1, self.lengths[:, None] - 1)
-        capacity = ids.shape[1] + room
-        self.cache = RowCache(model.decoder.config, len(prompts), capacity, self.device, parameter.dtype)
-        # Padding stands behind a row's length, where later tokens replace it.
-        self._run(ids[:, :-1])
-
-    def __call__(self, canvas: Tensor, done: Tensor, window: int) -> Tensor:
-        """Logits (R, W + 1, codebook_size) at the W drafts behind ``done`` (B,) final codes, and after them."""
-        places = done[:, None] + torch.arange(-1, window, device=self.device)
-        ids = canvas.gather(1, places.clamp(min=0)) + self.model.layout.image_token_offset
-        pairs = len(self.lengths) // len(done)
-        ids, done = ids.repeat(pairs, 1), done.repeat(pairs)
-        ids[:, :1] = torch.where(done[:, None] > 0, ids[:, :1], self.start)
-        self.cache.lengths = self.lengths - 1 + done
-        return self.model.image_logits(self._run(ids))
-
-    def _run(self, ids: Tensor) -> Tensor:
-        cache, new = self.cache, ids.shape[1]
-        cache.visible = int(cache.lengths.max()) + new
-        position = cache.lengths[:, None] + torch.arange(new, device=self.device)
-        positions = self.model.positions_at(position, self.lengths, self.grid)
-        return self.model.hidden_states(ids, positions, cache.mask(new), cache)
 
 
 def _distribution(log_weights: Tensor, sampling: SamplingSettings) -> Tensor:
