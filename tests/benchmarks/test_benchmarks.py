@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import grpo
+import grpo_speed
 import measure
 import tables
 from simplear.evaluation.report import merge_run
@@ -21,8 +22,8 @@ BENCHMARKS = Path(measure.__file__).parent
 CLAIM_KEYS = {"what", "ratio", "low", "high", "bar", "met", "note"}
 
 
-def run(name: str, out: Path) -> dict[str, Any]:
-    runpy.run_path(str(BENCHMARKS / f"{name}.py"))["main"](["--quick", "--out", str(out)])
+def run(name: str, out: Path, *options: str) -> dict[str, Any]:
+    runpy.run_path(str(BENCHMARKS / f"{name}.py"))["main"](["--quick", "--out", str(out), *options])
     result = json.loads(out.read_text())
     assert result["benchmark"] == name and result["settings"]["quick"]
     assert result["environment"].keys() == {"processor", "cores", "threads", "load_average", "python", "torch"}
@@ -111,7 +112,7 @@ def test_the_documents_show_the_committed_results() -> None:
         text = document.read_text()
         places |= {place[1] for place in tables.MARKED.findall(text)}
         assert tables.filled(text) == text, f"python benchmarks/tables.py brings {document.name} up to date"
-    assert {"data", "training", "grpo", "grpo_ablations", "grpo_speed"} <= places
+    assert {"data", "training", "grpo", "grpo_ablations", "grpo_speed", "inference"} <= places
 
 
 def test_grpo_speed(tmp_path: Path) -> None:
@@ -120,6 +121,17 @@ def test_grpo_speed(tmp_path: Path) -> None:
     assert result["claims"][-1]["met"]
     for shares in result["details"]["share_of_time"].values():
         assert shares.keys() == set(grpo.PARTS) and sum(shares.values()) == pytest.approx(1, abs=1e-3)
+
+
+def test_inference(tmp_path: Path) -> None:
+    """On random weights of the demo's sizes, whose pictures are all wrong."""
+    checkpoint, _ = grpo_speed.write_start(tmp_path, argparse.Namespace(grid=4))
+    result = run("inference", tmp_path / "inference.json", "--checkpoint", str(checkpoint))
+    assert {row["bar"] for row in result["claims"] if row["bar"]} == {">= 3", ">= 1.5", ">= 2.5"}
+    details = result["details"]
+    assert details["passes"].keys() == {f"jacobi, W = {window}" for window in (2, 4, 8, 16)}
+    assert all(2 < passes <= 17 for passes in details["passes"].values())  # a prefill, and 16 codes
+    assert details["accuracy"] == {"cached": 0.0, "jacobi, W = 16": 0.0}
 
 
 class TestGRPO:
