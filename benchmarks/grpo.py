@@ -30,6 +30,7 @@ from simplear.evaluation.scenes import FOLDER, VERDICTS_FILE
 START = Path("checkpoints/demo/sft")
 CLIP = Path("checkpoints/demo/clip")
 MODELS = {"sft": "fine-tuned", "clip": "+ CLIP reward", "scene": "+ scene reward (trained on the judge)"}
+TITLES = {"scene": "scene", "clip": "CLIP"}
 GUIDANCE = {"guided": "1.5", "unguided": "1"}
 """Guidance scales; at 1.5 the fine-tuned checkpoint is as good as at its own default."""
 PARTS = ("rollout", "decode", "reward", "update")
@@ -284,7 +285,7 @@ def plot(curves: Mapping[str, Mapping[str, Any]], file: Path) -> None:
                 noisy = len(found) > 30
                 axes.plot(steps, smooth(found) if noisy else found, label=f"seed {name.rpartition('-')[2]}")
             axes.set_title(title if reward == rewards[0] else "", fontsize="medium")
-            axes.set_ylabel(f"{reward} reward" if axes is row[0] else "")
+            axes.set_ylabel(f"{TITLES[reward]} reward" if axes is row[0] else "")
             axes.set_xlabel("optimizer step" if reward == rewards[-1] else "")
             axes.grid(alpha=0.3)
         row[0].legend(fontsize="small")
