@@ -10,7 +10,7 @@ from simplear.stages.pretrain import PretrainModule
 from simplear.stages.reference import ReferenceSettings
 from simplear.stages.schedules import CosineWithWarmup
 from simplear.stages.sft import SFTModule
-from simplear.stages.token_weights import SimilarityTokenWeights
+from simplear.stages.token_weights import SimilarityTokenWeights, TokenWeights
 from simplear.stages.visual_tokenizer import VisualTokenizerModule
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "ReferenceSettings",
     "SFTModule",
     "SimilarityTokenWeights",
+    "TokenWeights",
     "VisualTokenizerModule",
     "group_advantages",
     "grpo_loss",

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +35,7 @@ from simplear.stages.grpo_objective import group_advantages, grpo_loss
 from simplear.stages.language_model_module import LanguageModelModule
 from simplear.stages.reference import Reference, ReferenceSettings
 from simplear.stages.sharding import gathered
+from simplear.stages.token_weights import TokenWeights
 
 ROLLOUT_SEEDS = 2**48
 """Rollouts count their seeds from here, far from those that people choose for evaluations."""
@@ -100,7 +101,7 @@ class GRPOModule(LanguageModelModule):
         epsilon_low: float = 0.2,
         epsilon_high: float = 0.2,
         scale_advantages: bool = True,
-        token_weights: Callable[[Tensor, int], Tensor] | None = None,
+        token_weights: TokenWeights | None = None,
         gradient_clip_val: float | None = 1.0,
         micro_batch_size: int | None = None,
         rollout_batch_size: int | None = None,

@@ -7,7 +7,19 @@ weighs such tokens down.
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
 from torch import Tensor
+
+
+class TokenWeights(Protocol):
+    """What weighs the tokens of the loss; any class with this ``__call__``, by class_path.
+
+    Its types are left open for the same reason as those of `simplear.rewards.Reward`.
+    """
+
+    def __call__(self, codes: Any, group_size: Any) -> Any:
+        """Weights (P·G, T) float, not negative, of codes (P·G, T) int64; images of one prompt next to each other."""
 
 
 class SimilarityTokenWeights:
