@@ -260,7 +260,7 @@ def _percent(interval: Sequence[float], signed: bool) -> str:
 def ablation_table(result: Mapping[str, Any]) -> str:
     """Markdown: a row for each option."""
     lines = [
-        "| trained with | guided | without guidance | strict judge | KL | entropy | samples' distance |",
+        "| trained with | guided | without guidance | strict judge | KL | entropy | backgrounds, bits |",
         "|---" * 7 + "|",
     ]
     for title, entry in result["models"].items():
@@ -268,7 +268,7 @@ def ablation_table(result: Mapping[str, Any]) -> str:
         cells = [_percent(entry[guidance]["correct"]["overall"], False) for guidance in GUIDANCE]
         cells.append(_percent(entry["guided"]["strict"]["overall"], False))
         cells += [f"{last[tag]:.3f}" if tag in last else "" for tag in ("policy/kl", "policy/entropy")]
-        cells.append(f"{entry['guided']['diversity'].get('sample_distance', float('nan')):.3f}")
+        cells.append(f"{entry['guided']['diversity']['background_entropy']:.2f}")
         lines.append(" | ".join([f"| {title}", *cells]) + " |")
     return "\n".join(lines)
 

@@ -155,7 +155,7 @@ class TestGRPO:
                 ]
                 (folder / "verdicts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
                 entry = {"accuracy": 0.5, "low": 0.4, "high": 0.6, "n": 8}
-                varied = {"color_entropy": 2.0 if name == "scene-0" else 3.0}
+                varied = {"background_entropy": 1.5, "color_entropy": 2.0 if name == "scene-0" else 3.0}
                 merge_run(tmp_path / guidance / "report.json", name, {"overall": entry}, diversity=varied)
         return {"models": grpo.judged(names, settings)}
 
@@ -166,7 +166,10 @@ class TestGRPO:
         spread = 1.959964 * (2 * 0.125 / 2) ** 0.5 / 2
         assert after["correct_gain"]["overall"] == pytest.approx([0.25, 0.25 - spread, 0.25 + spread], abs=1e-6)
         assert after["strict_gain"]["overall"] == [0, 0, 0]
-        assert after["overall_by_seed"] == [0.75, 0.75] and after["diversity"] == {"color_entropy": 2.5}
+        assert after["overall_by_seed"] == [0.75, 0.75] and after["diversity"] == {
+            "background_entropy": 1.5,
+            "color_entropy": 2.5,
+        }
 
     def test_the_table_has_a_column_a_model(self, result: dict[str, Any]) -> None:
         lines = grpo.table(result).splitlines()
@@ -178,7 +181,7 @@ class TestGRPO:
     def test_the_ablations_have_a_row_each(self, result: dict[str, Any]) -> None:
         last = {"scene": {"policy/kl": 0.0123, "policy/entropy": 0.5, "reward/mean": 0.9}}
         lines = grpo.ablation_table({**result, "last": last}).splitlines()
-        assert lines[3].startswith("| scene | 75.0 (") and "| 0.012 | 0.500 |" in lines[3]
+        assert lines[3].startswith("| scene | 75.0 (") and "| 0.012 | 0.500 | 1.50 |" in lines[3]
         assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
 
     def test_the_curves_are_drawn(self, tmp_path: Path) -> None:
