@@ -27,7 +27,7 @@ $(READY): pyproject.toml constraints.txt
 
 setup: $(READY)  ## make .venv and install; every other target does so by itself
 
-demo: $(READY)  ## train everything small from nothing and look at what it draws (about 13 minutes)
+demo: $(READY)  ## train everything small from nothing and look at what it draws (about 20 minutes)
 	@$(SIMPLEAR) demo $(ARGS)
 
 test: $(READY)  ## the tests

@@ -71,7 +71,7 @@ STEPS = (
     _tokenize("sft-validation", "token shards of 64-pixel scenes, held out", 5),
     _fit("pretrain", "pretraining at 32 pixels", 185),
     _fit("sft", "supervised fine-tuning at 64 pixels", 380),
-    _fit("grpo", "reinforcement learning against the exact detector", 300, config="grpo-scene"),
+    _fit("grpo", "reinforcement learning against the exact detector", 345, config="grpo-scene"),
     _evaluate("pretrain", "evaluation of pretraining", 20),
     _evaluate(
         "sft",
