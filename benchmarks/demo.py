@@ -17,6 +17,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 import runs
+from measure import RESULTS
 from simplear.callbacks.curves import read_curves
 from simplear.cli import main as simplear
 from simplear.evaluation import read_report, stratified_interval
@@ -125,14 +126,16 @@ def plot(result: dict[str, Any], file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--root", type=Path, default=Path("checkpoints/benchmark-demo"), help="where runs are kept")
-    parser.add_argument("--out", type=Path, default=runs.RESULTS)
+    parser.add_argument("--root", type=Path, help="where runs are kept; checkpoints/benchmark-demo[-quick]")
+    parser.add_argument("--out", type=Path, help="benchmarks/results, with --quick the root")
     parser.add_argument("--quick", action="store_true", help="ten steps of each stage, to see that it runs")
     arguments = parser.parse_args()
-    result = measure(arguments.root, arguments.seeds, arguments.quick)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
-    plot(result, arguments.out / "demo.png")
+    root = arguments.root or Path("checkpoints/benchmark-demo" + "-quick" * arguments.quick)
+    out = arguments.out or (root if arguments.quick else RESULTS)
+    result = measure(root, arguments.seeds, arguments.quick)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
+    plot(result, out / "demo.png")
     print(table(result))
 
 

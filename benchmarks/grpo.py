@@ -21,7 +21,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 import runs
-from measure import parser, write_result
+from measure import parser, result_file, write_result
 from simplear.callbacks.curves import read_curves, smooth
 from simplear.cli import main as simplear
 from simplear.evaluation import clustered_interval, read_report
@@ -33,7 +33,7 @@ MODELS = {"sft": "fine-tuned", "clip": "+ CLIP reward", "scene": "+ scene reward
 TITLES = {"scene": "scene", "clip": "CLIP"}
 GUIDANCE = {"guided": "1.5", "unguided": "1"}
 """Guidance scales; at 1.5 the fine-tuned checkpoint is as good as at its own default."""
-PARTS = ("rollout", "decode", "reward", "update")
+PARTS = runs.GRPO_PARTS
 PANELS = {
     "reward": "reward/mean",
     "accuracy on held-out captions": "scenes/overall",
@@ -62,11 +62,12 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     made.add_argument("--steps", type=int, help="training steps; the configuration's, and 100 for ablations")
     made.add_argument("--prompts", type=int, default=100, help="captions of each category")
     made.add_argument("--images", type=int, help="of each caption; 4, and 1 for ablations")
-    made.add_argument("--root", type=Path, help="where runs are kept; checkpoints/benchmark-grpo[-ablations]")
+    made.add_argument("--root", type=Path, help="where runs are kept; checkpoints/benchmark-grpo[-ablations][-quick]")
     chosen = made.parse_args(argv)
     chosen.steps = chosen.steps or (100 if chosen.ablations else runs.configured_steps("grpo-scene"))
     chosen.images = chosen.images or (1 if chosen.ablations else 4)
-    chosen.root = chosen.root or Path("checkpoints/benchmark-grpo" + ("-ablations" if chosen.ablations else ""))
+    name = "benchmark-grpo" + "-ablations" * chosen.ablations + "-quick" * chosen.quick
+    chosen.root = chosen.root or Path("checkpoints") / name
     if chosen.quick:
         chosen.seeds, chosen.steps, chosen.prompts, chosen.images = 1, 2, 2, 2
     return chosen
@@ -99,18 +100,8 @@ def evaluate(checkpoint: Path, name: str, guidance: str, settings: argparse.Name
     out = settings.root / guidance
     if name not in read_report(out / "report.json")["runs"]:
         counts = ["--prompts_per_category", str(settings.prompts), "--images_per_prompt", str(settings.images)]
-        options = [
-            "--out",
-            str(out),
-            "--run",
-            name,
-            "--strict",
-            "true",
-            *counts,
-            "--guidance_scale",
-            GUIDANCE[guidance],
-        ]
-        simplear(["evaluate", "scenes", str(checkpoint), *options])
+        options = ["--out", str(out), "--run", name, "--guidance_scale", GUIDANCE[guidance], "--strict", "true"]
+        simplear(["evaluate", "scenes", str(checkpoint), *options, *counts])
     return out
 
 
@@ -227,8 +218,9 @@ def table(result: Mapping[str, Any]) -> str:
     first = next(iter(models))
 
     def row(title: str, guidance: str, key: str, category: str = "overall") -> str:
+        signed = key.endswith("gain")
         cells = [
-            "" if key.endswith("gain") and model == first else _percent(entry[guidance][key][category], "gain" in key)
+            "" if signed and model == first else _percent(entry[guidance][key][category], signed)
             for model, entry in models.items()
         ]
         return " | ".join([f"| {title}", *cells]) + " |"
@@ -299,7 +291,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(ablation_table(result))
     else:
         result = write_result("grpo", settings, measure(settings))
-        plot(result["curves"], settings.out.with_suffix(".png") if settings.out else runs.RESULTS / "grpo.png")
+        if (out := result_file("grpo", settings)) is not None:
+            plot(result["curves"], out.with_suffix(".png"))
         print(table(result))
 
 

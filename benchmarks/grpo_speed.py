@@ -38,7 +38,7 @@ from simplear.scenes import captions, metadata, sample_scene
 from simplear.stages import GRPOModule
 from simplear.visual_tokenizer import FSQAutoencoder, save_visual_tokenizer
 
-PARTS = ("rollout", "decode", "reward", "update")
+PARTS = runs.GRPO_PARTS
 EQUAL = 1e-3
 """Relative difference of the two gradients' norms; sums of single images in float32."""
 

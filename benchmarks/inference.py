@@ -14,12 +14,21 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from measure import alternate, claim, median, parser, publish, ratios
 from simplear.evaluation import clustered_interval
-from simplear.generation import Engine, GenerationStats, JacobiEngine, SamplingSettings, SimpleARPipeline, make_engine
+from simplear.generation import (
+    Engine,
+    GenerationStats,
+    JacobiEngine,
+    SamplingSettings,
+    SimpleARPipeline,
+    make_engine,
+    pil_images,
+)
 from simplear.scenes import detect, evaluation_prompts, judge
 from simplear.sequence import encode_captions, prompt_sequence
 
@@ -62,9 +71,8 @@ def verdicts(draw: Draw, pipeline: SimpleARPipeline, asked: Sequence[dict[str, A
     found: list[float] = []
     for first in range(0, len(asked), JUDGED_AT_ONCE):
         part = asked[first : first + JUDGED_AT_ONCE]
-        pixels = (pipeline.decode(draw(first, len(part))[0]) * 255).round().to(torch.uint8)
-        images = pixels.permute(0, 2, 3, 1).numpy()
-        found += [float(judge(row, detect(image))) for row, image in zip(part, images, strict=True)]
+        images = pil_images(pipeline.decode(draw(first, len(part))[0]))
+        found += [float(judge(row, detect(np.asarray(image)))) for row, image in zip(part, images, strict=True)]
     return found
 
 
@@ -90,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         runs = alternate(variants, settings.rounds, f"batch {size}")
         details["images_a_second"][str(size)] = {name: images / median(found) for name, found in runs.items()}
         ours = [name for name in engines if name not in ("baseline", "kv-cache")]
-        fastest = min((name for name in ours), key=lambda name: median(runs[name]))
+        fastest = min(ours, key=lambda name: median(runs[name]))
         jacobi = min((name for name in ours if name.startswith("jacobi")), key=lambda name: median(runs[name]))
         bar = (">=", 3.0) if size == 1 else None
         claims.append(

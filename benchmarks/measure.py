@@ -165,12 +165,16 @@ def write_result(name: str, arguments: argparse.Namespace, content: Mapping[str,
         if key not in ("out", "directory")
     }
     result = {"benchmark": name, "environment": environment(), "settings": settings, **content}
-    out = arguments.out or (None if arguments.quick else RESULTS / f"{name}.json")
-    if out is not None:
+    if (out := result_file(name, arguments)) is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(_rounded(result), indent=2, ensure_ascii=False) + "\n")
         print(f"written to {out}")
     return result
+
+
+def result_file(name: str, arguments: argparse.Namespace) -> Path | None:
+    """The JSON to write; None for a quick run that names no place."""
+    return arguments.out or (None if arguments.quick else RESULTS / f"{name}.json")
 
 
 def markdown_table(result: Mapping[str, Any]) -> str:

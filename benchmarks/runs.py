@@ -11,7 +11,8 @@ import yaml
 from simplear.cli import main as simplear
 
 CONFIGS = Path("configs/demo")
-RESULTS = Path("benchmarks/results")
+GRPO_PARTS = ("rollout", "decode", "reward", "update")
+"""What GRPO logs seconds of."""
 
 
 def configured_steps(stage: str) -> int:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from simplear.data.pictures import to_pixels
 from simplear.evaluation.diversity import diversity
 from simplear.evaluation.grid import Cell, image_grid
 from simplear.evaluation.report import (
@@ -232,9 +233,8 @@ def reconstruction_accuracy(
     judged = []
     for start in tqdm(range(0, count, batch_size), desc="reconstructing", disable=None, leave=False):
         members = scenes[start : start + batch_size]
-        drawings = torch.from_numpy(np.stack([draw(scene, resolution) for scene in members]))
-        pixels = drawings.permute(0, 3, 1, 2).to(device).float() / 127.5 - 1
-        decoded = visual_tokenizer.decode(visual_tokenizer.encode(pixels))
+        pixels = torch.from_numpy(to_pixels(np.stack([draw(scene, resolution) for scene in members])))
+        decoded = visual_tokenizer.decode(visual_tokenizer.encode(pixels.to(device)))
         images = ((decoded.float() + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         judged += [_judged(metadata(scene), image) for scene, image in zip(members, images, strict=True)]
     return scene_result(judged)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from simplear.generation.engine import GenerationStats, RowCallback, check_request, leading
+from simplear.generation.engine import GenerationStats, RowCallback, check_request, kept_codes, leading
 from simplear.generation.guidance import guide, log_probabilities
 from simplear.generation.sampling import SamplingSettings, choose, uniforms
 from simplear.language_model import LanguageModel
@@ -54,13 +54,14 @@ class CachedEngine:
         position = (mask.cumsum(dim=1) - 1).clamp(min=0)
         uniform = uniforms(seeds, range(count)).to(device) if sampling.do_sample else None
         cache = DynamicCache(config=model.decoder.config)
-        codes = torch.full((images, count), -1, device=device) if given is None else given.flatten(1).to(device).clone()
+        codes = kept_codes(given, images, count, device)
         if first := leading(given):
             kept = codes[:, :first].repeat(len(ids) // images, 1) + model.layout.image_token_offset
             ids, mask = torch.cat([ids, kept], dim=1), torch.cat([mask, mask.new_ones(kept.shape)], dim=1)
             position = (mask.cumsum(dim=1) - 1).clamp(min=0)
-            for row in range(first // width if on_row else 0):
-                on_row(row + 1, codes[:, : (row + 1) * width])  # type: ignore[misc]
+            for row in range(1, first // width + 1):
+                if on_row is not None:
+                    on_row(row, codes[:, : row * width])
         for step in range(first, count):
             hidden = model.hidden_states(ids, model.positions_at(position, lengths, grid), mask, cache)
             log_weights = log_probabilities(model.image_logits(hidden[:, -1]))

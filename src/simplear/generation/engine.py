@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from simplear.generation.sampling import SamplingSettings
@@ -115,6 +116,13 @@ def check_request(
                 f"given codes lie in [{int(given.min())}, {int(given.max())}]: a code lies in "
                 f"[0, {model.layout.codebook_size}), and -1 stands where one is drawn."
             )
+
+
+def kept_codes(given: Tensor | None, images: int, count: int, device: torch.device) -> Tensor:
+    """(B, N) codes in raster order, a copy of the given ones (B, h, w); -1 where one is drawn."""
+    if given is None:
+        return torch.full((images, count), -1, device=device)
+    return given.flatten(1).to(device, copy=True)
 
 
 def leading(given: Tensor | None) -> int:

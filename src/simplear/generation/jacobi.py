@@ -23,10 +23,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
+from torch.nn.functional import one_hot, pad
 
 from simplear.generation.decoder_step import DecoderStep, Rows
-from simplear.generation.engine import GenerationStats, RowCallback, check_request
+from simplear.generation.engine import GenerationStats, RowCallback, check_request, kept_codes
 from simplear.generation.guidance import guide, log_probabilities
 from simplear.generation.sampling import SamplingSettings, invert_cumulative, probabilities, uniforms
 from simplear.language_model import LanguageModel
@@ -69,6 +69,7 @@ class JacobiEngine:
         count, window = height * width, min(self.window, height * width)
         guided = sampling.guidance_scale != 1.0
         prompts = [*prompt_ids, *(negative_ids if guided else [])]
+        # Copied anew for each request: the weights may have been trained since.
         rows = Rows(self.model, DecoderStep(self.model), prompts, grid, count + window)
         device = rows.device
         places = range(count + window)
@@ -79,9 +80,7 @@ class JacobiEngine:
         image, offsets = torch.arange(images, device=device), torch.arange(window, device=device)
         done = torch.zeros(images, dtype=torch.long, device=device)  # codes that are final
         canvas = torch.zeros(images, count + window, dtype=torch.long, device=device)  # these, and the drafts behind
-        kept = torch.full_like(canvas, -1)
-        if given is not None:
-            kept[:, :count] = given.flatten(1)
+        kept = pad(kept_codes(given, images, count, device), (0, window), value=-1)
         q = torch.empty(images, window, self.model.layout.codebook_size, dtype=torch.float64, device=device)
         self._propose(canvas, q, done, torch.zeros_like(done), kept, for_draft, width)
         rows_done, passes = 0, 1

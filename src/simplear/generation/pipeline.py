@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from simplear.data.pictures import to_pixels
 from simplear.generation.engine import GenerationStats, make_engine
 from simplear.generation.sampling import SamplingSettings
 from simplear.language_model import CheckpointError, CheckpointSettings, LanguageModel, load_checkpoint
@@ -251,11 +252,10 @@ class SimpleARPipeline:
     def _kept_codes(self, pictures: Sequence[tuple[Image.Image, Image.Image]]) -> Tensor:
         """Codes (P, h, w) of pictures, -1 where their mask is not black."""
         tokenizer, downsample = self.visual_tokenizer, self.settings.downsample
-        pixels = torch.from_numpy(np.stack([np.asarray(picture.convert("RGB")) for picture, _ in pictures]))
+        pixels = torch.from_numpy(to_pixels(np.stack([np.asarray(picture.convert("RGB")) for picture, _ in pictures])))
         masks = torch.from_numpy(np.stack([np.asarray(mask.convert("L")) for _, mask in pictures]))
         anew = torch.nn.functional.max_pool2d(masks[:, None].float(), downsample)[:, 0] > 0
-        encoded = tokenizer.encode(pixels.permute(0, 3, 1, 2).to(self.device).float() / 127.5 - 1).cpu()
-        return torch.where(anew, -1, encoded)
+        return torch.where(anew, -1, tokenizer.encode(pixels.to(self.device)).cpu())
 
     def _grid(self, height: int | None, width: int | None) -> tuple[int, int]:
         downsample = self.settings.downsample

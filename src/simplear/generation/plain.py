@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from simplear.generation.engine import GenerationStats, RowCallback, check_request
+from simplear.generation.engine import GenerationStats, RowCallback, check_request, kept_codes
 from simplear.generation.guidance import guide, log_probabilities
 from simplear.generation.sampling import SamplingSettings, choose, uniforms
 from simplear.language_model import LanguageModel
@@ -36,14 +36,11 @@ class _Sequence:
         ids = self.ids[:, self.seen :]
         position = torch.arange(self.seen, self.ids.shape[1], device=ids.device)[None]
         position = self.model.positions_at(position, self.length, self.grid)
-        hidden = self.model.hidden_states(ids, position, None if self.seen == 0 else self._mask(), self.cache)
+        hidden = self.model.hidden_states(ids, position, None, self.cache)
         self.seen = 0 if self.cache is None else self.ids.shape[1]
         layout = self.model.layout
         logits = self.model.decoder.lm_head(hidden[:, -1])[:, layout.image_token_offset : layout.vocab_size]
         return log_probabilities(logits)
-
-    def _mask(self) -> Tensor:
-        return torch.ones_like(self.ids)
 
     def append(self, code: Tensor) -> None:
         """One code, shape (1,)."""
@@ -83,8 +80,7 @@ class BaselineEngine:
         rows = [[_Sequence(self.model, ids, grid, self.cached) for ids in prompt_ids]]
         rows += [[_Sequence(self.model, ids, grid, self.cached) for ids in negative_ids]] if guided else []
         uniform = uniforms(seeds, range(height * width)).to(device)
-        codes = torch.full((images, height * width), -1, device=device)
-        codes = codes if given is None else given.flatten(1).to(device).clone()
+        codes = kept_codes(given, images, height * width, device)
         for step in range(height * width):
             for image, sequences in enumerate(zip(*rows, strict=True)):
                 log_weights = sequences[0].log_probabilities()

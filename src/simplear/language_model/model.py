@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoTokenizer,
+    Cache,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -144,20 +145,18 @@ class LanguageModel(nn.Module):
         return positions_2d_at(position, prompt_lengths, grid[1]) if self.rope == "2d" else position
 
     def hidden_states(
-        self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None, cache: Any = None
+        self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None, cache: Cache | None = None
     ) -> Tensor:
         """Final hidden states (B, T, D).
 
         Args:
             input_ids: (B, T) the new tokens.
             position_ids: of the new tokens, from `training_positions` or `positions_at`.
-            attention_mask: (B, past + T), 1 where there is a token, or (B, 1, T, past + T) bool, which token attends to
-                which; None: every token attends to all before it.
-            cache: keys and values of the past, extended in place: transformers', or anything with their ``update``.
+            attention_mask: (B, past + T), 1 where there is a token; None: every token attends to all before it.
+            cache: keys and values of the past, extended in place.
         """
         # A dict passes the decoder's mask construction by: with None, attention is causal and needs no mask tensor.
-        whole = attention_mask is None or attention_mask.ndim == 4
-        mask = {"full_attention": attention_mask} if whole else attention_mask
+        mask = {"full_attention": None} if attention_mask is None else attention_mask
         return self.decoder.model(
             input_ids=input_ids,
             position_ids=position_ids,
