@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
+import math
 
 import torch
 from torch import Tensor
 
 from simplear.generation import SamplingSettings
-from simplear.generation.sampling import uniforms
 from simplear.language_model import LanguageModel, LanguageModelConfig
 from simplear.sequence import TokenLayout, prompt_sequence
 
@@ -67,9 +66,22 @@ def draw_plainly(
             codes.append(int(guided.argmax()))
             continue
         weights = distribution(guided.tolist(), settings)
-        number = float(uniforms([seed], [place])[0, 0])
-        codes.append(next(code for code, reached in enumerate(accumulate(weights)) if reached > number))
+        codes.append(max(range(len(weights)), key=lambda code: weights[code] / exponential(seed, place, code)))
     return torch.tensor(codes).view(grid)
+
+
+def exponential(seed: int, place: int, code: int) -> float:
+    """The number of one code in the race, in Python's unbounded integers."""
+    state = mix(mix(seed % 2**64) ^ place)
+    return -math.log(((mix((state + code * 0x9E3779B97F4A7C15) % 2**64) >> 12) + 0.5) / 2**52)
+
+
+def mix(word: int) -> int:
+    """SplitMix64's increment and finaliser."""
+    word = (word + 0x9E3779B97F4A7C15) % 2**64
+    word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    word = (word ^ word >> 27) * 0x94D049BB133111EB % 2**64
+    return word ^ word >> 31
 
 
 def distribution(log_weights: list[float], settings: SamplingSettings) -> list[float]:

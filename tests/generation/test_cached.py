@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from generation.models import CODEBOOK, LAYOUT, MAX_POSITIONS, draw_plainly, language_model, prompts
-from simplear.generation import CachedEngine, SamplingSettings, cached, guide
+from simplear.generation import CachedEngine, SamplingSettings, cached, guidance, guide
+from simplear.generation.sampling import Noise
 from simplear.language_model import LanguageModel
 
 GRID = (3, 4)
@@ -57,12 +58,12 @@ def without_padding_mask(monkeypatch):
 
 
 def guidance_reversed(monkeypatch):
-    monkeypatch.setattr(cached, "guide", lambda conditional, negative, scale: guide(negative, conditional, scale))
+    monkeypatch.setattr(guidance, "guide", lambda conditional, negative, scale: guide(negative, conditional, scale))
 
 
-def next_uniform(monkeypatch):
-    draw_uniforms = cached.uniforms
-    monkeypatch.setattr(cached, "uniforms", lambda seeds, places: draw_uniforms(seeds, [p + 1 for p in places]))
+def numbers_of_the_next_place(monkeypatch):
+    at = Noise.at
+    monkeypatch.setattr(Noise, "at", lambda self, places: at(self, (places + 1) % 12))
 
 
 def rows_and_columns_swapped(monkeypatch):
@@ -80,7 +81,8 @@ def one_position_late(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "mutate", [without_padding_mask, guidance_reversed, next_uniform, rows_and_columns_swapped, one_position_late]
+    "mutate",
+    [without_padding_mask, guidance_reversed, numbers_of_the_next_place, rows_and_columns_swapped, one_position_late],
 )
 def test_wrong_engines_are_noticed(mutate, monkeypatch):
     model = language_model("2d")

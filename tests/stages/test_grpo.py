@@ -20,7 +20,7 @@ from torch import Tensor
 
 from simplear.data import TokenDataModule
 from simplear.generation import SamplingSettings
-from simplear.generation.sampling import uniforms
+from simplear.generation.sampling import Noise
 from simplear.language_model import CheckpointSettings, LanguageModel, load_checkpoint, save_checkpoint
 from simplear.sequence import SPECIAL_TOKENS, encode_captions, prompt_sequence, training_batch
 from simplear.stages import CosineWithWarmup, GRPOModule
@@ -166,7 +166,7 @@ def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> floa
 def test_log_probs_are_those_of_the_distribution_that_was_sampled(
     tiny_text_tokenizer: str, temperature: float, rope: Any
 ) -> None:
-    """Each uniform number lies in the step of the cumulative distribution that its code owns, in the trainer's eyes."""
+    """In the trainer's eyes each code wins the race of the numbers that were drawn with."""
     from simplear.generation import make_engine
 
     torch.manual_seed(3)
@@ -179,23 +179,20 @@ def test_log_probs_are_those_of_the_distribution_that_was_sampled(
     codes, _ = make_engine("cached", model).generate(prompts, prompts, GRID, sampling, [5, 6, 7])
     codes = codes.clone()
     ids = training_batch(encoded, codes, model.layout)["input_ids"]
-    below, above = torch.zeros(codes.flatten(1).shape), torch.zeros(codes.flatten(1).shape)
-    for other in range(CODEBOOK):
-        log_probs = log_probs_of(model, ids, encoded, torch.full_like(codes, other).flatten(1), temperature)
-        below += torch.where(other < codes.flatten(1), log_probs.exp(), 0.0)
-        above += torch.where(other <= codes.flatten(1), log_probs.exp(), 0.0)
-    number = uniforms([5, 6, 7], range(math.prod(GRID)))
-    assert (below - 1e-9 <= number).all() and (number < above + 1e-9).all()
+    every = torch.stack(
+        [log_probs_of(model, ids, encoded, torch.full_like(codes, c).flatten(1), temperature) for c in range(CODEBOOK)],
+        dim=-1,
+    )
+    noise = Noise([5, 6, 7], math.prod(GRID), CODEBOOK, "cpu")
+    places = torch.arange(math.prod(GRID)).expand(3, -1)
+    assert torch.equal((every.exp() / noise.at(places)).argmax(dim=-1), codes.flatten(1))
     found, entropies = model.image_log_probs(ids, GRID, temperature=temperature)
     chunked, chunked_entropies = model.image_log_probs(ids, GRID, temperature=temperature, chunk_rows=4)
     expected = log_probs_of(model, ids, encoded, codes.flatten(1), temperature)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(chunked, expected)
     torch.testing.assert_close(chunked_entropies, entropies)
-    every = torch.stack(
-        [log_probs_of(model, ids, encoded, torch.full_like(codes, c).flatten(1), temperature) for c in range(CODEBOOK)]
-    )
-    torch.testing.assert_close(entropies, -(every.exp() * every).sum(dim=0))
+    torch.testing.assert_close(entropies, -(every.exp() * every).sum(dim=-1))
 
 
 def log_probs_of(

@@ -2,6 +2,7 @@
 
 from simplear.generation.cached import CachedEngine
 from simplear.generation.command import generate
+from simplear.generation.compiled import CompiledEngine
 from simplear.generation.engine import ENGINES, Engine, GenerationStats, make_engine
 from simplear.generation.guidance import guide
 from simplear.generation.jacobi import JacobiEngine
@@ -13,6 +14,7 @@ __all__ = [
     "ENGINES",
     "BaselineEngine",
     "CachedEngine",
+    "CompiledEngine",
     "Engine",
     "GenerationStats",
     "JacobiEngine",

@@ -1,7 +1,7 @@
 """The `cached` engine: a KV cache, conditional and unconditional rows in one forward pass, logits over codes alone.
 
-Ragged prompts stand left-padded in one batch, prefilled once; every further step feeds one code a row. Without
-guidance the unconditional rows are left out.
+Ragged prompts stand left-padded in one batch, prefilled once, and an unconditional prompt that all images share is read
+for one of them; every further step feeds one code a row. Without guidance the unconditional rows are left out.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from simplear.generation.engine import GenerationStats, RowCallback, check_request, kept_codes, leading
-from simplear.generation.guidance import guide, log_probabilities
-from simplear.generation.sampling import SamplingSettings, choose, uniforms
+from simplear.generation.engine import GenerationStats, RowCallback, all_equal, check_request, kept_codes, leading
+from simplear.generation.guidance import guided_log_weights
+from simplear.generation.sampling import Noise, SamplingSettings, choose
 from simplear.language_model import LanguageModel
 from simplear.sequence import left_pad
 
@@ -46,32 +46,39 @@ class CachedEngine:
         check_request(model, prompt_ids, negative_ids, grid, seeds, given)
         begin = time.perf_counter()
         images, count = len(prompt_ids), height * width
-        guided = sampling.guidance_scale != 1.0
+        negatives = list(negative_ids) if sampling.guidance_scale != 1.0 else []
         device = next(model.parameters()).device
-        ids, mask = left_pad([*prompt_ids, *(negative_ids if guided else [])], model.layout)
-        ids, mask = ids.to(device), mask.to(device)
-        lengths = mask.sum(dim=1)
-        position = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        uniform = uniforms(seeds, range(count)).to(device) if sampling.do_sample else None
-        cache = DynamicCache(config=model.decoder.config)
         codes = kept_codes(given, images, count, device)
-        if first := leading(given):
+        first = leading(given)
+        shared = all_equal(negatives) and first == 0
+        ids, mask = (
+            part.to(device) for part in left_pad([*prompt_ids, *(negatives[:1] if shared else negatives)], model.layout)
+        )
+        lengths = mask.sum(dim=1)
+        if first:
             kept = codes[:, :first].repeat(len(ids) // images, 1) + model.layout.image_token_offset
             ids, mask = torch.cat([ids, kept], dim=1), torch.cat([mask, mask.new_ones(kept.shape)], dim=1)
-            position = (mask.cumsum(dim=1) - 1).clamp(min=0)
-            for row in range(1, first // width + 1):
-                if on_row is not None:
-                    on_row(row, codes[:, : row * width])
+        position = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        cache = DynamicCache(config=model.decoder.config)
+        hidden = model.hidden_states(ids, model.positions_at(position, lengths, grid), mask, cache)[:, -1]
+        if shared:
+            rows = torch.tensor([*range(images), *[images] * images], device=device)
+            cache.batch_select_indices(rows)
+            hidden, mask, lengths = hidden[rows], mask[rows], lengths[rows]
+        noise = Noise(seeds, count, model.layout.codebook_size, device)
+        places = torch.arange(count, device=device).expand(images, -1)
+        for row in range(1, first // width + 1):
+            if on_row is not None:
+                on_row(row, codes[:, : row * width])
         for step in range(first, count):
-            hidden = model.hidden_states(ids, model.positions_at(position, lengths, grid), mask, cache)
-            log_weights = log_probabilities(model.image_logits(hidden[:, -1]))
-            if guided:
-                log_weights = guide(log_weights[:images], log_weights[images:], sampling.guidance_scale)
-            drawn = choose(log_weights, sampling, None if uniform is None else uniform[:, step])
+            if step > first:
+                ids = (codes[:, step - 1, None] + model.layout.image_token_offset).repeat(len(lengths) // images, 1)
+                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+                position = model.positions_at((lengths + step - 1)[:, None], lengths, grid)
+                hidden = model.hidden_states(ids, position, mask, cache)[:, -1]
+            log_weights = guided_log_weights(model.image_logits(hidden), images, sampling.guidance_scale)
+            drawn = choose(log_weights[:, None], sampling, noise, places[:, step : step + 1])[:, 0]
             codes[:, step] = torch.where(codes[:, step] < 0, drawn, codes[:, step])
-            ids = (codes[:, step, None] + model.layout.image_token_offset).repeat(len(ids) // images, 1)
-            position = (lengths + step)[:, None]
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             if on_row is not None and (step + 1) % width == 0:
                 on_row((step + 1) // width, codes[:, : step + 1])
         stats = GenerationStats("cached", images, images * (count - first), count - first, time.perf_counter() - begin)

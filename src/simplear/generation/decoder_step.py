@@ -7,7 +7,7 @@ which rows advance apart, so padding, guidance and drafts need nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen2Config
 
+from simplear.generation.engine import all_equal
 from simplear.language_model import LanguageModel
 
 
@@ -34,8 +35,11 @@ class RowCache:
 
     def __init__(self, config: Qwen2Config, rows: int, capacity: int, like: Tensor) -> None:
         heads = config.num_key_value_heads or config.num_attention_heads
-        shape = (config.num_hidden_layers, rows, heads, capacity, head_size(config))
-        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
+        shape = (rows, heads, capacity, head_size(config))
+        # A tensor a layer, so that a compiler sees each written in place.
+        self.keys = [like.new_zeros(shape) for _ in range(config.num_hidden_layers)]
+        self.values = [like.new_zeros(shape) for _ in range(config.num_hidden_layers)]
+        self.capacity = capacity
         self.lengths = torch.zeros(rows, dtype=torch.long, device=like.device)
         """(R,) tokens that count."""
         self.visible = capacity
@@ -59,10 +63,22 @@ class RowCache:
         self.values[layer][self._rows, :, places] = values
         return self.keys[layer][:, :, : self.visible], self.values[layer][:, :, : self.visible]
 
+    def take(self, other: RowCache, order: Tensor) -> None:
+        """Begin with the rows ``order`` (R,) of another cache, which may repeat them."""
+        for mine, theirs in zip([*self.keys, *self.values], [*other.keys, *other.values], strict=True):
+            mine[:, :, : other.capacity] = theirs[order]
+        self.lengths = other.lengths[order]
+
 
 def head_size(config: Qwen2Config) -> int:
     """Dimensions of an attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+Forward = Callable[[Tensor, Tensor, RowCache], Tensor]
+"""From ids (R, T), their positions and a cache to logits (R, T, codebook_size)."""
+ROOM = 64
+"""Tokens by which a compiled step's cache grows from one size to the next."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +93,7 @@ class _Layer:
 
 
 class DecoderStep:
-    """Logits over the codebook for tokens behind the rows of a cache.
+    """Hidden states and logits over the codebook for tokens behind the rows of a cache.
 
     Args:
         model: its weights are copied.
@@ -85,6 +101,7 @@ class DecoderStep:
 
     def __init__(self, model: LanguageModel) -> None:
         decoder, config = model.decoder.model, model.decoder.config
+        self.versions = _versions(model)
         self.heads, self.size, self.epsilon = config.num_attention_heads, head_size(config), config.rms_norm_eps
         self.key_heads = config.num_key_value_heads or self.heads
         self.embedding, self.rotary, self.norm = decoder.embed_tokens.weight, decoder.rotary_emb, decoder.norm.weight
@@ -105,7 +122,15 @@ class DecoderStep:
         self.head = model.image_head_weight.t().contiguous()
 
     def __call__(self, ids: Tensor, positions: Tensor, cache: RowCache) -> Tensor:
-        """Logits (R, T, codebook_size).
+        """Logits (R, T, codebook_size). Arguments as for `hidden`."""
+        return self.logits(self.hidden(ids, positions, cache))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(…, codebook_size) of normalised hidden states (…, width)."""
+        return hidden @ self.head
+
+    def hidden(self, ids: Tensor, positions: Tensor, cache: RowCache) -> Tensor:
+        """Normalised hidden states (R, T, width).
 
         Args:
             ids: (R, T) tokens behind the rows.
@@ -114,7 +139,9 @@ class DecoderStep:
         """
         rows, new = ids.shape
         places = cache.places(new)
-        mask = cache.mask(places)
+        # Queries of the heads that share keys stand below each other, so that keys are not repeated for them.
+        shared = self.heads // self.key_heads
+        mask = cache.mask(places).repeat(1, 1, shared, 1)
         hidden = F.embedding(ids, self.embedding)
         cos, sin = (part[:, :, None] for part in self.rotary(hidden, positions))
         hidden = hidden.flatten(0, 1)
@@ -125,17 +152,18 @@ class DecoderStep:
             first, second = mixed[:, :, :turned].chunk(2, dim=-1)
             rotated = mixed[:, :, :turned] * cos + torch.cat([-second, first], dim=-1) * sin
             keys, values = cache.write(number, places, rotated[:, :, self.heads :], mixed[:, :, turned:])
+            queries = rotated[:, :, : self.heads].view(rows, new, self.key_heads, shared, self.size)
             attended = F.scaled_dot_product_attention(
-                rotated[:, :, : self.heads].transpose(1, 2),
+                queries.permute(0, 2, 3, 1, 4).reshape(rows, self.key_heads, shared * new, self.size),
                 keys,
                 values,
                 attn_mask=mask,
-                enable_gqa=self.heads != self.key_heads,
             )
-            hidden = torch.addmm(hidden, attended.transpose(1, 2).reshape(rows * new, -1), layer.attention_out)
+            attended = attended.view(rows, self.heads, new, self.size).transpose(1, 2).reshape(rows * new, -1)
+            hidden = torch.addmm(hidden, attended, layer.attention_out)
             gate, up = (self._normalized(hidden, layer.mlp_norm) @ layer.mlp_in).chunk(2, dim=-1)
             hidden = torch.addmm(hidden, F.silu(gate) * up, layer.mlp_out)
-        return (self._normalized(hidden, self.norm) @ self.head).view(rows, new, -1)
+        return self._normalized(hidden, self.norm).view(rows, new, -1)
 
     def _normalized(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """Qwen2's RMSNorm, which computes in float32 whatever the weights are."""
@@ -149,47 +177,121 @@ def _stored_in_out(*linears: nn.Linear) -> Tensor:
     return torch.cat([linear.weight for linear in linears]).t().contiguous()
 
 
+def _versions(model: LanguageModel) -> list[tuple[int, int]]:
+    """What changes when a weight does, in place or by another tensor."""
+    return [(weight.data_ptr(), weight._version) for weight in model.parameters()]
+
+
 class Rows:
-    """The conditional and then the unconditional rows of B images, prefilled up to the last token of their prompts.
+    """The conditional and then the unconditional rows of B images, prefilled with their prompts.
 
     Args:
-        model: gives positions and token ids.
-        step: its forward pass.
-        prompts: R = B or 2 B 1-D tensors.
-        grid: rows and columns of codes.
-        room: tokens behind the longest prompt.
+        first_logits: (R, codebook_size) at the first place that is not read.
+        lengths: (R,) tokens of the prompts.
+        images: B; R is B or 2 B.
+        fixed: all of the cache is attended to, with a mask: steps have one shape, and nothing waits for the device.
     """
 
     def __init__(
         self,
         model: LanguageModel,
-        step: DecoderStep,
+        forward: Forward,
+        cache: RowCache,
+        first_logits: Tensor,
+        lengths: Tensor,
+        images: int,
+        grid: tuple[int, int],
+        fixed: bool,
+    ) -> None:
+        self.model, self.forward, self.cache, self.grid = model, forward, cache, grid
+        self.first_logits, self.lengths, self.images, self.fixed = first_logits, lengths, images, fixed
+
+    def logits(self, canvas: Tensor, done: Tensor, window: int) -> Tensor:
+        """Logits (R, W + 1, codebook_size) at place ``done`` (B,), 1 or more, of a canvas of codes (B, N), and at the W
+        places behind it, given what stands on the canvas before each.
+        """
+        places = done[:, None] + torch.arange(-1, window, device=done.device)
+        pairs = len(self.lengths) // self.images
+        ids = (canvas.gather(1, places) + self.model.layout.image_token_offset).repeat(pairs, 1)
+        cache = self.cache
+        cache.lengths = self.lengths + (done - 1).repeat(pairs)
+        cache.visible = cache.capacity if self.fixed else int(cache.lengths.max()) + window + 1
+        positions = self.model.positions_at(cache.places(window + 1), self.lengths, self.grid)
+        return self.forward(ids, positions, cache)
+
+
+class PreparedStep:
+    """A model's step, kept from one request to the next for as long as the weights are the same.
+
+    Args:
+        model: on the device where it is to run, in evaluation mode.
+        compiled: under `torch.compile`, with CUDA graphs on a GPU. Each shape of a step compiles when it first occurs.
+    """
+
+    def __init__(self, model: LanguageModel, compiled: bool) -> None:
+        self.model, self.compiled = model, compiled
+        self._step: DecoderStep | None = None
+        self._forward: Forward | None = None
+        self._cache: RowCache | None = None
+
+    def prefill(
+        self,
         prompts: Sequence[Tensor],
+        negatives: Sequence[Tensor],
+        codes: Tensor,
         grid: tuple[int, int],
         room: int,
-    ) -> None:
-        self.model, self.step, self.grid, self.device = model, step, grid, step.embedding.device
-        ids = pad_sequence(list(prompts), batch_first=True).to(self.device)
-        self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
-        self.start = ids.gather(1, self.lengths[:, None] - 1)
-        self.cache = RowCache(model.decoder.config, len(prompts), ids.shape[1] + room, step.embedding)
-        # Padding stands behind a row's length, where later tokens replace it.
-        self.feed(ids[:, :-1])
+    ) -> Rows:
+        """Rows that hold prompts and codes. An unconditional prompt that all images share is read once.
 
-    def drafted(self, canvas: Tensor, done: Tensor, window: int) -> Tensor:
-        """Logits (R, W + 1, codebook_size) at the W drafts behind ``done`` (B,) final codes of a canvas (B, N), and
-        after them.
+        Args:
+            prompts: B 1-D tensors.
+            negatives: B more, or none.
+            codes: (B, K) behind the prompts from the beginning.
+            grid: rows and columns of codes.
+            room: codes that a row can hold.
         """
-        places = done[:, None] + torch.arange(-1, window, device=self.device)
-        ids = canvas.gather(1, places.clamp(min=0)) + self.model.layout.image_token_offset
-        pairs = len(self.lengths) // len(done)
-        ids, done = ids.repeat(pairs, 1), done.repeat(pairs)
-        first = torch.where(done[:, None] > 0, ids[:, :1], self.start)
-        self.cache.lengths = self.lengths - 1 + done
-        return self.feed(torch.cat([first, ids[:, 1:]], dim=1))
+        step, forward = self._current()
+        images, read, device = len(prompts), codes.shape[1], codes.device
+        order, asked = [*range(images + len(negatives))], [*prompts, *negatives]
+        if all_equal(negatives) and read == 0:
+            order, asked = [*range(images), *[images] * images], [*prompts, negatives[0]]
+        codes = codes + self.model.layout.image_token_offset
+        ids = pad_sequence(
+            [torch.cat([text.to(device), codes[row % images]]) for row, text in enumerate(asked)], batch_first=True
+        )
+        lengths = torch.tensor([len(text) for text in asked], device=device)
+        longest = max(len(text) for text in asked)
+        first = RowCache(self.model.decoder.config, len(asked), longest + read, step.embedding)
+        hidden = step.hidden(ids, self.model.positions_at(first.places(longest + read), lengths, grid), first)
+        last = hidden[torch.arange(len(asked), device=device), lengths + read - 1]
+        rows = torch.tensor(order, device=device)
+        cache = self._room(len(order), longest + room, step.embedding)
+        # Padding stands behind a row's length, where later tokens replace it.
+        cache.take(first, rows)
+        return Rows(self.model, forward, cache, step.logits(last)[rows], lengths[rows], images, grid, self.compiled)
 
-    def feed(self, ids: Tensor) -> Tensor:
-        """Logits (R, T, codebook_size) of tokens (R, T) behind the rows."""
-        self.cache.visible = int(self.cache.lengths.max()) + ids.shape[1]
-        positions = self.model.positions_at(self.cache.places(ids.shape[1]), self.lengths, self.grid)
-        return self.step(ids, positions, self.cache)
+    def _current(self) -> tuple[DecoderStep, Forward]:
+        """The step and what to call for it, made anew where the weights have changed."""
+        if self._step is None or self._forward is None or self._step.versions != _versions(self.model):
+            self._step = self._forward = DecoderStep(self.model)
+            if self.compiled:
+                mode = "reduce-overhead" if self._step.embedding.is_cuda else None
+                self._forward = torch.compile(self._step.__call__, fullgraph=True, dynamic=False, mode=mode)
+        return self._step, self._forward
+
+    def _room(self, rows: int, capacity: int, like: Tensor) -> RowCache:
+        """A cache; for the compiled step the one of before if it can be: a CUDA graph writes to fixed addresses."""
+        if not self.compiled:
+            return RowCache(self.model.decoder.config, rows, capacity, like)
+        capacity = -(-capacity // ROOM) * ROOM
+        cache = self._cache
+        if (
+            cache is None
+            or (len(cache.lengths), cache.capacity) != (rows, capacity)
+            or cache.keys[0].dtype != like.dtype
+        ):
+            self._cache = cache = RowCache(self.model.decoder.config, rows, capacity, like)
+            for tensor in (*cache.keys, *cache.values):
+                torch._dynamo.mark_static_address(tensor)
+        return cache

@@ -66,6 +66,7 @@ ENGINES = {
     "baseline": "simplear.generation.plain.BaselineEngine",
     "kv-cache": "simplear.generation.plain.KVCacheEngine",
     "cached": "simplear.generation.cached.CachedEngine",
+    "compiled": "simplear.generation.compiled.CompiledEngine",
     "jacobi": "simplear.generation.jacobi.JacobiEngine",
 }
 """Names that the pipeline takes, and their classes."""
@@ -131,3 +132,8 @@ def leading(given: Tensor | None) -> int:
         return 0
     kept = (given.flatten(1) >= 0).all(dim=0)[:-1]
     return int(kept.long().cumprod(dim=0).sum())
+
+
+def all_equal(prompts: Sequence[Tensor]) -> bool:
+    """Whether there are several prompts and they are one."""
+    return len(prompts) > 1 and all(torch.equal(prompt, prompts[0]) for prompt in prompts[1:])

@@ -23,3 +23,14 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
         (B, C) log-weights, normalised only where scale is 0 or 1.
     """
     return unconditional + scale * (conditional - unconditional)
+
+
+def guided_log_weights(logits: Tensor, images: int, scale: float) -> Tensor:
+    """(B, …, C) log-weights of B images from logits (R, …, C), over the codebook, of their rows.
+
+    The conditional rows stand first; R is B where there are no others, 2 B where the unconditional ones follow.
+    """
+    log_weights = log_probabilities(logits)
+    if len(log_weights) == images:
+        return log_weights
+    return guide(log_weights[:images], log_weights[images:], scale)

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 from simplear.generation.engine import GenerationStats, RowCallback, check_request, kept_codes
 from simplear.generation.guidance import guide, log_probabilities
-from simplear.generation.sampling import SamplingSettings, choose, uniforms
+from simplear.generation.sampling import Noise, SamplingSettings, choose
 from simplear.language_model import LanguageModel
 
 
@@ -79,14 +79,15 @@ class BaselineEngine:
         device = next(self.model.parameters()).device
         rows = [[_Sequence(self.model, ids, grid, self.cached) for ids in prompt_ids]]
         rows += [[_Sequence(self.model, ids, grid, self.cached) for ids in negative_ids]] if guided else []
-        uniform = uniforms(seeds, range(height * width)).to(device)
+        noises = [Noise([seed], height * width, self.model.layout.codebook_size, device) for seed in seeds]
         codes = kept_codes(given, images, height * width, device)
         for step in range(height * width):
+            place = torch.full((1, 1), step, device=device)
             for image, sequences in enumerate(zip(*rows, strict=True)):
                 log_weights = sequences[0].log_probabilities()
                 if guided:
                     log_weights = guide(log_weights, sequences[1].log_probabilities(), sampling.guidance_scale)
-                drawn = choose(log_weights, sampling, uniform[image : image + 1, step])[0]
+                drawn = choose(log_weights[None], sampling, noises[image], place)[0, 0]
                 codes[image, step] = torch.where(codes[image, step] < 0, drawn, codes[image, step])
                 for sequence in sequences:
                     sequence.append(codes[image, step : step + 1])

@@ -1,8 +1,11 @@
 """From log-weights to one code, with randomness that belongs to an image and not to its batch.
 
-Each (seed, position) has one uniform number; the code is the inverse of the cumulative distribution, in id order, at
-that number. So an image does not change with its companions, engines that draw code by code can be compared code by
-code, and speculative ones may ask for further numbers under keys of their own.
+Each (seed, place, code) has one exponential number, and the code with the most probability over its number is drawn:
+the Gumbel-max trick, written as a race. So an image does not change with its companions or its engine, engines can be
+compared code by code, and two distributions that differ little draw the same code: by rounding, by the shape of a
+batch, or by a draft in the context (one number for a place would not do, for the inverse of a cumulative distribution
+moves with every code before). With weights p and q the codes are the same with a probability of at least
+(1 − d) / (1 + d), where d is the total variation distance (Daliri et al. 2024, arXiv 2408.07978).
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simplear.data.order import mix
+from simplear.data.order import GOLDEN_RATIO, mix
 
 
 @dataclass(frozen=True)
@@ -45,42 +48,69 @@ class SamplingSettings:
             raise ValueError(f"top_p {self.top_p} must lie in (0, 1].")
 
 
-def uniforms(seeds: Sequence[int], positions: Sequence[int], *keys: int) -> Tensor:
-    """One number in [0, 1) for each seed and position, (B, T) float64 on CPU.
+class Noise:
+    """The exponential numbers of B images, hashed where they are asked for and held nowhere.
 
-    A hash (SplitMix64's finaliser, once for each part of the key), so the same on every machine and in any order.
+    Code c's number comes of the c-th output of a SplitMix64 generator that starts from a hash of seed and place: so it
+    is the same on every machine and in any order.
 
     Args:
         seeds: B integers.
-        positions: T places in the image's raster order.
-        keys: what else a number is for, such as a purpose and an iteration; none for the draw of the code itself.
+        places: how many, in the image's raster order.
+        codebook_size: C.
+        device: of the numbers.
     """
-    state = mix(np.array([seed % 2**64 for seed in seeds], dtype=np.uint64))[:, None]
-    state = mix(state ^ np.array(positions, dtype=np.uint64)[None])
-    for key in keys:
-        state = mix(state ^ np.uint64(key + 1))
-    return torch.from_numpy((mix(state) >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+
+    def __init__(self, seeds: Sequence[int], places: int, codebook_size: int, device: torch.device | str) -> None:
+        state = mix(np.array([seed % 2**64 for seed in seeds], dtype=np.uint64))[:, None]
+        state = mix(state ^ np.arange(places, dtype=np.uint64)[None])
+        self._states = torch.from_numpy(state.view(np.int64)).to(device)
+        self._codes = (torch.arange(codebook_size) * _signed(GOLDEN_RATIO)).to(device)
+
+    def at(self, places: Tensor) -> Tensor:
+        """(B, T, C) float64 above 0, exponential with mean 1, at places (B, T)."""
+        bits = finalise(self._states.gather(1, places)[..., None] + self._codes)
+        # The middle of one of 2**52 intervals: neither 0, which no code could win with, nor 1, which all would.
+        return ((_shifted(bits, 12).double() + 0.5) * 2.0**-52).log_().neg_()
 
 
-def choose(log_weights: Tensor, settings: SamplingSettings, uniform: Tensor | None) -> Tensor:
-    """One code a row, (B,) int64.
+def finalise(words: Tensor) -> Tensor:
+    """The finaliser of SplitMix64 after its increment, as `mix`, on int64 whose bits are taken as unsigned."""
+    words = words + _signed(GOLDEN_RATIO)
+    words = (words ^ _shifted(words, 30)) * _signed(0xBF58476D1CE4E5B9)
+    words = (words ^ _shifted(words, 27)) * _signed(0x94D049BB133111EB)
+    return words ^ _shifted(words, 31)
+
+
+def _shifted(words: Tensor, bits: int) -> Tensor:
+    """To the right, filled with zeros: torch's own shift repeats the sign."""
+    return (words >> bits) & (2 ** (64 - bits) - 1)
+
+
+def _signed(word: int) -> int:
+    """The int64 of the same bits."""
+    return word - 2**64 if word >= 2**63 else word
+
+
+def choose(log_weights: Tensor, settings: SamplingSettings, noise: Noise, places: Tensor) -> Tensor:
+    """Codes (B, T) int64.
 
     Args:
-        log_weights: (B, C) guided log-weights over the codebook, in any floating dtype.
+        log_weights: (B, T, C) guided log-weights over the codebook, in any floating dtype.
         settings: temperature, top-k and top-p; guidance is done.
-        uniform: (B,) float64 in [0, 1); not read when greedy.
+        noise: of the B images; not read when greedy.
+        places: (B, T) in raster order.
     """
     if not settings.do_sample:
         return log_weights.argmax(dim=-1)
-    assert uniform is not None
-    return invert_cumulative(probabilities(log_weights, settings), uniform)
+    return (probabilities(log_weights, settings) / noise.at(places)).argmax(dim=-1)
 
 
 def probabilities(log_weights: Tensor, settings: SamplingSettings) -> Tensor:
-    """The distribution that is drawn from, (B, C) float64: tempered, truncated and normalised."""
+    """The distribution that is drawn from, (…, C) float64: tempered, truncated and normalised."""
     scaled = log_weights.double() / settings.temperature
     if settings.top_k is not None and settings.top_k < scaled.shape[-1]:
-        smallest_kept = scaled.topk(settings.top_k, dim=-1).values[:, -1:]
+        smallest_kept = scaled.topk(settings.top_k, dim=-1).values[..., -1:]
         scaled = scaled.masked_fill(scaled < smallest_kept, float("-inf"))
     probability = scaled.softmax(dim=-1)
     if settings.top_p is not None and settings.top_p < 1:
@@ -90,14 +120,3 @@ def probabilities(log_weights: Tensor, settings: SamplingSettings) -> Tensor:
         probability = probability.masked_fill(~kept, 0.0)
         probability = probability / probability.sum(dim=-1, keepdim=True)
     return probability
-
-
-def invert_cumulative(probability: Tensor, uniform: Tensor) -> Tensor:
-    """The first code whose cumulative probability, in id order, exceeds the uniform number, (B,) int64.
-
-    The number is scaled by the sum as it came out, so rounding leaves no gap at the end. A code of probability zero is
-    never drawn: it has its predecessor's cumulative probability exactly, which parallel sums alone do not promise.
-    """
-    cumulative = probability.cumsum(dim=-1).masked_fill(probability == 0, 0.0).cummax(dim=-1).values
-    threshold = uniform.to(cumulative) * cumulative[:, -1]
-    return torch.searchsorted(cumulative, threshold[:, None], right=True)[:, 0]

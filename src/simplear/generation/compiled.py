@@ -1,0 +1,73 @@
+"""The `compiled` engine: one step of fixed shape under `torch.compile`, and nothing that waits for the device.
+
+The prompts are prefilled once, as they are; from then on each step feeds one code a row, attends to a cache of fixed
+size through a mask, and draws on the device, so that a GPU replays one CUDA graph a code. The first request of a shape
+(number of rows, and size of the cache) compiles, which takes seconds to a minute, and so does the first after a change
+of the weights: for serving and many prompts, not for pictures during training.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from simplear.generation.decoder_step import PreparedStep
+from simplear.generation.engine import GenerationStats, RowCallback, check_request, kept_codes, leading
+from simplear.generation.guidance import guided_log_weights
+from simplear.generation.sampling import Noise, SamplingSettings, choose
+from simplear.language_model import LanguageModel
+
+
+class CompiledEngine:
+    """Draws code by code with a compiled step.
+
+    Args:
+        model: on the device where it is to run, in evaluation mode.
+    """
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.model = model
+        self._step = PreparedStep(model, compiled=True)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompt_ids: Sequence[Tensor],
+        negative_ids: Sequence[Tensor],
+        grid: tuple[int, int],
+        sampling: SamplingSettings,
+        seeds: Sequence[int],
+        on_row: RowCallback | None = None,
+        given: Tensor | None = None,
+    ) -> tuple[Tensor, GenerationStats]:
+        """See `Engine.generate`."""
+        model, (height, width) = self.model, grid
+        check_request(model, prompt_ids, negative_ids, grid, seeds, given)
+        begin = time.perf_counter()
+        images, count, first = len(prompt_ids), height * width, leading(given)
+        negatives = list(negative_ids) if sampling.guidance_scale != 1.0 else []
+        device = next(model.parameters()).device
+        codes = kept_codes(given, images, count, device)
+        rows = self._step.prefill(prompt_ids, negatives, codes[:, :first], grid, count)
+        noise = Noise(seeds, count, model.layout.codebook_size, device)
+        logits = rows.first_logits[:, None]
+        for row in range(1, first // width + 1):
+            if on_row is not None:
+                on_row(row, codes[:, : row * width])
+        for place in range(first, count):
+            if place > first:
+                logits = rows.logits(codes, torch.full((images,), place, device=device), 0)
+            log_weights = guided_log_weights(logits, images, sampling.guidance_scale)
+            drawn = choose(log_weights, sampling, noise, torch.full((images, 1), place, device=device))[:, 0]
+            codes[:, place] = torch.where(codes[:, place] < 0, drawn, codes[:, place])
+            if on_row is not None and (place + 1) % width == 0:
+                on_row((place + 1) // width, codes[:, : place + 1])
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # once, for the seconds
+        stats = GenerationStats(
+            "compiled", images, images * (count - first), count - first, time.perf_counter() - begin
+        )
+        return codes.view(images, height, width), stats
