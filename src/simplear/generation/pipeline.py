@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from simplear.data.pictures import to_pixels
 from simplear.generation.engine import GenerationStats, make_engine
 from simplear.generation.sampling import SamplingSettings
 from simplear.language_model import CheckpointError, CheckpointSettings, LanguageModel, load_checkpoint
 from simplear.sequence import encode_captions, prompt_sequence
-from simplear.visual_tokenizer import VisualTokenizer, load_visual_tokenizer
+from simplear.visual_tokenizer import VisualTokenizer, load_visual_tokenizer, to_pixels
 
 OutputType = Literal["pil", "pt", "codes"]
 

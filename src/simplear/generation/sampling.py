@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simplear.data.order import mix
+from simplear.hashing import mix
 
 
 @dataclass(frozen=True)
