@@ -67,6 +67,7 @@ ENGINES = {
     "kv-cache": "simplear.generation.plain.KVCacheEngine",
     "cached": "simplear.generation.cached.CachedEngine",
     "jacobi": "simplear.generation.jacobi.JacobiEngine",
+    "vllm": "simplear.generation.vllm_plugin.engine.VLLMEngine",
 }
 """Names that the pipeline takes, and their classes."""
 
