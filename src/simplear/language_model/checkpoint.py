@@ -184,7 +184,8 @@ def load_checkpoint(path: str | Path, *, dtype: torch.dtype | None = None, with_
             decoder = load_decoder(model_class, directory, config, dtype or "auto")
         else:
             with torch.device("meta"):
-                decoder = model_class(config).to(dtype or config.dtype or torch.float32)
+                decoder = model_class(config)
+            decoder = decoder.type(dtype or config.dtype or torch.float32)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
             f"cannot read the weights (model.safetensors) in {directory}: {error} Export or download the checkpoint "

@@ -7,6 +7,7 @@ Whatever is raised becomes the answer's "error".
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import sys
@@ -44,7 +45,7 @@ def one_after_another(engine: VLLMEngine, ask: dict[str, Any]) -> dict[str, Any]
 def apart(engine: VLLMEngine, ask: dict[str, Any]) -> dict[str, Any]:
     """All conditional requests, then steps, then the negative ones in another order with steps between."""
     requests = both_rows(engine, ask)
-    order = [image for image in range(len(requests))]
+    order = list(range(len(requests)))
     names = {image: [engine._add(*requests[image][0])] for image in order}
     drawn: dict[str, list[int]] = {}
     random.Random(0).shuffle(order)
@@ -77,11 +78,10 @@ def aborted(engine: VLLMEngine, ask: dict[str, Any]) -> dict[str, Any]:
 
 def after_mistakes(engine: VLLMEngine, ask: dict[str, Any]) -> dict[str, Any]:
     """What cannot be drawn, one mistake after another, and then everything else."""
-    import dataclasses
-
+    from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import SamplingParams
 
-    from simplear.generation.vllm_plugin import pairs
+    from simplear.generation.vllm_plugin import scheduler
 
     prompts, negatives, grid, sampling, seeds = inputs(ask)
     told = []
@@ -93,7 +93,7 @@ def after_mistakes(engine: VLLMEngine, ask: dict[str, Any]) -> dict[str, Any]:
                 for output in engine._vllm.step():
                     if output.outputs[0].stop_reason:
                         told.append(output.outputs[0].stop_reason)
-        except ValueError as error:
+        except (ValueError, VLLMValidationError) as error:
             told.append(str(error))
 
     def texts(**options: Any) -> Any:
@@ -101,13 +101,12 @@ def after_mistakes(engine: VLLMEngine, ask: dict[str, Any]) -> dict[str, Any]:
         return lambda: engine._vllm.add_request("text", prompt, SamplingParams(max_tokens=4, **options))
 
     (first, prompt), (second, negative) = both_rows(engine, ask)[0]
-    long = torch.cat([prompts[0][:1], torch.full((60,), 5), prompts[0][1:]])
-    pairs.PARTNER_SECONDS = 0.5
+    scheduler.PARTNER_SECONDS = 1.0
     mistake(texts())
     mistake(texts(extra_args=first.extra_args()))
     mistake(lambda: [engine._add(first, prompt), engine._add(dataclasses.replace(second, seed=77), negative)])
     mistake(lambda: [engine._add(first, prompt), engine._add(second, negative), engine._add(second, negative)])
-    mistake(lambda: engine.generate([long], [long], grid, sampling, [0]))
+    mistake(lambda: engine.generate(prompts[1:2], prompts[1:2], grid, sampling, [0]))
     mistake(lambda: engine.generate(prompts, negatives, (40, 40), sampling, seeds))
     mistake(lambda: engine._add(first, prompt))
     return {"codes": engine.generate(prompts, negatives, grid, sampling, seeds)[0].tolist(), "told": told}
@@ -133,6 +132,15 @@ def naive(ask: dict[str, Any]) -> dict[str, Any]:
 
     logits_processor.check_configuration = engine_module.check_configuration = lambda config: None
     engine_module.SCHEDULER = f"{Scheduler.__module__}.{Scheduler.__qualname__}"
+    return at_once(load(ask, ask["options"]), ask)
+
+
+def overcommitted(ask: dict[str, Any]) -> dict[str, Any]:
+    """Our scheduler, but admission does not look at what it has of one thing."""
+    from simplear.generation.vllm_plugin.scheduler import PairScheduler
+
+    capacity = PairScheduler._capacity
+    PairScheduler._capacity = lambda self: dataclasses.replace(capacity(self), **{ask["ignored"]: 10**6})
     return at_once(load(ask, ask["options"]), ask)
 
 
@@ -199,7 +207,7 @@ def main(request: str, answer: str) -> None:
     ask = json.loads(Path(request).read_text())
     way = globals()[ask["way"]]
     try:
-        answered = way(ask) if way in (refused, naive, careless) else way(load(ask, ask["options"]), ask)
+        answered = way(ask) if way in (refused, naive, careless, overcommitted) else way(load(ask, ask["options"]), ask)
     except Exception as error:
         answered = {"error": f"{type(error).__name__}: {error}"}
     Path(answer).write_text(json.dumps(answered))

@@ -150,6 +150,16 @@ def test_stock_scheduling_is_noticed(model, checkpoint, tmp_path, options):
     assert count_right(model, vllm(model, checkpoint, tmp_path, "careless", options=options), SAMPLING) < 8
 
 
+@pytest.mark.parametrize(
+    ("ignored", "options", "words"),
+    [("blocks", FEW_BLOCKS, "was about to be preempted"), ("tokens", FEW_TOKENS, "are fed whole: [")],
+)
+def test_admission_that_reserves_too_little_is_noticed(model, checkpoint, tmp_path, ignored, options, words):
+    """The scheduler raises before anything wrong is drawn."""
+    answer = vllm(model, checkpoint, tmp_path, "overcommitted", options=options, ignored=ignored)
+    assert answer["error"].startswith("PairSplit") and words in answer["error"]
+
+
 @pytest.mark.parametrize("options", [OPTIONS, FEW_BLOCKS, FEW_TOKENS], ids=["room", "few-blocks", "few-tokens"])
 @pytest.mark.parametrize("environment", [{}, PROCESSES], ids=["one-process", "processes"])
 def test_rows_of_a_pair_that_come_apart(model, checkpoint, tmp_path, options, environment):
@@ -180,7 +190,7 @@ def test_one_row_given_up_takes_the_other_with_it(model, checkpoint, tmp_path, e
 
 
 def test_mistakes_are_named_and_the_next_request_is_drawn(model, checkpoint, tmp_path):
-    answer = vllm(model, checkpoint, tmp_path, "after_mistakes", options={**OPTIONS, "max_num_batched_tokens": 100})
+    answer = vllm(model, checkpoint, tmp_path, "after_mistakes", options={**OPTIONS, "max_num_batched_tokens": 50})
     assert count_right(model, answer, SAMPLING) == 8
     told = answer["told"]
     for words, message in zip(
@@ -190,9 +200,9 @@ def test_mistakes_are_named_and_the_next_request_is_drawn(model, checkpoint, tmp
             "differ in more than their roles",
             "differ in more than their roles",
             "has both its requests already",
-            "max_num_batched_tokens is 100: raise it",
+            "max_num_batched_tokens is 50: raise it",
             "a grid of 40 × 40 codes take",
-            "did not come in 0 s",
+            "did not come in 1 s",
         ],
         told,
         strict=True,

@@ -7,6 +7,7 @@ the number of positions are read, so one without weights will do.
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,9 @@ from simplear.generation.vllm_plugin.image_request import ImageRequest, Role
 from simplear.generation.vllm_plugin.requirements import (
     ARCHITECTURE,
     LOGITS_PROCESSOR,
+    NO_V2_RUNNER,
     SCHEDULER,
+    V2_RUNNER,
     VLLMError,
     check_configuration,
     check_version,
@@ -31,7 +34,7 @@ from simplear.language_model import LanguageModel
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # a second process would import the user's script again
-    "VLLM_USE_V2_MODEL_RUNNER": "0",
+    V2_RUNNER: "0",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -77,12 +80,16 @@ class VLLMEngine:
         dtype = next(model.parameters()).dtype if dtype is None else dtype
         if dtype not in DTYPES:
             raise VLLMError(f"vLLM has no {dtype}: name one of {', '.join(map(str, DTYPES))} (dtype=…).")
+        self._configuration = tempfile.TemporaryDirectory(prefix="simplear-vllm-")
+        model.decoder.config.save_pretrained(self._configuration.name)
         own = {
             "model": str(directory),
             "dtype": str(dtype).removeprefix("torch."),
             "skip_tokenizer_init": True,
-            # Released directories name an architecture and perhaps a model type of their own; both are Qwen2.
-            "hf_overrides": {"architectures": [ARCHITECTURE], "model_type": "qwen2"},
+            # Released directories name an architecture and perhaps a model type of their own, or none. The model was
+            # read as Qwen2, so vLLM reads its configuration.
+            "hf_config_path": self._configuration.name,
+            "hf_overrides": {"architectures": [ARCHITECTURE]},
             "generation_config": "vllm",
             "scheduler_cls": SCHEDULER,
             "logits_processors": [LOGITS_PROCESSOR],
@@ -92,6 +99,8 @@ class VLLMEngine:
             raise VLLMError(f"{', '.join(taken)}: the vllm engine sets this itself. Leave it out.")
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+        if os.environ[V2_RUNNER] != "0":
+            raise VLLMError(f"the vllm engine does not work with {NO_V2_RUNNER}.")
         from vllm.engine.arg_utils import EngineArgs
         from vllm.platforms import current_platform
         from vllm.sampling_params import RequestOutputKind, SamplingParams

@@ -34,7 +34,7 @@ class _Row:
 class GuidedSampling(LogitsProcessor):
     """The logits processor of the `vllm` engine.
 
-    Raises VLLMError for a version or a feature of vLLM that it was not made for, a scheduler that splits pairs included.
+    Raises VLLMError for a version or a feature of vLLM that it was not made for, another scheduler among them.
     """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
@@ -71,7 +71,9 @@ class GuidedSampling(LogitsProcessor):
             rows = torch.tensor(places, device=logits.device).T
             log_weights = log_probabilities(logits[rows[0], codes])
             if len(rows) == 2:
-                log_weights = guide(log_weights, log_probabilities(logits[rows[1], codes]), first.sampling.guidance_scale)
+                log_weights = guide(
+                    log_weights, log_probabilities(logits[rows[1], codes]), first.sampling.guidance_scale
+                )
             drawn = choose(log_weights, first.sampling, self._uniform(places).to(logits.device))
             given = torch.tensor([self._given(place[0]) for place in places], device=logits.device)
             ids = torch.where(given < 0, drawn, given) + first.image_token_offset

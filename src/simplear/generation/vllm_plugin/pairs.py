@@ -16,9 +16,6 @@ from dataclasses import dataclass, field
 
 from simplear.generation.vllm_plugin.image_request import ImageRequest
 
-PARTNER_SECONDS = 60.0
-"""How long a request waits for its partner before it is refused."""
-
 
 @dataclass(frozen=True)
 class Capacity:
@@ -168,9 +165,9 @@ class Pairs:
             if pair is not None:
                 del self._named[pair]
 
-    def overdue(self, now: float) -> list[str]:
-        """Requests whose partner has not come in time."""
-        late = [image for image in self._named.values() if not image.blocks and now - image.begun > PARTNER_SECONDS]
+    def overdue(self, since: float) -> list[str]:
+        """Requests that came before then and still wait for a partner."""
+        late = [image for image in self._named.values() if not image.blocks and image.begun < since]
         return [request_id for image in late for request_id in image.requests]
 
     def running(self) -> list[list[str]]:

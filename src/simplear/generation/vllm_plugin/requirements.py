@@ -14,6 +14,8 @@ KNOWN_VERSIONS = ("0.32.0",)
 ARCHITECTURE = "Qwen2ForCausalLM"
 SCHEDULER = "simplear.generation.vllm_plugin.scheduler.PairScheduler"
 LOGITS_PROCESSOR = "simplear.generation.vllm_plugin.logits_processor:GuidedSampling"
+V2_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
+NO_V2_RUNNER = f"the V2 model runner of GPU builds, whose logits processors are others (set {V2_RUNNER}=0)"
 REMEDY = (
     "make vllm-env sets up an environment with it, and .venv-vllm/bin/simplear runs there what simplear runs here; "
     "every other engine works without."
@@ -36,9 +38,10 @@ def check_version() -> None:
         raise VLLMError(f"the vllm engine needs vLLM, which is not installed in this environment: {REMEDY}")
     unknown = {name: version for name, version in versions.items() if version.partition("+")[0] not in KNOWN_VERSIONS}
     if unknown:
+        found = " and ".join(f"{name} {version}" for name, version in unknown.items())
         raise VLLMError(
-            f"{' and '.join(f'{name} {version}' for name, version in unknown.items())} is installed, and the vllm "
-            f"engine knows {', '.join(KNOWN_VERSIONS)} alone, for it depends on the inside of vLLM's scheduler: {REMEDY}"
+            f"{found} is installed, and the vllm engine knows {', '.join(KNOWN_VERSIONS)} alone, for it depends on the "
+            f"inside of vLLM's scheduler: {REMEDY}"
         )
 
 
@@ -48,9 +51,7 @@ def check_configuration(config: Any) -> None:
     refused = {
         f"architecture {model.architectures} (a plain {ARCHITECTURE} is needed)": model.architectures != [ARCHITECTURE],
         "speculative decoding (it draws several codes a step)": config.speculative_config is not None,
-        "the V2 model runner, whose logits processors are others (set VLLM_USE_V2_MODEL_RUNNER=0)": (
-            config.use_v2_model_runner
-        ),
+        NO_V2_RUNNER: config.use_v2_model_runner,
         "asynchronous scheduling (set async_scheduling=False)": scheduler.async_scheduling,
         f"the scheduling policy {scheduler.policy} (requests run in the order in which their pairs are complete)": (
             scheduler.policy != "fcfs"

@@ -21,8 +21,11 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from simplear.generation.vllm_plugin.image_request import ImageRequest
-from simplear.generation.vllm_plugin.pairs import PARTNER_SECONDS, Capacity, Pairs, Refused
+from simplear.generation.vllm_plugin.pairs import Capacity, Pairs, Refused
 from simplear.generation.vllm_plugin.requirements import VLLMError, check_configuration, check_version
+
+PARTNER_SECONDS = 60.0
+"""How long a request waits for its partner before it is refused."""
 
 
 class PairSplit(RuntimeError):
@@ -72,10 +75,9 @@ class PairScheduler(Scheduler):
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """The next forward pass, into which images enter whole."""
-        late = self._pairs.overdue(time.monotonic())
-        self._give_up(
-            late, RequestStatus.FINISHED_ERROR, f"the other request of the pair did not come in {PARTNER_SECONDS:.0f} s."
-        )
+        late = self._pairs.overdue(since=time.monotonic() - PARTNER_SECONDS)
+        reason = f"the other request of the pair did not come in {PARTNER_SECONDS:.0f} s."
+        self._give_up(late, RequestStatus.FINISHED_ERROR, reason)
         if self._pause_state == PauseState.UNPAUSED:
             for request_id in self._pairs.admit():
                 super()._enqueue_waiting_request(self._held.pop(request_id))
@@ -107,9 +109,7 @@ class PairScheduler(Scheduler):
             raise VLLMError(f"{len(self.running)} requests are being drawn and cannot begin again: wait or abort them.")
         return super().reset_prefix_cache(False, reset_connector)
 
-    def finish_requests(
-        self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus
-    ) -> list[Request]:
+    def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus) -> list[Request]:
         """As vLLM's, and the partners of these requests too, whose clients are told so."""
         if request_ids is None:
             return super().finish_requests(None, finished_status)
