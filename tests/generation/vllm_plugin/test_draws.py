@@ -172,6 +172,11 @@ def test_several_processes(model, checkpoint, tmp_path):
     assert count_right(model, answer, SAMPLING) == 8
 
 
+def test_tensor_parallel_processes(model, checkpoint, tmp_path):
+    answer = vllm(model, checkpoint, tmp_path, options={**FEW_BLOCKS, "tensor_parallel_size": 2})
+    assert count_right(model, answer, SAMPLING) == 8
+
+
 @pytest.mark.parametrize("cached", [True, False])
 def test_cached_prefixes(model, checkpoint, tmp_path, cached):
     """Blocks of the negative prompts, and in the second round of whole prompts, are taken from the cache."""

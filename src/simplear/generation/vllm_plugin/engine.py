@@ -195,8 +195,8 @@ class VLLMEngine:
     def _codes(self, drawn: dict[tuple[int, Role], list[int]], images: int, count: int) -> Tensor:
         """The first codes (B, count) of all images; the rows of a pair must have the same."""
         for image in range(images):
-            ids = {tuple(codes[:count]) for (of, _), codes in drawn.items() if of == image}
-            if len(ids) != 1 or len(next(iter(ids))) != count:
+            taken = {tuple(drawn[image, role][:count]) for role in get_args(Role) if (image, role) in drawn}
+            if len(taken) != 1 or len(*taken) != count:
                 raise RuntimeError(f"the two rows of image {image} took different codes: the pair was split.")
         conditional = torch.tensor([drawn[image, "conditional"][:count] for image in range(images)])
         return self.model.layout.codes_of_ids(conditional)
