@@ -59,13 +59,21 @@ def apart(engine: VLLMEngine, ask: dict[str, Any]) -> dict[str, Any]:
 
 
 def aborted(engine: VLLMEngine, ask: dict[str, Any]) -> dict[str, Any]:
-    """The negative row of image 2 is given up while it is drawn, one row of a pair that waits likewise."""
+    """The negative row of image 2 is given up while it is drawn, one row of a pair that waits likewise.
+
+    Before that vLLM is told to preempt everything, for its cache's sake.
+    """
     requests = both_rows(engine, ask)
     names = [[engine._add(*row) for row in rows] for rows in requests]
     drawn: dict[str, list[int]] = {}
     ends: dict[str, Any] = {}
     step(engine, drawn, 5, ends)
     assert 0 < len(drawn[names[2][0]]) < ask["grid"][0] * ask["grid"][1] and names[7][0] not in drawn
+    try:
+        engine._vllm.reset_prefix_cache(reset_running_requests=True)
+        reset = "done"
+    except Exception as error:
+        reset = str(error)
     engine._vllm.abort_request([names[2][1], names[7][0]])
     while engine._vllm.has_unfinished_requests():
         step(engine, drawn, 1, ends)
@@ -73,7 +81,7 @@ def aborted(engine: VLLMEngine, ask: dict[str, Any]) -> dict[str, Any]:
     again = engine.generate(*inputs(ask))[0].tolist()
     others = [drawn[name] for image, (name, _) in enumerate(names) if image not in (2, 7)]
     codes = as_codes(engine, ask, others)
-    return {"codes": [*codes[:2], again[2], *codes[2:], again[7]], "told": told}
+    return {"codes": [*codes[:2], again[2], *codes[2:], again[7]], "told": told, "reset": reset}
 
 
 def after_mistakes(engine: VLLMEngine, ask: dict[str, Any]) -> dict[str, Any]:

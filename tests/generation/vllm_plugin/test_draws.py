@@ -11,13 +11,21 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from generation.near_ties import margins, right
-from simplear.generation import CachedEngine, SamplingSettings
-from simplear.language_model import CheckpointSettings, LanguageModel, load_checkpoint, save_checkpoint
+from simplear.generation import CachedEngine, SamplingSettings, SimpleARPipeline
+from simplear.language_model import (
+    CheckpointSettings,
+    GenerationDefaults,
+    LanguageModel,
+    load_checkpoint,
+    save_checkpoint,
+)
 from simplear.sequence import prompt_sequence
 from toys import model_config
 
@@ -67,6 +75,22 @@ def prompts(model: LanguageModel) -> tuple[list[Tensor], list[Tensor]]:
     return texts(model, LENGTHS, 1), texts(model, NEGATIVE_LENGTHS, 2)
 
 
+def run(arguments: list[Any], environment: dict[str, str] | None = None) -> str:
+    """What vLLM's Python prints."""
+    python = Path(os.environ.get("SIMPLEAR_VLLM_PYTHON", ROOT / ".venv-vllm" / "bin" / "python"))
+    if not python.exists():
+        pytest.fail(f"no vLLM environment: {python} is missing. make vllm-env sets it up.")
+    ran = subprocess.run(
+        [python, *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", **(environment or {})},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+    )
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    return ran.stdout
+
+
 def vllm(
     model: LanguageModel,
     checkpoint: Path,
@@ -78,9 +102,6 @@ def vllm(
     **more: Any,
 ) -> dict[str, Any]:
     """What `draw.py` answers."""
-    python = Path(os.environ.get("SIMPLEAR_VLLM_PYTHON", ROOT / ".venv-vllm" / "bin" / "python"))
-    if not python.exists():
-        pytest.fail(f"no vLLM environment: {python} is missing. make vllm-env sets it up.")
     asked, negatives = prompts(model)
     request = {
         "way": way,
@@ -94,14 +115,7 @@ def vllm(
         **more,
     }
     (directory / "request.json").write_text(json.dumps(request))
-    run = subprocess.run(
-        [python, SCRIPT, directory / "request.json", directory / "answer.json"],
-        env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", **(environment or {})},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
+    run([SCRIPT, directory / "request.json", directory / "answer.json"], environment)
     return json.loads((directory / "answer.json").read_text())
 
 
@@ -192,6 +206,7 @@ def test_one_row_given_up_takes_the_other_with_it(model, checkpoint, tmp_path, e
     )
     assert count_right(model, answer, SAMPLING) == 8
     assert answer["told"] == [["abort", "the other request of its pair was given up."]] * 2
+    assert "8 requests are being drawn and cannot begin again" in answer["reset"]
 
 
 def test_mistakes_are_named_and_the_next_request_is_drawn(model, checkpoint, tmp_path):
@@ -247,6 +262,23 @@ def test_a_released_directory(model, checkpoint, tmp_path):
     config.update(architectures=["SimpARForCausalLM"], model_type="simpar_qwen")
     (released / "config.json").write_text(json.dumps(config))
     assert count_right(model, vllm(model, released, tmp_path), SAMPLING) == 8
+
+
+def test_the_command_line_draws_the_same_pictures(tmp_path, tiny_text_tokenizer, tiny_visual_tokenizer):
+    """Tokenizers, defaults and pictures too, where there is no Lightning."""
+    torch.manual_seed(0)
+    model, tokenizer = model_config(tiny_text_tokenizer, hidden_size=64, initializer_range=0.2).build()
+    generation = GenerationDefaults(prompt_prefix="a photo of ", guidance_scale=2.0)
+    settings = CheckpointSettings(model.layout.image_token_offset, 27, (4, 4), 8, generation=generation)
+    checkpoint = tmp_path / "checkpoint"
+    save_checkpoint(checkpoint, model, tokenizer, settings, visual_tokenizer=tiny_visual_tokenizer)
+    asked = ["--prompt", "a red circle", "--num-images-per-prompt", "2", "--seed", "5", "--out", tmp_path / "drawn"]
+    run(["-m", "simplear.cli", "generate", checkpoint, *asked, "--engine", "vllm"])
+    pipe = SimpleARPipeline.from_pretrained(checkpoint, device="cpu")
+    expected = pipe("a red circle", num_images_per_prompt=2, seed=5).images
+    drawn = [Image.open(file) for file in sorted((tmp_path / "drawn").iterdir())]
+    for one, other in zip(expected, drawn, strict=True):
+        assert np.abs(np.asarray(one).astype(int) - np.asarray(other).astype(int)).max() <= 1
 
 
 def test_given_codes_are_kept(model, checkpoint, tmp_path):

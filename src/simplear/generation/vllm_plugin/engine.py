@@ -6,6 +6,7 @@ the number of positions are read, so one without weights will do.
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 import time
@@ -94,6 +95,7 @@ class VLLMEngine:
             "scheduler_cls": SCHEDULER,
             "logits_processors": [LOGITS_PROCESSOR],
             "async_scheduling": False,
+            "use_tqdm_on_load": False,
         }
         if taken := sorted(own.keys() & vllm_options.keys()):
             raise VLLMError(f"{', '.join(taken)}: the vllm engine sets this itself. Leave it out.")
@@ -101,6 +103,7 @@ class VLLMEngine:
             os.environ.setdefault(name, value)
         if os.environ[V2_RUNNER] != "0":
             raise VLLMError(f"the vllm engine does not work with {NO_V2_RUNNER}.")
+        logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # it speaks before it reads that itself
         from vllm.engine.arg_utils import EngineArgs
         from vllm.platforms import current_platform
         from vllm.sampling_params import RequestOutputKind, SamplingParams
