@@ -9,8 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
+import socket
+import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +26,7 @@ import torch
 from simplear.generation import SamplingSettings
 from simplear.generation.vllm_plugin import engine as engine_module
 from simplear.generation.vllm_plugin.engine import VLLMEngine
+from simplear.generation.vllm_plugin.requirements import LOGITS_PROCESSOR, SCHEDULER
 from simplear.language_model import load_checkpoint
 
 
@@ -178,6 +186,67 @@ def careless(ask: dict[str, Any]) -> dict[str, Any]:
     return naive(ask)
 
 
+def served(ask: dict[str, Any]) -> dict[str, Any]:
+    """By vLLM's own HTTP server: sixteen clients at once, each with a row of some image; and one that wants text."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+    os.environ.update({**engine_module.ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"})
+    options = {
+        "model": ask["checkpoint"],
+        "port": address.rpartition(":")[2],
+        "dtype": "float32",
+        "generation_config": "vllm",
+        "scheduler_cls": SCHEDULER,
+        "logits_processors": LOGITS_PROCESSOR,
+        **ask["options"],
+    }
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    switches = ["--skip-tokenizer-init", "--enforce-eager", "--no-async-scheduling"]
+    server = subprocess.Popen([sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags, *switches])
+    try:
+        while server.poll() is None:
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=1)
+                break
+            except OSError:
+                time.sleep(0.5)
+
+        def answer(body: dict[str, Any]) -> dict[str, Any]:
+            body = {"model": ask["checkpoint"], "temperature": 0, "return_token_ids": True, **body}
+            head = {"Content-Type": "application/json"}
+            request = urllib.request.Request(f"{address}/v1/completions", json.dumps(body).encode(), head)
+            try:
+                with urllib.request.urlopen(request, timeout=120) as response:
+                    return json.load(response)["choices"][0]
+            except urllib.error.HTTPError as error:
+                return json.load(error)["error"]
+
+        engine = VLLMEngine.__new__(VLLMEngine)
+        engine.model = load_checkpoint(ask["checkpoint"], with_weights=False).model
+        asked = [
+            {
+                "prompt": prompt.tolist(),
+                "max_tokens": request.codes,
+                "ignore_eos": True,
+                "detokenize": False,
+                "vllm_xargs": request.extra_args(),
+            }
+            for rows in both_rows(engine, ask)
+            for request, prompt in rows
+        ]
+        order = random.Random(0).sample(range(16), 16)
+        with ThreadPoolExecutor(16) as clients:
+            answers = dict(zip(order, clients.map(lambda row: answer(asked[row]), order), strict=True))
+        taken = [[answers[row]["token_ids"] for row in (2 * image, 2 * image + 1)] for image in range(8)]
+        assert all(one == other for one, other in taken)
+        told = answer({"prompt": [1, 2], "max_tokens": 4})
+        return {"codes": as_codes(engine, ask, [one for one, _ in taken]), "told": [told["code"], told["message"]]}
+    finally:
+        server.terminate()
+        server.wait()
+
+
 def inputs(ask: dict[str, Any]) -> tuple[Any, ...]:
     prompts, negatives = ([torch.tensor(ids) for ids in ask[name]] for name in ("prompts", "negatives"))
     return prompts, negatives, tuple(ask["grid"]), SamplingSettings(**ask["sampling"]), ask["seeds"]
@@ -211,11 +280,14 @@ def load(ask: dict[str, Any], options: dict[str, Any]) -> VLLMEngine:
     return VLLMEngine(model, ask["checkpoint"], **options)
 
 
+WITHOUT_ENGINE = (refused, naive, careless, overcommitted, served)
+
+
 def main(request: str, answer: str) -> None:
     ask = json.loads(Path(request).read_text())
     way = globals()[ask["way"]]
     try:
-        answered = way(ask) if way in (refused, naive, careless, overcommitted) else way(load(ask, ask["options"]), ask)
+        answered = way(ask) if way in WITHOUT_ENGINE else way(load(ask, ask["options"]), ask)
     except Exception as error:
         answered = {"error": f"{type(error).__name__}: {error}"}
     Path(answer).write_text(json.dumps(answered))

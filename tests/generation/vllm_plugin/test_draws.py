@@ -191,6 +191,13 @@ def test_tensor_parallel_processes(model, checkpoint, tmp_path):
     assert count_right(model, answer, SAMPLING) == 8
 
 
+def test_vllms_own_server(model, checkpoint, tmp_path):
+    """Sixteen clients, in no order, of a server that our classes are plugged into by its command line."""
+    answer = vllm(model, checkpoint, tmp_path, "served", options=FEW_BLOCKS)
+    assert count_right(model, answer, SAMPLING) == 8
+    assert answer["told"][0] == 400 and "draws images alone" in answer["told"][1]
+
+
 @pytest.mark.parametrize("cached", [True, False])
 def test_cached_prefixes(model, checkpoint, tmp_path, cached):
     """Blocks of the negative prompts, and in the second round of whole prompts, are taken from the cache."""
