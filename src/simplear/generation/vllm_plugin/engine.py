@@ -103,7 +103,7 @@ class VLLMEngine:
             os.environ.setdefault(name, value)
         if os.environ[V2_RUNNER] != "0":
             raise VLLMError(f"the vllm engine does not work with {NO_V2_RUNNER}.")
-        logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # it speaks before it reads that itself
+        logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())  # it speaks before it reads that
         from vllm.engine.arg_utils import EngineArgs
         from vllm.platforms import current_platform
         from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -173,7 +173,7 @@ class VLLMEngine:
         for role in get_args(Role)[: 1 if pair is None else 2]:
             yield ImageRequest(
                 codes=count,
-                seed=seed % 2**64,
+                seed=int(seed) % 2**64,
                 image_token_offset=self.model.layout.image_token_offset,
                 codebook_size=self.model.layout.codebook_size,
                 sampling=sampling,
