@@ -10,22 +10,34 @@ LOGDIR ?= checkpoints
 VENV := .venv
 READY := $(VENV)/.ready
 SIMPLEAR := $(VENV)/bin/simplear
+VLLM_VENV := .venv-vllm
+VLLM_READY := $(VLLM_VENV)/.ready
+OLD_PYTHON := Python 3.11 or newer is needed; name one: make PYTHON=python3.11
 configs = $(foreach file,$(or $(CONFIG),$(1)),--config $(file))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long lint bench train-tokenizer tokenize pretrain train-sft train-grpo train-clip evaluate \
+.PHONY: help setup vllm-env demo test test-long lint bench train-tokenizer tokenize pretrain train-sft train-grpo train-clip evaluate \
 	generate tensorboard clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 18
 
 $(READY): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one: make PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(OLD_PYTHON)"; exit 1; }
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $(READY)
 
+$(VLLM_READY): pyproject.toml constraints-vllm.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(OLD_PYTHON)"; exit 1; }
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --requirement constraints-vllm.txt
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --editable .
+	@touch $(VLLM_READY)
+
 setup: $(READY)  ## make .venv and install; every other target does so by itself
+
+vllm-env: $(VLLM_READY)  ## make .venv-vllm, in which .venv-vllm/bin/simplear draws with vLLM (--engine vllm)
 
 demo: $(READY)  ## train everything small from nothing and look at what it draws (about 20 minutes)
 	@$(SIMPLEAR) demo $(ARGS)
@@ -33,7 +45,7 @@ demo: $(READY)  ## train everything small from nothing and look at what it draws
 test: $(READY)  ## the tests
 	@$(VENV)/bin/python -m pytest $(ARGS)
 
-test-long: $(READY)  ## the tests that take many minutes
+test-long: $(READY) $(VLLM_READY)  ## the tests that take many minutes
 	@$(VENV)/bin/python -m pytest -m long $(ARGS)
 
 bench: $(READY)  ## measure what README.md claims about speed and memory, and fill in its tables

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from bounds import MACHINES, Shape, image_bytes, image_seconds, measured_machine, plain_image_bytes
-from measure import RESULTS, Runs, alternate, claim, markdown_table, median, parser, publish, ratios, result_file
+from measure import Runs, alternate, claim, markdown_table, median, parser, publish, ratios, result_file
 from simplear.generation import (
     CachedEngine,
     CompiledEngine,
@@ -156,7 +156,7 @@ def time_demo(demo: Demo, claims: list[dict[str, Any]], details: dict[str, Any])
         if size == 1:
             variants["baseline"] = lambda: baseline(0, 1)
         for name, draw in draws.items():
-            variants[name] = lambda draw=draw: [draw(number * size, size) for number in range(rounds)]
+            variants[name] = repeated(draw, size, rounds)
             variants[name]()  # compiles, and tries the windows
         draws[AUTOMATIC](0, size)
         runs = alternate(variants, settings.rounds, f"demo, batch {size}", memory=settings.device == "cpu")
@@ -174,6 +174,10 @@ def time_demo(demo: Demo, claims: list[dict[str, Any]], details: dict[str, Any])
                 if name != "vllm"
             }
         claims += demo_claims(size, runs, speed)
+
+
+def repeated(draw: Draw, size: int, batches: int) -> Callable[[], object]:
+    return lambda: [draw(number * size, size) for number in range(batches)]
 
 
 def demo_claims(size: int, runs: Runs, speed: dict[str, list[float]]) -> list[dict[str, Any]]:
@@ -283,9 +287,7 @@ def time_shape(settings: argparse.Namespace, claims: list[dict[str, Any]], detai
         for name in engines:
             variants[name]()
         runs = alternate(variants, settings.shape_rounds, f"0.5B, batch {size}")
-        found[str(size)] = {
-            name: median(each) / (1 if name == "kv-cache" else size) for name, each in runs.items()
-        }
+        found[str(size)] = {name: median(each) / (1 if name == "kv-cache" else size) for name, each in runs.items()}
         fastest = min(engines, key=lambda name: median(runs[name]))
         gain = [size * ratio for ratio in ratios(runs, "kv-cache", fastest)]
         bound = plain_image_bytes(shape, codes, number_bytes) / image_bytes(shape, codes, size, number_bytes)
@@ -317,7 +319,7 @@ def time_shape(settings: argparse.Namespace, claims: list[dict[str, Any]], detai
 
 
 def crossover(demo_passes: dict[str, float], codes: int) -> dict[str, Any]:
-    """Time of each window over that of none, for 0.5B at 1024 px with the demo's codes a pass: computed, not measured."""
+    """Time of each window over that of none for 0.5B at 1024 px, with the demo's codes a pass: computed, not measured."""
     shape = Shape(24, 896, 14, 2, 64, 4864, TEXT_IDS + CODEBOOK, CODEBOOK)
     found: dict[str, Any] = {}
     for name, machine in MACHINES.items():
@@ -355,7 +357,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
     axes[2].plot(codes, list(details["grid_seconds"].values()), marker="o", label="measured, one image")
     scale = details["grid_seconds"][str(codes[0])] / details["grid_bytes"][str(codes[0])]
     axes[2].plot(codes, [each * scale for each in details["grid_bytes"].values()], "--", label="in proportion to bytes")
-    axes[2].set(xscale="log", yscale="log", xlabel="codes an image", ylabel="seconds", title="Demo's sizes, longer images")
+    axes[2].set(
+        xscale="log", yscale="log", xlabel="codes an image", ylabel="seconds", title="Demo's sizes, longer images"
+    )
     for axis in axes:
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)

@@ -20,9 +20,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from photographs import CAPTIONS, cut, photographs
 from simplear.cli import main
 from simplear.data import TokenShards
-from simplear.data.pictures import to_pixels
 from simplear.stages.visual_tokenizer import psnr
-from simplear.visual_tokenizer import FSQAutoencoder, load_visual_tokenizer
+from simplear.visual_tokenizer import FSQAutoencoder, load_visual_tokenizer, to_pixels
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SIDE = 64

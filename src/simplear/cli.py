@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
+import importlib.util
 import inspect
 import logging
 import os
@@ -80,6 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run_lightning(arguments: Sequence[str]) -> None:
     """One of Lightning's verbs over any stage and data module of the configuration."""
+    if importlib.util.find_spec("lightning") is None:
+        _fail(
+            "simplear: this environment has no Lightning, it is for drawing with vLLM: train with .venv/bin/simplear."
+        )
     from jsonargparse import set_parsing_settings
     from lightning.pytorch import LightningDataModule, LightningModule
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -156,6 +161,8 @@ def _nearest(unknown: str, known: set[str]) -> str | None:
 
 def _class_arguments() -> set[str]:
     """Names that init_args of the project's classes may have, and the Trainer's options."""
+    if importlib.util.find_spec("lightning") is None:  # vLLM's environment, where nothing is trained
+        return set()
     from lightning.pytorch import Trainer
 
     names = {f"trainer.{name}" for name in inspect.signature(Trainer).parameters}
@@ -210,6 +217,7 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter is intended.*")
+    warnings.filterwarnings("ignore", message=".*torch.distributed.reduce_op. is deprecated.*")  # vLLM's import
     # Denormal numbers slow small models on CPUs many times over and carry no information.
     torch.set_flush_denormal(True)
 

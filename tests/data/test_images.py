@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
 from simplear.data import ImageDataModule, ImageFolderSource, ScenesSource, WebDatasetSource
-from simplear.data.pictures import to_pixels
+from simplear.visual_tokenizer import to_pixels
 
 
 class Recorder(lightning.LightningModule):

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from simplear.data.pictures import Drop, open_rgb, resize_and_crop, to_pixels
+from simplear.data.pictures import Drop, open_rgb, resize_and_crop
+from simplear.visual_tokenizer import to_pixels
 
 
 def saved(image: Image.Image, form: str = "PNG", **options: object) -> io.BytesIO:

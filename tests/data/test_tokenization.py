@@ -20,9 +20,8 @@ import torch
 from PIL import Image
 
 from simplear.data import ImageFolderSource, Sample, ScenesSource, Source, TokenShards, Unit, tokenize
-from simplear.data.pictures import to_pixels
 from simplear.data.shards import MANIFEST_FILE, TEMPORARY_MARK
-from simplear.visual_tokenizer import FSQAutoencoder, save_visual_tokenizer
+from simplear.visual_tokenizer import FSQAutoencoder, save_visual_tokenizer, to_pixels
 
 from .conftest import MeanTokenizer
 

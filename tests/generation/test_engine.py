@@ -15,9 +15,11 @@ pytestmark = pytest.mark.usefixtures("traced_not_compiled")
 
 SAMPLED = SETTINGS[-1]
 GREEDY = SETTINGS[1]
+IN_MEMORY = sorted(ENGINES.keys() - {"vllm"})
+"""Engines over a model; vLLM reads a directory, and has tests of its own (vllm_plugin)."""
 
 
-@pytest.mark.parametrize("name", sorted(ENGINES))
+@pytest.mark.parametrize("name", IN_MEMORY)
 def test_each_name_makes_an_engine_over_the_model(name):
     model = language_model()
     engine = make_engine(name, model)
@@ -40,7 +42,7 @@ def given_codes() -> Tensor:
 
 
 @pytest.mark.parametrize("rope", ["1d", "2d"])
-@pytest.mark.parametrize("name", sorted(ENGINES))
+@pytest.mark.parametrize("name", IN_MEMORY)
 @pytest.mark.parametrize("settings", [GREEDY, SAMPLED])
 def test_given_codes_stay_and_the_rest_is_drawn_behind_them(rope: str, name: str, settings: SamplingSettings) -> None:
     """Against the same continuation of the baseline, and of what a plain loop draws for codes that it drew itself."""
@@ -56,7 +58,7 @@ def test_given_codes_stay_and_the_rest_is_drawn_behind_them(rope: str, name: str
     assert torch.equal(again, whole)
 
 
-@pytest.mark.parametrize("name", sorted(ENGINES))
+@pytest.mark.parametrize("name", IN_MEMORY)
 def test_rows_that_were_given_are_shown_too(name: str) -> None:
     seen: list[tuple[int, Tensor]] = []
     codes, _ = make_engine(name, language_model()).generate(
@@ -68,7 +70,7 @@ def test_rows_that_were_given_are_shown_too(name: str) -> None:
     assert all(torch.equal(so_far, codes.flatten(1)[:, : row * GRID[1]]) for row, so_far in seen)
 
 
-@pytest.mark.parametrize("name", sorted(ENGINES))
+@pytest.mark.parametrize("name", IN_MEMORY)
 def test_all_codes_may_be_given(name: str) -> None:
     given = torch.arange(12).view(1, *GRID)
     codes, _ = make_engine(name, language_model()).generate(PROMPTS[:1], NEGATIVES[:1], GRID, SAMPLED, [0], given=given)
@@ -82,7 +84,7 @@ def test_what_all_images_have_from_the_beginning_is_read_at_once() -> None:
     assert (stats.steps, stats.tokens) == (8, 32)
 
 
-@pytest.mark.parametrize("name", sorted(ENGINES))
+@pytest.mark.parametrize("name", IN_MEMORY)
 @pytest.mark.parametrize(
     ("given", "words"),
     [

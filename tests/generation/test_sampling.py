@@ -37,7 +37,7 @@ def chi_square_excess(codes: torch.Tensor, expected: list[float]) -> float:
 
 
 def draws(settings: SamplingSettings, draw=choose) -> torch.Tensor:
-    noise, place = Noise(range(DRAWS), 4, len(LOG_WEIGHTS), "cpu"), torch.full((DRAWS, 1), 3)
+    noise, place = Noise(range(DRAWS), len(LOG_WEIGHTS), "cpu"), torch.full((DRAWS, 1), 3)
     return draw(LOG_WEIGHTS.expand(DRAWS, 1, -1), settings, noise, place)[:, 0]
 
 
@@ -75,7 +75,7 @@ def test_wrong_draws_are_noticed(wrong):
 
 
 def test_greedy_takes_the_most_probable_code():
-    noise, place = Noise([0], 1, len(LOG_WEIGHTS), "cpu"), torch.zeros(1, 1, dtype=torch.long)
+    noise, place = Noise([0], len(LOG_WEIGHTS), "cpu"), torch.zeros(1, 1, dtype=torch.long)
     assert choose(LOG_WEIGHTS[None, None], SamplingSettings(do_sample=False), noise, place).tolist() == [[5]]
 
 
@@ -98,7 +98,7 @@ def test_a_code_of_probability_zero_is_never_drawn():
     """Not even where the others are as unlikely as a number can be."""
     weights = torch.full((DRAWS, 1, 4), -math.inf, dtype=torch.float64)
     weights[..., 1], weights[..., 2] = 0.0, -700.0
-    noise, place = Noise(range(DRAWS), 1, 4, "cpu"), torch.zeros(DRAWS, 1, dtype=torch.long)
+    noise, place = Noise(range(DRAWS), 4, "cpu"), torch.zeros(DRAWS, 1, dtype=torch.long)
     assert set(choose(weights, SamplingSettings(), noise, place).flatten().tolist()) == {1}
 
 
@@ -108,7 +108,7 @@ def test_distributions_that_differ_little_draw_the_same_code():
     weights = torch.randn(2000, generator=generator, dtype=torch.float64)
     other = weights + 0.1 * torch.randn(2000, generator=generator, dtype=torch.float64)
     distance = float((weights.softmax(0) - other.softmax(0)).abs().sum()) / 2
-    noise, place = Noise(range(4000), 1, 2000, "cpu"), torch.zeros(4000, 1, dtype=torch.long)
+    noise, place = Noise(range(4000), 2000, "cpu"), torch.zeros(4000, 1, dtype=torch.long)
     first, second = (
         choose(row.expand(4000, 1, -1), SamplingSettings(), noise, place).flatten() for row in (weights, other)
     )
@@ -120,7 +120,7 @@ def test_distributions_that_differ_little_draw_the_same_code():
 
 def numbers(seeds, places, codes) -> torch.Tensor:
     """As uniform ones, (B, T, C) in (0, 1)."""
-    noise = Noise(seeds, max(places) + 1, codes, "cpu")
+    noise = Noise(seeds, codes, "cpu")
     return (-noise.at(torch.tensor([list(places)]).expand(len(seeds), -1))).exp()
 
 
@@ -146,18 +146,18 @@ def test_numbers_of_neighbours_are_uncorrelated():
 
 def test_numbers_belong_to_seed_place_and_code_alone():
     seeds, places = [7, 2**63, -1, 7], torch.tensor([[0, 3, 9]]).expand(4, -1)
-    together = Noise(seeds, 10, 5, "cpu").at(places)
+    together = Noise(seeds, 5, "cpu").at(places)
     assert torch.equal(together[0], together[3])
     assert len(together[:3].unique()) == 45
     for row, seed in enumerate(seeds):
-        alone = Noise([seed], 12, 8, "cpu").at(torch.tensor([[9, 3]]))
+        alone = Noise([seed], 8, "cpu").at(torch.tensor([[9, 3]]))
         assert torch.equal(alone[0, 0, :5], together[row, 2]) and torch.equal(alone[0, 1, :5], together[row, 1])
 
 
 def test_numbers_are_the_same_on_every_machine():
     """Against Python's unbounded integers, and those against SplitMix64's first output from a seed."""
     assert mix(1234567) == 6457827717110365317
-    found = Noise([42, -3], 18, 3, "cpu").at(torch.tensor([[17], [0]]))[:, 0]
+    found = Noise([42, -3], 3, "cpu").at(torch.tensor([[17], [0]]))[:, 0]
     for row, (seed, place) in enumerate([(42, 17), (-3, 0)]):
         expected = [exponential(seed, place, code) for code in range(3)]
         assert found[row].tolist() == pytest.approx(expected, rel=1e-14)

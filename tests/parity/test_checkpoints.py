@@ -267,3 +267,17 @@ def test_a_plain_language_model_is_no_checkpoint(tmp_path: Path, tiny_text_token
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"no simplear\.json .* start for pretraining"):
         load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_without_weights_a_checkpoint_says_the_same_of_itself(tiny_checkpoint, dtype):
+    whole, bare = (load_checkpoint(tiny_checkpoint, dtype=dtype, with_weights=weights) for weights in (True, False))
+    assert {parameter.device.type for parameter in bare.model.parameters()} == {"meta"}
+    assert (bare.model.layout, bare.settings, bare.model.max_positions, bare.model.rope) == (
+        whole.model.layout,
+        whole.settings,
+        whole.model.max_positions,
+        whole.model.rope,
+    )
+    kinds = [[(name, p.shape, p.dtype) for name, p in found.model.named_parameters()] for found in (whole, bare)]
+    assert kinds[0] == kinds[1]

@@ -183,7 +183,7 @@ def test_log_probs_are_those_of_the_distribution_that_was_sampled(
         [log_probs_of(model, ids, encoded, torch.full_like(codes, c).flatten(1), temperature) for c in range(CODEBOOK)],
         dim=-1,
     )
-    noise = Noise([5, 6, 7], math.prod(GRID), CODEBOOK, "cpu")
+    noise = Noise([5, 6, 7], CODEBOOK, "cpu")
     places = torch.arange(math.prod(GRID)).expand(3, -1)
     assert torch.equal((every.exp() / noise.at(places)).argmax(dim=-1), codes.flatten(1))
     found, entropies = model.image_log_probs(ids, GRID, temperature=temperature)

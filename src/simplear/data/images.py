@@ -12,8 +12,9 @@ import torch
 
 from simplear.data.datamodule import BatchDataset, OrderedDataModule
 from simplear.data.order import MicroBatch, choose_captions
-from simplear.data.pictures import Drop, Pixels, resize_and_crop, to_pixels, warn_of_drops
+from simplear.data.pictures import Drop, Pixels, resize_and_crop, warn_of_drops
 from simplear.data.sources import IndexedSource, Sample, Source
+from simplear.visual_tokenizer import to_pixels
 
 
 class ImageBatches(BatchDataset):

@@ -20,26 +20,16 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import DistributedSampler
 
+from simplear.hashing import UInt64, mix
+
 Int64 = npt.NDArray[np.int64]
-UInt64 = npt.NDArray[np.uint64]
 
 FEISTEL_ROUNDS = 6
 """Four rounds of a Feistel network are a strong pseudo-random permutation (Luby and Rackoff); two more for tiny
 halves."""
 
-GOLDEN_RATIO = 0x9E3779B97F4A7C15
-"""2**64 over the golden ratio: what SplitMix64 adds from one output to the next."""
-
 # What a random number is for; keeps the numbers of one sample independent of each other.
 ROW_ORDER, BATCH_ORDER, CAPTION, PREFIX, DROPOUT = range(5)
-
-
-def mix(words: UInt64) -> UInt64:
-    """The finaliser of SplitMix64 (Steele et al., 2014): each output bit depends on each input bit."""
-    words = words + np.uint64(GOLDEN_RATIO)
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))
 
 
 def _key(*words: int) -> UInt64:

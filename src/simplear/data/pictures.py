@@ -93,8 +93,3 @@ def resize_and_crop(image: Image.Image | Pixels, height: int, width: int) -> Pix
         box = (left, top, left + width * scale, top + height * scale)
         image = image.resize((width, height), Image.Resampling.LANCZOS, box=box)
     return np.asarray(image)
-
-
-def to_pixels(images: Pixels) -> npt.NDArray[np.float32]:
-    """(B, H, W, 3) uint8 as (B, 3, H, W) float32 in [-1, 1]."""
-    return np.ascontiguousarray(images.transpose(0, 3, 1, 2)).astype(np.float32) / 127.5 - 1

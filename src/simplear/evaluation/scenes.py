@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from simplear.data.pictures import to_pixels
 from simplear.evaluation.diversity import diversity
 from simplear.evaluation.grid import Cell, image_grid
 from simplear.evaluation.report import (
@@ -36,7 +35,7 @@ from simplear.evaluation.report import (
 )
 from simplear.generation import SimpleARPipeline
 from simplear.scenes import Verdict, detect, draw, evaluation_prompts, metadata, sample_scene, strict_verdict, verdict
-from simplear.visual_tokenizer import VisualTokenizer
+from simplear.visual_tokenizer import VisualTokenizer, to_pixels
 
 FOLDER = "scenes"
 VERDICTS_FILE = "verdicts.jsonl"

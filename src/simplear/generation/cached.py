@@ -65,7 +65,7 @@ class CachedEngine:
             rows = torch.tensor([*range(images), *[images] * images], device=device)
             cache.batch_select_indices(rows)
             hidden, mask, lengths = hidden[rows], mask[rows], lengths[rows]
-        noise = Noise(seeds, count, model.layout.codebook_size, device)
+        noise = Noise(seeds, model.layout.codebook_size, device)
         places = torch.arange(count, device=device).expand(images, -1)
         for row in range(1, first // width + 1):
             if on_row is not None:

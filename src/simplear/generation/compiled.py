@@ -52,7 +52,7 @@ class CompiledEngine:
         device = next(model.parameters()).device
         codes = kept_codes(given, images, count, device)
         rows = self._step.prefill(prompt_ids, negatives, codes[:, :first], grid, count)
-        noise = Noise(seeds, count, model.layout.codebook_size, device)
+        noise = Noise(seeds, model.layout.codebook_size, device)
         logits = rows.first_logits[:, None]
         for row in range(1, first // width + 1):
             if on_row is not None:

@@ -68,6 +68,7 @@ ENGINES = {
     "cached": "simplear.generation.cached.CachedEngine",
     "compiled": "simplear.generation.compiled.CompiledEngine",
     "jacobi": "simplear.generation.jacobi.JacobiEngine",
+    "vllm": "simplear.generation.vllm_plugin.engine.VLLMEngine",
 }
 """Names that the pipeline takes, and their classes."""
 

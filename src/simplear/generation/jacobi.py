@@ -80,7 +80,7 @@ class JacobiEngine:
         device = next(self.model.parameters()).device
         kept = pad(kept_codes(given, images, count, device), (0, widest + 1), value=-1)
         rows = self._step.prefill(prompt_ids, negatives, kept[:, :first], grid, kept.shape[1])
-        noise = Noise(seeds, kept.shape[1], self.model.layout.codebook_size, device)
+        noise = Noise(seeds, self.model.layout.codebook_size, device)
         done = torch.full((images,), first, device=device)  # codes that are final
         canvas = kept.clamp(min=0)  # these, and the drafts behind
         seen = done  # where places begin that were in no pass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from simplear.data.pictures import to_pixels
-from simplear.generation.engine import GenerationStats, make_engine
+from simplear.generation.engine import Engine, GenerationStats, make_engine
 from simplear.generation.sampling import SamplingSettings
+from simplear.generation.vllm_plugin.engine import VLLMEngine
 from simplear.language_model import CheckpointError, CheckpointSettings, LanguageModel, load_checkpoint
 from simplear.sequence import encode_captions, prompt_sequence
-from simplear.visual_tokenizer import VisualTokenizer, load_visual_tokenizer
+from simplear.visual_tokenizer import VisualTokenizer, load_visual_tokenizer, to_pixels
 
 OutputType = Literal["pil", "pt", "codes"]
 
@@ -49,7 +49,8 @@ class SimpleARPipeline:
         tokenizer: the checkpoint's text tokenizer.
         settings: the content of ``simplear.json``; None in a call means its defaults.
         visual_tokenizer: an object, a directory, or None when only codes are asked for.
-        engine: one of `simplear.generation.ENGINES`.
+        engine: one of `simplear.generation.ENGINES`, or an engine over the same model.
+        device: where pictures are decoded if the model has no weights, for vLLM has them; else that is the model's.
     """
 
     def __init__(
@@ -58,12 +59,14 @@ class SimpleARPipeline:
         tokenizer: PreTrainedTokenizerBase,
         settings: CheckpointSettings,
         visual_tokenizer: VisualTokenizer | str | Path | None = None,
-        engine: str = "cached",
+        engine: str | Engine = "cached",
+        device: torch.device | None = None,
     ) -> None:
+        self._device = device or torch.device("cpu")
         self.model = model
         self.tokenizer = tokenizer
         self.settings = settings
-        self.engine = make_engine(engine, model)
+        self.engine = make_engine(engine, model) if isinstance(engine, str) else engine
         self._visual_tokenizer_source = visual_tokenizer
         self._visual_tokenizer: VisualTokenizer | None = None
 
@@ -75,33 +78,43 @@ class SimpleARPipeline:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         visual_tokenizer: VisualTokenizer | str | Path | None = None,
+        vllm_options: Mapping[str, Any] | None = None,
     ) -> SimpleARPipeline:
         """Load a checkpoint of this project or one released with the paper.
 
         Args:
             path_or_hub_id: directory or hub id.
             engine: one of `simplear.generation.ENGINES`.
-            device: None takes the GPU where there is one.
+            device: None takes the GPU where there is one. vLLM has its own, and this is where pictures are decoded.
             dtype: of the weights; None keeps the file's.
             visual_tokenizer: directory or object in place of the checkpoint's own; a directory is read when first
                 needed.
+            vllm_options: for the engine "vllm", which reads the weights itself: arguments of ``vllm.EngineArgs``.
 
         Raises:
             CheckpointError: missing or damaged files.
-            ValueError: an unknown engine.
+            ValueError: an unknown engine, or one that cannot be had here.
         """
-        checkpoint = load_checkpoint(path_or_hub_id, dtype=dtype)
+        on_vllm = engine == "vllm"
+        if vllm_options and not on_vllm:
+            raise ValueError(f'vllm_options are for the engine "vllm", not for {engine!r}: leave them out.')
+        checkpoint = load_checkpoint(path_or_hub_id, dtype=dtype, with_weights=not on_vllm)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if visual_tokenizer is None:
             visual_tokenizer = checkpoint.visual_tokenizer_path
-        return cls(
-            checkpoint.model.to(device), checkpoint.tokenizer, checkpoint.settings, visual_tokenizer, engine=engine
-        )
+        model: LanguageModel = checkpoint.model
+        drawer: str | Engine = engine
+        if on_vllm:
+            drawer = VLLMEngine(model, checkpoint.directory, **(vllm_options or {}))
+        else:
+            model = model.to(device)
+        return cls(model, checkpoint.tokenizer, checkpoint.settings, visual_tokenizer, engine=drawer, device=device)
 
     @property
     def device(self) -> torch.device:
-        """Where the language model is."""
-        return next(self.model.parameters()).device
+        """Where the language model is; where vLLM has its weights, the device that was asked for."""
+        device = next(self.model.parameters()).device
+        return self._device if device.type == "meta" else device
 
     @property
     def visual_tokenizer(self) -> VisualTokenizer:

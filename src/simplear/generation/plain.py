@@ -79,7 +79,7 @@ class BaselineEngine:
         device = next(self.model.parameters()).device
         rows = [[_Sequence(self.model, ids, grid, self.cached) for ids in prompt_ids]]
         rows += [[_Sequence(self.model, ids, grid, self.cached) for ids in negative_ids]] if guided else []
-        noises = [Noise([seed], height * width, self.model.layout.codebook_size, device) for seed in seeds]
+        noises = [Noise([seed], self.model.layout.codebook_size, device) for seed in seeds]
         codes = kept_codes(given, images, height * width, device)
         for step in range(height * width):
             place = torch.full((1, 1), step, device=device)

@@ -13,11 +13,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from simplear.data.order import GOLDEN_RATIO, mix
+from simplear.hashing import INCREMENT, mix_tensor, shifted, signed
 
 
 @dataclass(frozen=True)
@@ -56,40 +55,19 @@ class Noise:
 
     Args:
         seeds: B integers.
-        places: how many, in the image's raster order.
         codebook_size: C.
         device: of the numbers.
     """
 
-    def __init__(self, seeds: Sequence[int], places: int, codebook_size: int, device: torch.device | str) -> None:
-        state = mix(np.array([seed % 2**64 for seed in seeds], dtype=np.uint64))[:, None]
-        state = mix(state ^ np.arange(places, dtype=np.uint64)[None])
-        self._states = torch.from_numpy(state.view(np.int64)).to(device)
-        self._codes = (torch.arange(codebook_size) * _signed(GOLDEN_RATIO)).to(device)
+    def __init__(self, seeds: Sequence[int], codebook_size: int, device: torch.device | str) -> None:
+        self._seeds = mix_tensor(torch.tensor([[signed(int(seed))] for seed in seeds], device=device))
+        self._codes = torch.arange(codebook_size, device=device) * signed(INCREMENT)
 
     def at(self, places: Tensor) -> Tensor:
-        """(B, T, C) float64 above 0, exponential with mean 1, at places (B, T)."""
-        bits = finalise(self._states.gather(1, places)[..., None] + self._codes)
+        """(B, T, C) float64 above 0, exponential with mean 1, at places (B, T) of the images' raster order."""
+        bits = mix_tensor(mix_tensor(self._seeds ^ places)[..., None] + self._codes)
         # The middle of one of 2**52 intervals: neither 0, which no code could win with, nor 1, which all would.
-        return ((_shifted(bits, 12).double() + 0.5) * 2.0**-52).log_().neg_()
-
-
-def finalise(words: Tensor) -> Tensor:
-    """The finaliser of SplitMix64 after its increment, as `mix`, on int64 whose bits are taken as unsigned."""
-    words = words + _signed(GOLDEN_RATIO)
-    words = (words ^ _shifted(words, 30)) * _signed(0xBF58476D1CE4E5B9)
-    words = (words ^ _shifted(words, 27)) * _signed(0x94D049BB133111EB)
-    return words ^ _shifted(words, 31)
-
-
-def _shifted(words: Tensor, bits: int) -> Tensor:
-    """To the right, filled with zeros: torch's own shift repeats the sign."""
-    return (words >> bits) & (2 ** (64 - bits) - 1)
-
-
-def _signed(word: int) -> int:
-    """The int64 of the same bits."""
-    return word - 2**64 if word >= 2**63 else word
+        return ((shifted(bits, 12).double() + 0.5) * 2.0**-52).log_().neg_()
 
 
 def choose(log_weights: Tensor, settings: SamplingSettings, noise: Noise, places: Tensor) -> Tensor:

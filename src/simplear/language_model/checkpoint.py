@@ -135,12 +135,13 @@ def save_checkpoint(
         (partial / SETTINGS_FILE).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def load_checkpoint(path: str | Path, *, dtype: torch.dtype | None = None) -> Checkpoint:
+def load_checkpoint(path: str | Path, *, dtype: torch.dtype | None = None, with_weights: bool = True) -> Checkpoint:
     """Load a checkpoint directory or hub id, on CPU and in evaluation mode.
 
     Args:
         path: our layout or the paper's released one.
         dtype: of the weights; None keeps the file's.
+        with_weights: False leaves the model on the meta device, for whoever has the weights read by another library.
 
     Raises:
         CheckpointError: missing or damaged files, or parts that do not fit together; the message says which.
@@ -177,8 +178,14 @@ def load_checkpoint(path: str | Path, *, dtype: torch.dtype | None = None) -> Ch
         )
     config_class, model_class = _CLASSES[settings.rope]
     known = {key: value for key, value in content.items() if key not in ("architectures", "model_type", "auto_map")}
+    config = config_class(**known)
     try:
-        decoder = load_decoder(model_class, directory, config_class(**known), dtype or "auto")
+        if with_weights:
+            decoder = load_decoder(model_class, directory, config, dtype or "auto")
+        else:
+            with torch.device("meta"):
+                decoder = model_class(config)
+            decoder = decoder.type(dtype or config.dtype or torch.float32)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
             f"cannot read the weights (model.safetensors) in {directory}: {error} Export or download the checkpoint "

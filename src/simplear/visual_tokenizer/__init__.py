@@ -11,6 +11,6 @@ changes, for directories record the class by its path.
 
 from simplear.visual_tokenizer.checkpoint import load_visual_tokenizer, save_visual_tokenizer
 from simplear.visual_tokenizer.fsq import FSQAutoencoder
-from simplear.visual_tokenizer.protocol import VisualTokenizer
+from simplear.visual_tokenizer.protocol import VisualTokenizer, to_pixels
 
-__all__ = ["FSQAutoencoder", "VisualTokenizer", "load_visual_tokenizer", "save_visual_tokenizer"]
+__all__ = ["FSQAutoencoder", "VisualTokenizer", "load_visual_tokenizer", "save_visual_tokenizer", "to_pixels"]

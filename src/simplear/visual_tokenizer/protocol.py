@@ -10,6 +10,8 @@ import json
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -40,6 +42,11 @@ class VisualTokenizer(Protocol):
         Raises ValueError, with value and place, on a code outside ``[0, codebook_size)``.
         """
         ...
+
+
+def to_pixels(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """(B, H, W, 3) uint8 as (B, 3, H, W) float32 in [-1, 1]."""
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2)).astype(np.float32) / 127.5 - 1
 
 
 def require_whole_patches(pixels: Tensor, downsample: int) -> None:

@@ -1,0 +1,297 @@
+"""Runs in vLLM's environment: draws what a JSON file asks for, in one of several ways, and answers in another.
+
+    .venv-vllm/bin/python draw.py REQUEST.json ANSWER.json
+
+Whatever is raised becomes the answer's "error".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from simplear.generation import SamplingSettings
+from simplear.generation.vllm_plugin import engine as engine_module
+from simplear.generation.vllm_plugin.engine import VLLMEngine
+from simplear.generation.vllm_plugin.requirements import LOGITS_PROCESSOR, SCHEDULER
+from simplear.language_model import load_checkpoint
+
+
+def at_once(engine: VLLMEngine, ask: dict[str, Any]) -> dict[str, Any]:
+    """As a user draws."""
+    rows: list[tuple[int, list[int]]] = []
+    given = None if ask.get("given") is None else torch.tensor(ask["given"])
+    codes, stats = engine.generate(
+        *inputs(ask), on_row=lambda row, so_far: rows.append((row, list(so_far.shape))), given=given
+    )
+    return {"codes": codes.tolist(), "rows": rows, "stats": vars(stats)}
+
+
+def one_after_another(engine: VLLMEngine, ask: dict[str, Any]) -> dict[str, Any]:
+    """An image a call, then all together: what was cached in the first round is there in the second."""
+    prompts, negatives, grid, sampling, seeds = inputs(ask)
+    alone = [
+        engine.generate([prompt], [negative], grid, sampling, [seed])[0][0].tolist()
+        for prompt, negative, seed in zip(prompts, negatives, seeds, strict=True)
+    ]
+    return {"codes": alone, "again": at_once(engine, ask)["codes"]}
+
+
+def apart(engine: VLLMEngine, ask: dict[str, Any]) -> dict[str, Any]:
+    """All conditional requests, then steps, then the negative ones in another order with steps between."""
+    requests = both_rows(engine, ask)
+    order = list(range(len(requests)))
+    names = {image: [engine._add(*requests[image][0])] for image in order}
+    drawn: dict[str, list[int]] = {}
+    random.Random(0).shuffle(order)
+    for image in order:
+        step(engine, drawn, 3)
+        names[image].append(engine._add(*requests[image][1]))
+    while engine._vllm.has_unfinished_requests():
+        step(engine, drawn, 1)
+    assert all(drawn[a] == drawn[b] for a, b in names.values())
+    return {"codes": as_codes(engine, ask, [drawn[names[image][0]] for image in range(len(requests))])}
+
+
+def aborted(engine: VLLMEngine, ask: dict[str, Any]) -> dict[str, Any]:
+    """The negative row of image 2 is given up while it is drawn, one row of a pair that waits likewise.
+
+    Before that vLLM is told to preempt everything, for its cache's sake.
+    """
+    requests = both_rows(engine, ask)
+    names = [[engine._add(*row) for row in rows] for rows in requests]
+    drawn: dict[str, list[int]] = {}
+    ends: dict[str, Any] = {}
+    step(engine, drawn, 5, ends)
+    assert 0 < len(drawn[names[2][0]]) < ask["grid"][0] * ask["grid"][1] and names[7][0] not in drawn
+    try:
+        engine._vllm.reset_prefix_cache(reset_running_requests=True)
+        reset = "done"
+    except Exception as error:
+        reset = str(error)
+    engine._vllm.abort_request([names[2][1], names[7][0]])
+    while engine._vllm.has_unfinished_requests():
+        step(engine, drawn, 1, ends)
+    told = [ends[names[2][0]], ends[names[7][1]]]
+    again = engine.generate(*inputs(ask))[0].tolist()
+    others = [drawn[name] for image, (name, _) in enumerate(names) if image not in (2, 7)]
+    codes = as_codes(engine, ask, others)
+    return {"codes": [*codes[:2], again[2], *codes[2:], again[7]], "told": told, "reset": reset}
+
+
+def after_mistakes(engine: VLLMEngine, ask: dict[str, Any]) -> dict[str, Any]:
+    """What cannot be drawn, one mistake after another, and then everything else."""
+    from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import SamplingParams
+
+    from simplear.generation.vllm_plugin import scheduler
+
+    prompts, negatives, grid, sampling, seeds = inputs(ask)
+    told = []
+
+    def mistake(call: Any) -> None:
+        try:
+            call()
+            while engine._vllm.has_unfinished_requests():
+                for output in engine._vllm.step():
+                    if output.outputs[0].stop_reason:
+                        told.append(output.outputs[0].stop_reason)
+        except (ValueError, VLLMValidationError) as error:
+            told.append(str(error))
+
+    def texts(**options: Any) -> Any:
+        prompt = {"type": "token", "prompt_token_ids": [1, 2, 3]}
+        return lambda: engine._vllm.add_request("text", prompt, SamplingParams(max_tokens=4, **options))
+
+    (first, prompt), (second, negative) = both_rows(engine, ask)[0]
+    scheduler.PARTNER_SECONDS = 1.0
+    mistake(texts())
+    mistake(texts(extra_args=first.extra_args()))
+    mistake(lambda: [engine._add(first, prompt), engine._add(dataclasses.replace(second, seed=77), negative)])
+    mistake(lambda: [engine._add(first, prompt), engine._add(second, negative), engine._add(second, negative)])
+    mistake(lambda: engine.generate(prompts[1:2], prompts[1:2], grid, sampling, [0]))
+    mistake(lambda: engine.generate(prompts, negatives, (40, 40), sampling, seeds))
+    mistake(lambda: engine._add(first, prompt))
+    return {"codes": engine.generate(prompts, negatives, grid, sampling, seeds)[0].tolist(), "told": told}
+
+
+def refused(ask: dict[str, Any]) -> dict[str, Any]:
+    """The message for each set of options."""
+    told = []
+    for options in ask["refused"]:
+        try:
+            load(ask, {**ask["options"], **options})
+            told.append("accepted")
+        except Exception as error:
+            told.append(f"{type(error).__name__}: {error}")
+    return {"told": told}
+
+
+def naive(ask: dict[str, Any]) -> dict[str, Any]:
+    """The same requests and the same logits processor over vLLM's own scheduler, all checks of both switched off."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    from simplear.generation.vllm_plugin import logits_processor
+
+    logits_processor.check_configuration = engine_module.check_configuration = lambda config: None
+    engine_module.SCHEDULER = f"{Scheduler.__module__}.{Scheduler.__qualname__}"
+    return at_once(load(ask, ask["options"]), ask)
+
+
+def overcommitted(ask: dict[str, Any]) -> dict[str, Any]:
+    """Our scheduler, but admission does not look at what it has of one thing."""
+    from simplear.generation.vllm_plugin.scheduler import PairScheduler
+
+    capacity = PairScheduler._capacity
+    PairScheduler._capacity = lambda self: dataclasses.replace(capacity(self), **{ask["ignored"]: 10**6})
+    return at_once(load(ask, ask["options"]), ask)
+
+
+def careless(ask: dict[str, Any]) -> dict[str, Any]:
+    """As `naive`, and a row without its partner is drawn without guidance, as a plugin without checks would."""
+    from simplear.generation.vllm_plugin.logits_processor import GuidedSampling
+
+    images = GuidedSampling._images
+
+    def whatever(self: GuidedSampling) -> Any:
+        try:
+            return images(self)
+        except RuntimeError:
+            rows = self._rows
+            pairs: dict[str, list[int]] = {}
+            for place in sorted(rows, key=lambda place: rows[place].request.role):
+                pairs.setdefault(rows[place].request.pair, []).append(place)
+            first = next(iter(rows.values())).request
+            key = first.sampling, first.image_token_offset, first.codebook_size
+            whole = [places for places in pairs.values() if len(places) == 2]
+            return {(*key, "pairs"): whole, (*key, "halves"): [p for p in pairs.values() if len(p) == 1]}
+
+    GuidedSampling._images = lambda self: {key: places for key, places in whatever(self).items() if places}
+    VLLMEngine._codes = lambda self, drawn, images, count: self.model.layout.codes_of_ids(
+        torch.tensor([drawn[image, "conditional"][:count] for image in range(images)])
+    )
+    return naive(ask)
+
+
+def served(ask: dict[str, Any]) -> dict[str, Any]:
+    """By vLLM's own HTTP server: sixteen clients at once, each with a row of some image; and one that wants text."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+    os.environ.update({**engine_module.ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"})
+    options = {
+        "model": ask["checkpoint"],
+        "port": address.rpartition(":")[2],
+        "dtype": "float32",
+        "generation_config": "vllm",
+        "scheduler_cls": SCHEDULER,
+        "logits_processors": LOGITS_PROCESSOR,
+        **ask["options"],
+    }
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    switches = ["--skip-tokenizer-init", "--enforce-eager", "--no-async-scheduling"]
+    server = subprocess.Popen([sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags, *switches])
+    try:
+        while server.poll() is None:
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=1)
+                break
+            except OSError:
+                time.sleep(0.5)
+
+        def answer(body: dict[str, Any]) -> dict[str, Any]:
+            body = {"model": ask["checkpoint"], "temperature": 0, "return_token_ids": True, **body}
+            head = {"Content-Type": "application/json"}
+            request = urllib.request.Request(f"{address}/v1/completions", json.dumps(body).encode(), head)
+            try:
+                with urllib.request.urlopen(request, timeout=120) as response:
+                    return json.load(response)["choices"][0]
+            except urllib.error.HTTPError as error:
+                return json.load(error)["error"]
+
+        engine = VLLMEngine.__new__(VLLMEngine)
+        engine.model = load_checkpoint(ask["checkpoint"], with_weights=False).model
+        asked = [
+            {
+                "prompt": prompt.tolist(),
+                "max_tokens": request.codes,
+                "ignore_eos": True,
+                "detokenize": False,
+                "vllm_xargs": request.extra_args(),
+            }
+            for rows in both_rows(engine, ask)
+            for request, prompt in rows
+        ]
+        order = random.Random(0).sample(range(16), 16)
+        with ThreadPoolExecutor(16) as clients:
+            answers = dict(zip(order, clients.map(lambda row: answer(asked[row]), order), strict=True))
+        taken = [[answers[row]["token_ids"] for row in (2 * image, 2 * image + 1)] for image in range(8)]
+        assert all(one == other for one, other in taken)
+        told = answer({"prompt": [1, 2], "max_tokens": 4})
+        return {"codes": as_codes(engine, ask, [one for one, _ in taken]), "told": [told["code"], told["message"]]}
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def inputs(ask: dict[str, Any]) -> tuple[Any, ...]:
+    prompts, negatives = ([torch.tensor(ids) for ids in ask[name]] for name in ("prompts", "negatives"))
+    return prompts, negatives, tuple(ask["grid"]), SamplingSettings(**ask["sampling"]), ask["seeds"]
+
+
+def both_rows(engine: VLLMEngine, ask: dict[str, Any]) -> list[list[Any]]:
+    """Request and prompt of each row of each image."""
+    prompts, negatives, grid, sampling, seeds = inputs(ask)
+    made = [list(engine._requests(seed, grid[0] * grid[1], sampling, None)) for seed in seeds]
+    return [list(zip(rows, texts, strict=True)) for rows, *texts in zip(made, prompts, negatives, strict=True)]
+
+
+def step(engine: VLLMEngine, drawn: dict[str, list[int]], times: int, ends: dict[str, Any] | None = None) -> None:
+    for _ in range(times):
+        if not engine._vllm.has_unfinished_requests():
+            return
+        if engine._vllm.engine_core.__class__.__name__ != "InprocClient" and not drawn and times == 3:
+            return  # another process would be waited for, and it has nothing to say while all wait for partners
+        for output in engine._vllm.step():
+            drawn.setdefault(output.request_id, []).extend(output.outputs[0].token_ids)
+            if ends is not None and output.finished:
+                ends[output.request_id] = [output.outputs[0].finish_reason, output.outputs[0].stop_reason]
+
+
+def as_codes(engine: VLLMEngine, ask: dict[str, Any], ids: list[list[int]]) -> Any:
+    return engine.model.layout.codes_of_ids(torch.tensor(ids)).view(-1, *ask["grid"]).tolist()
+
+
+def load(ask: dict[str, Any], options: dict[str, Any]) -> VLLMEngine:
+    model = load_checkpoint(ask["checkpoint"], with_weights=False).model
+    return VLLMEngine(model, ask["checkpoint"], **options)
+
+
+WITHOUT_ENGINE = (refused, naive, careless, overcommitted, served)
+
+
+def main(request: str, answer: str) -> None:
+    ask = json.loads(Path(request).read_text())
+    way = globals()[ask["way"]]
+    try:
+        answered = way(ask) if way in WITHOUT_ENGINE else way(load(ask, ask["options"]), ask)
+    except Exception as error:
+        answered = {"error": f"{type(error).__name__}: {error}"}
+    Path(answer).write_text(json.dumps(answered))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
