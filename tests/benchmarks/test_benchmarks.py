@@ -12,8 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+import bounds
 import grpo
 import grpo_speed
+import inference
 import measure
 import tables
 from simplear.evaluation.report import merge_run
@@ -127,11 +129,33 @@ def test_inference(tmp_path: Path) -> None:
     """On random weights of the demo's sizes, whose pictures are all wrong."""
     checkpoint, _ = grpo_speed.write_start(tmp_path, argparse.Namespace(grid=4))
     result = run("inference", tmp_path / "inference.json", "--checkpoint", str(checkpoint))
-    assert {row["bar"] for row in result["claims"] if row["bar"]} == {">= 3", ">= 1.5", ">= 2.5"}
+    assert {row["bar"] for row in result["claims"] if row["bar"]} == {">= 3", ">= 1.5", ">= 2.5", ">= 1.8", ">= 9"}
     details = result["details"]
-    assert details["passes"].keys() == {f"jacobi, W = {window}" for window in (2, 4, 8, 16)}
-    assert all(2 < passes <= 17 for passes in details["passes"].values())  # a prefill, and 16 codes
+    assert details["passes"].keys() == inference.FIXED.keys()
+    assert all(2 <= passes <= 16 for passes in details["passes"].values())
+    assert details["passes"]["jacobi, W = 0"] == 16
     assert details["accuracy"] == {"cached": 0.0, "jacobi, W = 16": 0.0}
+    assert details["same_pictures"] == {"same": 6, "of": 6}
+    assert details["over_kv_cache"].keys() == details["memory"].keys() == {"1", "2"}
+    text = inference.tables(result)
+    assert "| cached |" in text and "| 16 | " in text and "(the paper's Table 6)" in text
+    with Image.open(tmp_path / "inference.png") as picture:
+        assert picture.width > 1000
+
+
+def test_bounds_are_those_of_pencil_and_paper() -> None:
+    """0.5B and 1.5B of Qwen2.5 at 1024 px in bf16 with guidance; seconds an image that memory allows."""
+    small = bounds.Shape(24, 896, 14, 2, 64, 4864, 215_672, 64_000)
+    large = bounds.Shape(28, 1536, 12, 2, 128, 8960, 215_672, 64_000)
+    assert small.layer_weights == 24 * (2 * 896 * 896 + 2 * 896 * 128 + 3 * 896 * 4864)
+    a100, h100 = bounds.MACHINES["A100"], bounds.MACHINES["H100"]
+    seconds = [
+        bounds.image_seconds(small, 4096, 1, 2, a100),
+        bounds.image_seconds(small, 4096, 32, 2, a100),
+        bounds.image_seconds(small, 4096, 1, 2, h100),
+        bounds.image_seconds(large, 4096, 1, 2, a100),
+    ]
+    assert seconds == pytest.approx([1.8, 0.156, 1.08, 6.0], rel=0.01)
 
 
 class TestGRPO:

@@ -11,7 +11,7 @@ from simplear.generation import CachedEngine, SamplingSettings
 from simplear.generation.sampling import Noise
 
 GRID, SEEDS = (3, 4), [1, 2, 3]
-MOVED = 2e-3
+MOVED = 1e-2
 PROMPTS, NEGATIVES = prompts(2, 7, 0), prompts(1, 4, 4, seed=2)
 
 

@@ -200,3 +200,19 @@ def test_a_picture_and_a_mask_that_do_not_belong_together_are_refused(
         pipe("one star", image=Image.new("RGB", image), mask=mask and Image.new("L", mask), seed=0)
     with pytest.raises(ValueError, match="2 images and 1 masks for 1 prompts"):
         pipe("one star", image=[Image.new("RGB", (24, 16))] * 2, mask=Image.new("L", (24, 16)), seed=0)
+
+
+def test_rows_are_shown_as_they_are_finished(pipe: SimpleARPipeline) -> None:
+    seen = []
+    out = pipe(
+        ["one star", "a red circle", "two circles"],
+        seed=0,
+        batch_size=2,
+        on_row=lambda first, codes: seen.append((first, codes.clone())),
+    )
+    height = out.codes.shape[1]
+    assert [(first, tuple(codes.shape[:2])) for first, codes in seen] == [
+        (first, (images, row)) for first, images in ((0, 2), (2, 1)) for row in range(1, height + 1)
+    ]
+    assert all(torch.equal(codes, out.codes[first : first + len(codes), : codes.shape[1]]) for first, codes in seen)
+    assert pipe.decode(seen[0][1]).shape[2] == out.images[0].height // height

@@ -6,6 +6,7 @@ from simplear.generation.compiled import CompiledEngine
 from simplear.generation.engine import ENGINES, Engine, GenerationStats, make_engine
 from simplear.generation.guidance import guide
 from simplear.generation.jacobi import JacobiEngine
+from simplear.generation.memory import OutOfMemoryError
 from simplear.generation.pipeline import PipelineOutput, SimpleARPipeline, pil_images
 from simplear.generation.plain import BaselineEngine, KVCacheEngine
 from simplear.generation.sampling import SamplingSettings
@@ -19,6 +20,7 @@ __all__ = [
     "GenerationStats",
     "JacobiEngine",
     "KVCacheEngine",
+    "OutOfMemoryError",
     "PipelineOutput",
     "SamplingSettings",
     "SimpleARPipeline",

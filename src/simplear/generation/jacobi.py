@@ -59,6 +59,11 @@ class JacobiEngine:
         self.choice = WindowChoice()
         self._step = PreparedStep(model, compiled)
 
+    @property
+    def tokens_a_pass(self) -> int:
+        """Of a row, at most."""
+        return 1 + (max(WINDOWS) if self.window is None else self.window)
+
     @torch.inference_mode()
     def generate(
         self,
@@ -75,7 +80,7 @@ class JacobiEngine:
         begin = time.perf_counter()
         images, (height, width) = len(prompt_ids), grid
         count, first = height * width, leading(given)
-        widest = max(WINDOWS) if self.window is None else self.window
+        widest = self.tokens_a_pass - 1
         negatives = list(negative_ids) if sampling.guidance_scale != 1.0 else []
         device = next(self.model.parameters()).device
         kept = pad(kept_codes(given, images, count, device), (0, widest + 1), value=-1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from simplear.generation.engine import Engine, GenerationStats, make_engine
+from simplear.generation.engine import Engine, GenerationStats, RowCallback, make_engine
+from simplear.generation.memory import is_out_of_memory, out_of_memory
 from simplear.generation.sampling import SamplingSettings
 from simplear.generation.vllm_plugin.engine import VLLMEngine
 from simplear.language_model import CheckpointError, CheckpointSettings, LanguageModel, load_checkpoint
@@ -158,6 +159,7 @@ class SimpleARPipeline:
         output_type: OutputType = "pil",
         batch_size: int = 32,
         progress: bool = False,
+        on_row: Callable[[int, Tensor], None] | None = None,
     ) -> PipelineOutput:
         """Draw. None means the checkpoint's default.
 
@@ -181,8 +183,11 @@ class SimpleARPipeline:
             output_type: "pil", "pt", or "codes", which needs no visual tokenizer.
             batch_size: images drawn at once.
             progress: show a bar over the codes.
+            on_row: called after each row of codes, with the number of the batch's first image in this call and its
+                codes so far (B, rows, w), which `decode` turns into the upper part of the pictures.
 
         Raises:
+            OutOfMemoryError: batch_size is too large for the memory; the message gives one that fits.
             ValueError: an empty list, a prompt that is no valid text or too long, a size that is no whole number of
                 codes, a picture and a mask that do not belong together, or a number outside its range; the message
                 names it.
@@ -220,14 +225,20 @@ class SimpleARPipeline:
         with tqdm(total=len(order) * grid[0], unit="row", disable=not progress, desc="drawing") as bar:
             for start in range(0, len(order), batch_size):
                 part = order[start : start + batch_size]
-                drawn, cost = self.engine.generate(
+
+                def finished(row: int, so_far: Tensor, first: int = start) -> None:
+                    bar.update(len(so_far))
+                    if on_row is not None:
+                        on_row(first, so_far.view(len(so_far), row, grid[1]))
+
+                drawn, cost = self._draw(
                     [prompt_ids[index] for index in part],
                     [negative_ids[index] for index in part],
                     grid,
                     sampling,
                     seeds[start : start + batch_size],
-                    on_row=lambda row, so_far: bar.update(len(so_far)),
-                    given=None if given is None else given[part],
+                    finished,
+                    None if given is None else given[part],
                 )
                 codes.append(drawn.cpu())
                 stats = replace(
@@ -241,6 +252,28 @@ class SimpleARPipeline:
         images = None if output_type == "codes" else self.decode(all_codes, batch_size)
         shown = pil_images(images) if output_type == "pil" and images is not None else images
         return PipelineOutput(shown, all_codes, stats, seeds, sampling)
+
+    def _draw(
+        self,
+        prompt_ids: Sequence[Tensor],
+        negative_ids: Sequence[Tensor],
+        grid: tuple[int, int],
+        sampling: SamplingSettings,
+        seeds: Sequence[int],
+        on_row: RowCallback,
+        given: Tensor | None,
+    ) -> tuple[Tensor, GenerationStats]:
+        try:
+            return self.engine.generate(prompt_ids, negative_ids, grid, sampling, seeds, on_row, given)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # Outside the handler: the error that it handled held all that was allocated.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        longest, rows = max(len(ids) for ids in (*prompt_ids, *negative_ids)), 1 + (sampling.guidance_scale != 1.0)
+        width = getattr(self.engine, "tokens_a_pass", 1)
+        raise out_of_memory(self.model, len(prompt_ids), longest, grid[0] * grid[1], rows, width)
 
     def check_prompts(
         self,
