@@ -7,6 +7,9 @@ median and its range are stated. Seconds are kept in the results for the arithme
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
+import gc
 import json
 import operator
 import os
@@ -81,7 +84,11 @@ def _run(variant: Callable[[], object], memory: bool, repeats: int) -> Run:
 
 def _restart_peak() -> int:
     """Let the kernel's record of this process's peak begin anew; returns the bytes resident now."""
-    # See "clear_refs" in proc(5). Tensors of megabytes are mapped one by one, so what was freed is not resident.
+    # See "clear_refs" in proc(5). Tensors of megabytes are mapped one by one, so what was freed is not resident; of
+    # smaller ones the allocator keeps the pages, unless it is told not to.
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # another C library than GNU's
+        ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
 

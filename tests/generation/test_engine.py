@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from generation.models import CODEBOOK, language_model
+from generation.near_ties import margins
 from generation.test_cached import GRID, NEGATIVES, PROMPTS, SEEDS, SETTINGS, plainly
 from simplear.generation import ENGINES, SamplingSettings, make_engine
 from simplear.generation.engine import leading
@@ -29,6 +30,32 @@ def test_each_name_makes_an_engine_over_the_model(name):
 def test_an_unknown_engine_is_refused_with_the_names_there_are():
     with pytest.raises(ValueError, match=r"no engine 'cache'.*cached"):
         make_engine("cache", language_model())
+
+
+def test_options_go_to_the_engine_and_unknown_ones_are_named():
+    assert make_engine("jacobi", language_model(), window=3, proposal="upper").window == 3
+    with pytest.raises(ValueError, match="'jacobi' has no option windows; it has: window, proposal, compiled"):
+        make_engine("jacobi", language_model(), windows=3)
+    with pytest.raises(ValueError, match="'cached' has no option max_num_seqs; it has: none"):
+        make_engine("cached", language_model(), max_num_seqs=3)
+
+
+@pytest.mark.parametrize("rope", ["1d", "2d"])
+@pytest.mark.parametrize("name", IN_MEMORY)
+@pytest.mark.parametrize(
+    ("dtype", "settings"),
+    [(torch.float32, GREEDY), (torch.float32, SAMPLED), (torch.bfloat16, SamplingSettings(guidance_scale=2.0))],
+)
+def test_rounding_parts_engines_only_at_near_ties(rope, dtype, name, settings):
+    """Against `kv-cache`; bfloat16 rounds 65,536 times as coarsely as float32 does."""
+    model = language_model(rope, dtype)
+    images, limit = 40, {torch.float32: 1e-4, torch.bfloat16: 0.5}[dtype]
+    asked = (PROMPTS * 10, NEGATIVES * 10, GRID, settings, list(range(images)))
+    found = margins(
+        model, *asked, make_engine(name, model).generate(*asked)[0], make_engine("kv-cache", model).generate(*asked)[0]
+    )
+    assert all(margin is None or margin < limit for margin in found)
+    assert found.count(None) >= (images - 1 if dtype == torch.float32 else images // 4)
 
 
 def given_codes() -> Tensor:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -39,6 +40,7 @@ def generate(
     image: str | None = None,
     mask: str | None = None,
     engine: str = "cached",
+    engine_options: dict[str, Any] | None = None,
     visual_tokenizer: str | None = None,
     batch_size: int = 32,
     device: str | None = None,
@@ -64,6 +66,7 @@ def generate(
         image: picture to keep a part of, for all prompts; height and width are its own.
         mask: picture of the same size: where it is not black, the image is drawn anew.
         engine: how codes are drawn.
+        engine_options: of the engine, as ``'{window: 7}'`` for jacobi.
         visual_tokenizer: directory to use in place of the checkpoint's own.
         batch_size: images drawn at once.
         device: where to draw; a GPU where there is one if not given.
@@ -73,7 +76,7 @@ def generate(
     """
     prompts = _prompts(prompt, prompts_file)
     pipeline = SimpleARPipeline.from_pretrained(
-        checkpoint, engine=engine, device=device, visual_tokenizer=visual_tokenizer
+        checkpoint, engine=engine, engine_options=engine_options, device=device, visual_tokenizer=visual_tokenizer
     )
     picture, anew = (None if file is None else Image.open(file) for file in (image, mask))
     size = (height, width) if picture is None else (picture.height, picture.width)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -73,12 +74,18 @@ ENGINES = {
 """Names that the pipeline takes, and their classes."""
 
 
-def make_engine(name: str, model: LanguageModel) -> Engine:
-    """The engine of that name over a model. Raises ValueError for an unknown one."""
+def make_engine(name: str, model: LanguageModel, **options: Any) -> Engine:
+    """The engine of that name over a model, with options of its class. Raises ValueError for unknown ones."""
     if name not in ENGINES:
         raise ValueError(f"no engine {name!r}; there are: {', '.join(sorted(ENGINES))}.")
     module, _, attribute = ENGINES[name].rpartition(".")
-    return getattr(importlib.import_module(module), attribute)(model)
+    made = getattr(importlib.import_module(module), attribute)
+    known = inspect.signature(made).parameters
+    unknown = options.keys() - known.keys()
+    if unknown and not any(each.kind is each.VAR_KEYWORD for each in known.values()):
+        there_are = ", ".join(option for option in known if option != "model") or "none"
+        raise ValueError(f"the engine {name!r} has no option {', '.join(sorted(unknown))}; it has: {there_are}.")
+    return made(model, **options)
 
 
 def check_request(

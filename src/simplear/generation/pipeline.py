@@ -79,7 +79,7 @@ class SimpleARPipeline:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         visual_tokenizer: VisualTokenizer | str | Path | None = None,
-        vllm_options: Mapping[str, Any] | None = None,
+        engine_options: Mapping[str, Any] | None = None,
     ) -> SimpleARPipeline:
         """Load a checkpoint of this project or one released with the paper.
 
@@ -90,25 +90,25 @@ class SimpleARPipeline:
             dtype: of the weights; None keeps the file's.
             visual_tokenizer: directory or object in place of the checkpoint's own; a directory is read when first
                 needed.
-            vllm_options: for the engine "vllm", which reads the weights itself: arguments of ``vllm.EngineArgs``.
+            engine_options: arguments of the engine's class, such as ``{"window": 7, "compiled": True}`` for "jacobi";
+                for "vllm", which reads the weights itself, arguments of ``vllm.EngineArgs``.
 
         Raises:
             CheckpointError: missing or damaged files.
             ValueError: an unknown engine, or one that cannot be had here.
         """
         on_vllm = engine == "vllm"
-        if vllm_options and not on_vllm:
-            raise ValueError(f'vllm_options are for the engine "vllm", not for {engine!r}: leave them out.')
         checkpoint = load_checkpoint(path_or_hub_id, dtype=dtype, with_weights=not on_vllm)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if visual_tokenizer is None:
             visual_tokenizer = checkpoint.visual_tokenizer_path
         model: LanguageModel = checkpoint.model
-        drawer: str | Engine = engine
+        drawer: Engine
         if on_vllm:
-            drawer = VLLMEngine(model, checkpoint.directory, **(vllm_options or {}))
+            drawer = VLLMEngine(model, checkpoint.directory, **(engine_options or {}))
         else:
             model = model.to(device)
+            drawer = make_engine(engine, model, **(engine_options or {}))
         return cls(model, checkpoint.tokenizer, checkpoint.settings, visual_tokenizer, engine=drawer, device=device)
 
     @property

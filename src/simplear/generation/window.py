@@ -30,7 +30,10 @@ class WindowChoice:
         self._asked: dict[int, float] = defaultdict(float)
 
     def observe(self, rows: int, window: int, seconds: float, final: Sequence[int]) -> None:
-        """One pass: its rows, its window, what it took, and how many codes it made final in each unfinished image."""
+        """One pass: its rows, its window, what it took, and how many codes it made final in each image to count.
+
+        To count are those that are behind all others, for they say when a batch is done.
+        """
         self._seconds[rows, window].append(seconds)
         self._passes += 1
         self._last[rows, window] = self._passes

@@ -59,11 +59,6 @@ def test_an_engine_needs_a_directory_and_a_dtype_of_vllm(monkeypatch):
         VLLMEngine(language_model(dtype=torch.float64), "somewhere")
 
 
-def test_options_of_vllm_are_for_its_engine(tiny_checkpoint):
-    with pytest.raises(ValueError, match="not for 'cached'"):
-        SimpleARPipeline.from_pretrained(tiny_checkpoint, vllm_options={"max_num_seqs": 4})
-
-
 def configuration(**changes) -> SimpleNamespace:
     """As much of a VllmConfig as is looked at, each change under its dotted name."""
     config = SimpleNamespace(
