@@ -7,7 +7,7 @@ import torch
 
 from generation.models import language_model
 from generation.test_cached import GRID, NEGATIVES, PROMPTS, SEEDS, SETTINGS, plainly
-from simplear.generation import CompiledEngine, JacobiEngine
+from simplear.generation import CachedEngine, CompiledEngine, JacobiEngine
 
 
 @pytest.mark.parametrize("rope", ["1d", "2d"])
@@ -42,6 +42,17 @@ def test_a_shape_compiles_once_and_the_weights_may_change(monkeypatch):
     model.decoder.model.layers[0].mlp.up_proj.weight.detach().mul_(1)  # what an optimizer does: in place
     codes, _ = engine.generate(PROMPTS, NEGATIVES, GRID, SETTINGS[-1], SEEDS)
     assert torch.equal(codes, plainly(model, SETTINGS[-1]))
+
+
+@pytest.mark.usefixtures("traced_not_compiled")
+def test_there_may_be_many_shapes():
+    """torch allows 8 of a function, of all engines together, if nothing else is said."""
+    model = language_model()
+    for engine in (CompiledEngine(model), CompiledEngine(model)):
+        for images in range(1, 11):
+            asked = (PROMPTS[:1] * images, NEGATIVES[:1] * images, (1, 2), SETTINGS[-1], list(range(images)))
+            codes, _ = engine.generate(*asked)
+            assert torch.equal(codes, CachedEngine(model).generate(*asked)[0])
 
 
 @pytest.mark.usefixtures("traced_not_compiled")

@@ -79,6 +79,8 @@ Forward = Callable[[Tensor, Tensor, RowCache], Tensor]
 """From ids (R, T), their positions and a cache to logits (R, T, codebook_size)."""
 ROOM = 64
 """Tokens by which a compiled step's cache grows from one size to the next."""
+SHAPES = 128
+"""Of a compiled step at most: numbers of rows, sizes of the cache, windows. Without a limit of its own it is 8."""
 
 
 @dataclass(frozen=True)
@@ -276,8 +278,14 @@ class PreparedStep:
         if self._step is None or self._forward is None or self._step.versions != _versions(self.model):
             self._step = self._forward = DecoderStep(self.model)
             if self.compiled:
-                mode = "reduce-overhead" if self._step.embedding.is_cuda else None
-                self._forward = torch.compile(self._step.__call__, fullgraph=True, dynamic=False, mode=mode)
+                self._forward = torch.compile(
+                    self._step.__call__,
+                    fullgraph=True,
+                    dynamic=False,
+                    mode="reduce-overhead" if self._step.embedding.is_cuda else None,
+                    recompile_limit=SHAPES,
+                    isolate_recompiles=True,
+                )
         return self._step, self._forward
 
     def _room(self, rows: int, capacity: int, like: Tensor) -> RowCache:
