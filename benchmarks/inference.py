@@ -44,7 +44,7 @@ CHECKPOINT = "checkpoints/demo/sft"
 VLLM_PYTHON = Path(".venv-vllm/bin/python")
 SAMPLING = SamplingSettings(guidance_scale=2.0)
 NO_DRAFTS, AUTOMATIC, WIDEST = "jacobi, W = 0", "jacobi, W chosen", "jacobi, W = 16"
-COMPILED = "jacobi, W = 7, compiled"
+COMPILED = "jacobi, W = 3, compiled"
 FIXED = {f"jacobi, W = {window}": window for window in sorted({*WINDOWS, 16})}
 QWEN_05B = {
     "hidden_size": 896,
@@ -64,8 +64,8 @@ Draw = Callable[[int, int], tuple[Tensor, GenerationStats]]
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     made = parser(__doc__, "inference")
     made.add_argument("--checkpoint", default=CHECKPOINT)
-    made.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
-    made.add_argument("--images", type=int, default=4, help="timed in each round at batch 1")
+    made.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 8, 32])
+    made.add_argument("--images", type=int, default=8, help="timed in each round at batch 1")
     made.add_argument("--judged", type=int, default=50, help="captions of each category, drawn with and without drafts")
     made.add_argument("--rounds", type=int, default=7)
     made.add_argument("--shape-rounds", type=int, default=5)
@@ -110,7 +110,7 @@ class Demo:
         made: dict[str, Engine] = {"cached": CachedEngine(self.model)}
         if not self.settings.quick:  # a minute of compiling
             made["compiled"] = CompiledEngine(self.model)
-            made[COMPILED] = JacobiEngine(self.model, 7, compiled=True)
+            made[COMPILED] = JacobiEngine(self.model, 3, compiled=True)
         made |= {name: JacobiEngine(self.model, window) for name, window in FIXED.items()}
         made[AUTOMATIC] = JacobiEngine(self.model)
         return {name: self.draw(engine) for name, engine in made.items()}

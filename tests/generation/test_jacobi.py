@@ -17,6 +17,7 @@ import torch
 from generation.models import ARCHITECTURE, language_model
 from generation.test_cached import GRID, NEGATIVES, PROMPTS, SEEDS, SETTINGS, plainly
 from simplear.generation import JacobiEngine, SamplingSettings, guide, jacobi
+from simplear.generation import sampling as sampling_module
 from simplear.generation.decoder_step import RowCache
 from simplear.generation.sampling import probabilities
 from simplear.language_model import LanguageModel, LanguageModelConfig
@@ -166,24 +167,24 @@ def drafts_one_place_off(monkeypatch):
 
 
 def first_code_by_argmax(monkeypatch):
-    choose = jacobi.choose
+    choose = sampling_module.choose
 
-    def first_greedy(log_weights, sampling, noise, places):
-        codes = choose(log_weights, sampling, noise, places)
+    def first_greedy(log_weights, settings, noise, places):
+        codes = choose(log_weights, settings, noise, places)
         return torch.where(places == 0, log_weights.argmax(dim=-1), codes)
 
-    monkeypatch.setattr(jacobi, "choose", first_greedy)
+    monkeypatch.setattr(sampling_module, "choose", first_greedy)
 
 
 def numbers_that_change_with_the_pass(monkeypatch):
     """Right in distribution, since any draft will do, but what a seed draws then depends on the window."""
-    choose, passes = jacobi.choose, []
+    choose, passes = sampling_module.choose, []
 
-    def drawn_anew(log_weights, sampling, noise, places):
+    def drawn_anew(log_weights, settings, noise, places):
         passes.append(1)
-        return choose(log_weights, sampling, noise, places + 1000 * len(passes))
+        return choose(log_weights, settings, noise, places + 1000 * len(passes))
 
-    monkeypatch.setattr(jacobi, "choose", drawn_anew)
+    monkeypatch.setattr(sampling_module, "choose", drawn_anew)
 
 
 def unconditional_rows_a_code_behind(monkeypatch):

@@ -14,8 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from simplear.generation.engine import GenerationStats, RowCallback, all_equal, check_request, kept_codes, leading
-from simplear.generation.guidance import guided_log_weights
-from simplear.generation.sampling import Noise, SamplingSettings, choose
+from simplear.generation.sampling import Noise, SamplingSettings, draw
 from simplear.language_model import LanguageModel
 from simplear.sequence import left_pad
 
@@ -76,8 +75,8 @@ class CachedEngine:
                 mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
                 position = model.positions_at((lengths + step - 1)[:, None], lengths, grid)
                 hidden = model.hidden_states(ids, position, mask, cache)[:, -1]
-            log_weights = guided_log_weights(model.image_logits(hidden), images, sampling.guidance_scale)
-            drawn = choose(log_weights[:, None], sampling, noise, places[:, step : step + 1])[:, 0]
+            logits = model.image_logits(hidden)[:, None]
+            drawn = draw(logits, images, sampling, noise, places[:, step : step + 1])[:, 0]
             codes[:, step] = torch.where(codes[:, step] < 0, drawn, codes[:, step])
             if on_row is not None and (step + 1) % width == 0:
                 on_row((step + 1) // width, codes[:, : step + 1])

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from simplear.generation.decoder_step import PreparedStep
 from simplear.generation.engine import GenerationStats, RowCallback, check_request, kept_codes, leading
-from simplear.generation.guidance import guided_log_weights
-from simplear.generation.sampling import Noise, SamplingSettings, choose
+from simplear.generation.sampling import Noise, SamplingSettings
 from simplear.language_model import LanguageModel
 
 
@@ -60,8 +59,9 @@ class CompiledEngine:
         for place in range(first, count):
             if place > first:
                 logits = rows.logits(codes, torch.full((images,), place, device=device), 0)
-            log_weights = guided_log_weights(logits, images, sampling.guidance_scale)
-            drawn = choose(log_weights, sampling, noise, torch.full((images, 1), place, device=device))[:, 0]
+            drawn = self._step.draw(logits, images, sampling, noise, torch.full((images, 1), place, device=device))[
+                :, 0
+            ]
             codes[:, place] = torch.where(codes[:, place] < 0, drawn, codes[:, place])
             if on_row is not None and (place + 1) % width == 0:
                 on_row((place + 1) // width, codes[:, : place + 1])

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen2Config
 
 from simplear.generation.engine import all_equal
+from simplear.generation.sampling import draw
 from simplear.language_model import LanguageModel
 
 
@@ -232,6 +233,13 @@ class PreparedStep:
 
     def __init__(self, model: LanguageModel, compiled: bool) -> None:
         self.model, self.compiled = model, compiled
+        # What is drawn with changes from request to request, so beyond some settings this one runs as it is.
+        self.draw = (
+            torch.compile(draw, dynamic=False, recompile_limit=SHAPES, isolate_recompiles=True)  # type: ignore[call-overload]
+            if compiled
+            else draw
+        )
+        """`sampling.draw`."""
         self._step: DecoderStep | None = None
         self._forward: Forward | None = None
         self._cache: RowCache | None = None
@@ -278,7 +286,7 @@ class PreparedStep:
         if self._step is None or self._forward is None or self._step.versions != _versions(self.model):
             self._step = self._forward = DecoderStep(self.model)
             if self.compiled:
-                self._forward = torch.compile(
+                self._forward = torch.compile(  # type: ignore[call-overload]  # the last two are not in its stub
                     self._step.__call__,
                     fullgraph=True,
                     dynamic=False,

@@ -27,8 +27,7 @@ from torch.nn.functional import pad
 
 from simplear.generation.decoder_step import PreparedStep
 from simplear.generation.engine import GenerationStats, RowCallback, check_request, kept_codes, leading
-from simplear.generation.guidance import guided_log_weights
-from simplear.generation.sampling import Noise, SamplingSettings, choose
+from simplear.generation.sampling import Noise, SamplingSettings
 from simplear.generation.window import WINDOWS, WindowChoice
 from simplear.language_model import LanguageModel
 
@@ -93,7 +92,7 @@ class JacobiEngine:
         pass_began = begin
         while True:
             places = done[:, None] + torch.arange(window + 1, device=device)
-            drawn = choose(guided_log_weights(logits, images, sampling.guidance_scale), sampling, noise, places)
+            drawn = self._step.draw(logits, images, sampling, noise, places)
             drawn = torch.where(kept.gather(1, places) < 0, drawn, kept.gather(1, places))
             done = (done + accept(drawn, canvas.gather(1, places))).clamp(max=count)
             canvas.scatter_(1, places, drawn)

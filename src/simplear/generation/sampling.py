@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from simplear.generation.guidance import guided_log_weights
 from simplear.hashing import INCREMENT, mix_tensor, shifted, signed
 
 
@@ -68,6 +69,19 @@ class Noise:
         bits = mix_tensor(mix_tensor(self._seeds ^ places)[..., None] + self._codes)
         # The middle of one of 2**52 intervals: neither 0, which no code could win with, nor 1, which all would.
         return ((shifted(bits, 12).double() + 0.5) * 2.0**-52).log_().neg_()
+
+
+def draw(logits: Tensor, images: int, settings: SamplingSettings, noise: Noise, places: Tensor) -> Tensor:
+    """Codes (B, T) int64 from what a decoder says: guidance, then `choose`.
+
+    Args:
+        logits: (R, T, C) over the codebook, rows as in `guided_log_weights`.
+        images: B.
+        settings: all of them.
+        noise: of the B images.
+        places: (B, T) in raster order.
+    """
+    return choose(guided_log_weights(logits, images, settings.guidance_scale), settings, noise, places)
 
 
 def choose(log_weights: Tensor, settings: SamplingSettings, noise: Noise, places: Tensor) -> Tensor:

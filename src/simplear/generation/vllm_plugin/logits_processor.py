@@ -16,8 +16,7 @@ from vllm.config import VllmConfig
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from simplear.generation.guidance import guided_log_weights
-from simplear.generation.sampling import Noise, choose
+from simplear.generation.sampling import Noise, draw
 from simplear.generation.vllm_plugin.image_request import ImageRequest
 from simplear.generation.vllm_plugin.requirements import check_configuration, check_version
 
@@ -66,11 +65,10 @@ class GuidedSampling(LogitsProcessor):
             first = self._rows[places[0][0]].request
             codes = slice(first.image_token_offset, first.image_token_offset + first.codebook_size)
             rows = torch.tensor(places, device=logits.device).T
-            log_weights = guided_log_weights(logits[rows.flatten(), codes], len(places), first.sampling.guidance_scale)
             images = [self._rows[place[0]] for place in places]
             noise = Noise([row.request.seed for row in images], first.codebook_size, logits.device)
             reached = torch.tensor([[len(row.drawn)] for row in images], device=logits.device)
-            drawn = choose(log_weights[:, None], first.sampling, noise, reached)[:, 0]
+            drawn = draw(logits[rows.flatten(), None, codes], len(places), first.sampling, noise, reached)[:, 0]
             given = torch.tensor([self._given(place[0]) for place in places], device=logits.device)
             ids = torch.where(given < 0, drawn, given) + first.image_token_offset
             logits[rows] = float("-inf")
