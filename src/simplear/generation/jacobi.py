@@ -99,8 +99,8 @@ class JacobiEngine:
             seen = torch.maximum(seen, places[:, -1] + 1)
             before, progress, passes = progress, done.tolist(), passes + 1
             if passes > 1:
-                behind = [end - start for start, end in zip(before, progress, strict=True) if start == min(before)]
-                self.choice.observe(len(rows.lengths), window, time.perf_counter() - pass_began, behind)
+                seconds = time.perf_counter() - pass_began
+                self.choice.observe(len(rows.lengths), window, seconds, min(progress) - min(before))
             for row in range(shown + 1, min(progress) // width + 1):
                 shown = row
                 if on_row is not None:
