@@ -16,6 +16,7 @@ WINDOWS = (0, 1, 3, 7, 15)
 TIMES_KEPT = 9
 """Passes whose shortest time is a window's cost: neighbours on the machine make single passes slow."""
 TIMED_AT_FIRST = 2
+"""Passes of a window before it is chosen or not."""
 TIMED_AGAIN = 1000
 """Passes after which a window that was not chosen is timed again."""
 ASKED_AGAIN = 50
@@ -34,7 +35,7 @@ class WindowChoice:
         self._right = self._wrong = 0.0
 
     def observe(self, rows: int, window: int, seconds: float, codes: int) -> None:
-        """One pass: its rows, its window, what it took, and how many codes it made final in the image that is behind."""
+        """One pass: its rows and window, what it took, and how many codes it made final in the image that is behind."""
         self._passes += 1
         self._seconds[rows, window].append(seconds)
         self._last[rows, window] = self._passes
