@@ -1,6 +1,6 @@
 """Tables 5 and 6 of the paper, and beyond: every engine against `kv-cache`, on the demo's checkpoint and at 0.5B.
 
-    python benchmarks/inference.py               # after make demo; 20 minutes on two cores
+    python benchmarks/inference.py               # after make demo; 12 minutes on two cores
     python benchmarks/inference.py --grid 64 --device cuda --dtype bfloat16 --only shape   # 1024 px on a GPU
 
 On the demo's checkpoint the captions are the evaluation's, with guidance 2 at temperature 1 and no truncation. The 0.5B
@@ -21,6 +21,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import Qwen2Config
 
 from bounds import MACHINES, Shape, image_bytes, image_seconds, measured_machine, plain_image_bytes
 from measure import Runs, alternate, claim, markdown_table, median, parser, publish, ratios, result_file
@@ -35,6 +36,7 @@ from simplear.generation import (
     make_engine,
     pil_images,
 )
+from simplear.generation.decoder_step import PreparedStep
 from simplear.generation.window import WINDOWS
 from simplear.language_model import LanguageModel, LanguageModelConfig
 from simplear.scenes import detect, evaluation_prompts, judge
@@ -171,7 +173,7 @@ def time_demo(demo: Demo, claims: list[dict[str, Any]], details: dict[str, Any])
         details["over_kv_cache"][str(size)] = {name: statistics.median(found) for name, found in speed.items()}
         if settings.device == "cpu":
             details["memory"][str(size)] = {
-                name: median(found, "peak_bytes") / (scale[name] if name != "vllm" else 1) / 2**20
+                name: median(found, "peak_bytes") / scale[name] / 2**20
                 for name, found in runs.items()
                 if name != "vllm"
             }
@@ -300,7 +302,8 @@ def time_shape(settings: argparse.Namespace, claims: list[dict[str, Any]], detai
         claims.append(claim(f"0.5B shape, batch {size}: {fastest} over kv-cache", gain, bar, note))
         if size == 1:
             claims.append(claim("the same over what bytes allow", [ratio / bound for ratio in gain]))
-    step = JacobiEngine(model, 0)._step.prefill(prompts[:1], [empty], torch.zeros(1, 0, dtype=torch.long), (8, 8), 64)
+    no_codes = torch.zeros(1, 0, dtype=torch.long, device=device)
+    step = PreparedStep(model, compiled=False).prefill(prompts[:1], [empty], no_codes, (8, 8), 64)
     canvas, done = torch.zeros(1, 64, dtype=torch.long, device=device), torch.ones(1, dtype=torch.long, device=device)
     with torch.inference_mode():
         widths = {str(width): (lambda width=width: step.logits(canvas, done, width - 1)) for width in (1, 2, 4, 8, 16)}
@@ -324,7 +327,7 @@ def time_shape(settings: argparse.Namespace, claims: list[dict[str, Any]], detai
 
 def crossover(demo_passes: dict[str, float], codes: int) -> dict[str, Any]:
     """Computed time of each window over that of none for 0.5B at 1024 px with the demo's codes a pass."""
-    shape = Shape(24, 896, 14, 2, 64, 4864, TEXT_IDS + CODEBOOK, CODEBOOK)
+    shape = Shape.of(Qwen2Config(**QWEN_05B, vocab_size=TEXT_IDS + CODEBOOK), CODEBOOK)
     found: dict[str, Any] = {}
     for name, machine in MACHINES.items():
         found[name] = {}

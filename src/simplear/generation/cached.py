@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from simplear.generation.engine import GenerationStats, RowCallback, all_equal, check_request, kept_codes, leading
+from simplear.generation.engine import (
+    GenerationStats,
+    RowCallback,
+    check_request,
+    draw_in_order,
+    kept_codes,
+    leading,
+    read_once,
+)
 from simplear.generation.sampling import Noise, SamplingSettings, draw
 from simplear.language_model import LanguageModel
 from simplear.sequence import left_pad
@@ -49,10 +57,8 @@ class CachedEngine:
         device = next(model.parameters()).device
         codes = kept_codes(given, images, count, device)
         first = leading(given)
-        shared = all_equal(negatives) and first == 0
-        ids, mask = (
-            part.to(device) for part in left_pad([*prompt_ids, *(negatives[:1] if shared else negatives)], model.layout)
-        )
+        asked, order = read_once(prompt_ids, negatives, first)
+        ids, mask = (part.to(device) for part in left_pad(asked, model.layout))
         lengths = mask.sum(dim=1)
         if first:
             kept = codes[:, :first].repeat(len(ids) // images, 1) + model.layout.image_token_offset
@@ -60,25 +66,23 @@ class CachedEngine:
         position = (mask.cumsum(dim=1) - 1).clamp(min=0)
         cache = DynamicCache(config=model.decoder.config)
         hidden = model.hidden_states(ids, model.positions_at(position, lengths, grid), mask, cache)[:, -1]
-        if shared:
-            rows = torch.tensor([*range(images), *[images] * images], device=device)
+        if len(order) > len(asked):
+            rows = torch.tensor(order, device=device)
             cache.batch_select_indices(rows)
             hidden, mask, lengths = hidden[rows], mask[rows], lengths[rows]
         noise = Noise(seeds, model.layout.codebook_size, device)
         places = torch.arange(count, device=device).expand(images, -1)
-        for row in range(1, first // width + 1):
-            if on_row is not None:
-                on_row(row, codes[:, : row * width])
-        for step in range(first, count):
-            if step > first:
-                ids = (codes[:, step - 1, None] + model.layout.image_token_offset).repeat(len(lengths) // images, 1)
+
+        def next_codes(place: int) -> Tensor:
+            nonlocal hidden, mask
+            if place > first:
+                ids = (codes[:, place - 1, None] + model.layout.image_token_offset).repeat(len(lengths) // images, 1)
                 mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-                position = model.positions_at((lengths + step - 1)[:, None], lengths, grid)
+                position = model.positions_at((lengths + place - 1)[:, None], lengths, grid)
                 hidden = model.hidden_states(ids, position, mask, cache)[:, -1]
             logits = model.image_logits(hidden)[:, None]
-            drawn = draw(logits, images, sampling, noise, places[:, step : step + 1])[:, 0]
-            codes[:, step] = torch.where(codes[:, step] < 0, drawn, codes[:, step])
-            if on_row is not None and (step + 1) % width == 0:
-                on_row((step + 1) // width, codes[:, : step + 1])
+            return draw(logits, images, sampling, noise, places[:, place : place + 1])[:, 0]
+
+        draw_in_order(codes, first, width, next_codes, on_row)
         stats = GenerationStats("cached", images, images * (count - first), count - first, time.perf_counter() - begin)
         return codes.view(images, height, width), stats

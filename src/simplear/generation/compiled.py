@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from simplear.generation.decoder_step import PreparedStep
-from simplear.generation.engine import GenerationStats, RowCallback, check_request, kept_codes, leading
+from simplear.generation.engine import GenerationStats, RowCallback, check_request, draw_in_order, kept_codes, leading
 from simplear.generation.sampling import Noise, SamplingSettings
 from simplear.language_model import LanguageModel
 
@@ -52,19 +52,14 @@ class CompiledEngine:
         codes = kept_codes(given, images, count, device)
         rows = self._step.prefill(prompt_ids, negatives, codes[:, :first], grid, count)
         noise = Noise(seeds, model.layout.codebook_size, device)
-        logits = rows.first_logits[:, None]
-        for row in range(1, first // width + 1):
-            if on_row is not None:
-                on_row(row, codes[:, : row * width])
-        for place in range(first, count):
-            if place > first:
-                logits = rows.logits(codes, torch.full((images,), place, device=device), 0)
-            drawn = self._step.draw(logits, images, sampling, noise, torch.full((images, 1), place, device=device))[
-                :, 0
-            ]
-            codes[:, place] = torch.where(codes[:, place] < 0, drawn, codes[:, place])
-            if on_row is not None and (place + 1) % width == 0:
-                on_row((place + 1) // width, codes[:, : place + 1])
+        places = torch.arange(count, device=device).expand(images, -1)
+
+        def next_codes(place: int) -> Tensor:
+            here = places[:, place : place + 1]
+            logits = rows.logits(codes, here[:, 0], 0) if place > first else rows.first_logits[:, None]
+            return self._step.draw(logits, images, sampling, noise, here)[:, 0]
+
+        draw_in_order(codes, first, width, next_codes, on_row)
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # once, for the seconds
         stats = GenerationStats(

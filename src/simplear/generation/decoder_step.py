@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen2Config
 
-from simplear.generation.engine import all_equal
+from simplear.generation.engine import read_once
 from simplear.generation.sampling import draw
 from simplear.language_model import LanguageModel
 
@@ -263,9 +263,7 @@ class PreparedStep:
         """
         step, forward = self._current()
         images, read, device = len(prompts), codes.shape[1], codes.device
-        order, asked = [*range(images + len(negatives))], [*prompts, *negatives]
-        if all_equal(negatives) and read == 0:
-            order, asked = [*range(images), *[images] * images], [*prompts, negatives[0]]
+        asked, order = read_once(prompts, negatives, read)
         codes = codes + self.model.layout.image_token_offset
         ids = pad_sequence(
             [torch.cat([text.to(device), codes[row % images]]) for row, text in enumerate(asked)], batch_first=True

@@ -142,6 +142,42 @@ def leading(given: Tensor | None) -> int:
     return int(kept.long().cumprod(dim=0).sum())
 
 
-def all_equal(prompts: Sequence[Tensor]) -> bool:
-    """Whether there are several prompts and they are one."""
-    return len(prompts) > 1 and all(torch.equal(prompt, prompts[0]) for prompt in prompts[1:])
+def read_once(
+    prompt_ids: Sequence[Tensor], negative_ids: Sequence[Tensor], first: int
+) -> tuple[list[Tensor], list[int]]:
+    """Sequences to prefill, and for each row which it begins with: an unconditional prompt that all share is read once.
+
+    Args:
+        prompt_ids: B.
+        negative_ids: B more, or none.
+        first: codes that are read with the prompts; these differ by image, so with any nothing is shared.
+    """
+    images = len(prompt_ids)
+    if first == 0 and len(negative_ids) > 1 and all(torch.equal(ids, negative_ids[0]) for ids in negative_ids[1:]):
+        return [*prompt_ids, negative_ids[0]], [*range(images), *[images] * images]
+    return [*prompt_ids, *negative_ids], list(range(images + len(negative_ids)))
+
+
+def draw_in_order(
+    codes: Tensor,
+    first: int,
+    width: int,
+    next_codes: Callable[[int], Tensor],
+    on_row: RowCallback | None,
+) -> None:
+    """Fill codes (B, N) in place, one of all images at a time, from place ``first`` on, but those that are kept.
+
+    Args:
+        codes: -1 where one is drawn.
+        first: codes that all images have from the beginning.
+        width: codes in a row.
+        next_codes: the codes (B,) of a place, drawn given all before it.
+        on_row: shown the rows that were given too.
+    """
+    for row in range(1, first // width + 1):
+        if on_row is not None:
+            on_row(row, codes[:, : row * width])
+    for place in range(first, codes.shape[1]):
+        codes[:, place] = torch.where(codes[:, place] < 0, next_codes(place), codes[:, place])
+        if on_row is not None and (place + 1) % width == 0:
+            on_row((place + 1) // width, codes[:, : place + 1])

@@ -88,7 +88,7 @@ class JacobiEngine:
         done = torch.full((images,), first, device=device)  # codes that are final
         canvas = kept.clamp(min=0)  # these, and the drafts behind
         seen = done  # where places begin that were in no pass
-        logits, window, passes, progress, shown = rows.first_logits[:, None], 0, 0, [first] * images, 0
+        logits, window, passes, progress = rows.first_logits[:, None], 0, 0, [0] * images
         pass_began = begin
         while True:
             places = done[:, None] + torch.arange(window + 1, device=device)
@@ -101,8 +101,7 @@ class JacobiEngine:
             if passes > 1:
                 seconds = time.perf_counter() - pass_began
                 self.choice.observe(len(rows.lengths), window, seconds, min(progress) - min(before))
-            for row in range(shown + 1, min(progress) // width + 1):
-                shown = row
+            for row in range(min(before) // width + 1, min(progress) // width + 1):
                 if on_row is not None:
                     on_row(row, canvas[:, : row * width])
             if min(progress) == count:
