@@ -18,6 +18,7 @@ of their own.
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Literal
 
@@ -55,7 +56,7 @@ class JacobiEngine:
         if window is not None and window < 0:
             raise ValueError(f"window {window} must be 0 or more; None chooses one.")
         self.model, self.window, self.proposal = model, window, proposal
-        self.choice = WindowChoice()
+        self._choices: defaultdict[int, WindowChoice] = defaultdict(WindowChoice)  # by number of rows
         self._step = PreparedStep(model, compiled)
 
     @property
@@ -84,6 +85,7 @@ class JacobiEngine:
         device = next(self.model.parameters()).device
         kept = pad(kept_codes(given, images, count, device), (0, widest + 1), value=-1)
         rows = self._step.prefill(prompt_ids, negatives, kept[:, :first], grid, kept.shape[1])
+        choice = self._choices[len(rows.lengths)]
         noise = Noise(seeds, self.model.layout.codebook_size, device)
         done = torch.full((images,), first, device=device)  # codes that are final
         canvas = kept.clamp(min=0)  # these, and the drafts behind
@@ -98,16 +100,16 @@ class JacobiEngine:
             canvas.scatter_(1, places, drawn)
             seen = torch.maximum(seen, places[:, -1] + 1)
             before, progress, passes = progress, done.tolist(), passes + 1
-            if passes > 1:
+            if passes > 1 and self.window is None:
                 seconds = time.perf_counter() - pass_began
-                self.choice.observe(len(rows.lengths), window, seconds, min(progress) - min(before))
+                choice.observe(window, seconds, min(progress) - min(before))
             for row in range(min(before) // width + 1, min(progress) // width + 1):
                 if on_row is not None:
                     on_row(row, canvas[:, : row * width])
             if min(progress) == count:
                 break
             pass_began = time.perf_counter()
-            window = self.choice.best(len(rows.lengths)) if self.window is None else self.window
+            window = choice.best() if self.window is None else self.window
             self._propose(canvas, seen, done[:, None] + torch.arange(window, device=device), kept, width)
             logits = rows.logits(canvas, done, window)
         stats = GenerationStats("jacobi", images, images * (count - first), passes, time.perf_counter() - begin)
