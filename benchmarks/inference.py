@@ -46,7 +46,7 @@ CHECKPOINT = "checkpoints/demo/sft"
 VLLM_PYTHON = Path(".venv-vllm/bin/python")
 SAMPLING = SamplingSettings(guidance_scale=2.0)
 NO_DRAFTS, AUTOMATIC, WIDEST = "jacobi, W = 0", "jacobi, W chosen", "jacobi, W = 16"
-COMPILED = "jacobi, W = 3, compiled"
+COMPILED = {f"jacobi, W = {window}, compiled": window for window in (3, 7)}
 FIXED = {f"jacobi, W = {window}": window for window in sorted({*WINDOWS, 16})}
 QWEN_05B = {
     "hidden_size": 896,
@@ -112,7 +112,7 @@ class Demo:
         made: dict[str, Engine] = {"cached": CachedEngine(self.model)}
         if not self.settings.quick:  # a minute of compiling
             made["compiled"] = CompiledEngine(self.model)
-            made[COMPILED] = JacobiEngine(self.model, 3, compiled=True)
+            made |= {name: JacobiEngine(self.model, window, compiled=True) for name, window in COMPILED.items()}
         made |= {name: JacobiEngine(self.model, window) for name, window in FIXED.items()}
         made[AUTOMATIC] = JacobiEngine(self.model)
         return {name: self.draw(engine) for name, engine in made.items()}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from simplear.generation.decoder_step import PreparedStep
 from simplear.generation.engine import GenerationStats, RowCallback, check_request, draw_in_order, kept_codes, leading
-from simplear.generation.sampling import Noise, SamplingSettings
+from simplear.generation.sampling import Noise, SamplingSettings, draw
 from simplear.language_model import LanguageModel
 
 
@@ -30,6 +30,7 @@ class CompiledEngine:
     def __init__(self, model: LanguageModel) -> None:
         self.model = model
         self._step = PreparedStep(model, compiled=True)
+        self._draw = self._step.prepare(draw)
 
     @torch.inference_mode()
     def generate(
@@ -57,7 +58,7 @@ class CompiledEngine:
         def next_codes(place: int) -> Tensor:
             here = places[:, place : place + 1]
             logits = rows.logits(codes, here[:, 0], 0) if place > first else rows.first_logits[:, None]
-            return self._step.draw(logits, images, sampling, noise, here)[:, 0]
+            return self._draw(logits, images, sampling, noise, here)[:, 0]
 
         draw_in_order(codes, first, width, next_codes, on_row)
         if device.type == "cuda":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,6 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen2Config
 
 from simplear.generation.engine import read_once
-from simplear.generation.sampling import draw
 from simplear.language_model import LanguageModel
 
 
@@ -78,6 +78,8 @@ def head_size(config: Qwen2Config) -> int:
 
 Forward = Callable[[Tensor, Tensor, RowCache], Tensor]
 """From ids (R, T), their positions and a cache to logits (R, T, codebook_size)."""
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 ROOM = 64
 """Tokens by which a compiled step's cache grows from one size to the next."""
 SHAPES = 128
@@ -233,16 +235,19 @@ class PreparedStep:
 
     def __init__(self, model: LanguageModel, compiled: bool) -> None:
         self.model, self.compiled = model, compiled
-        # What is drawn with changes from request to request, so beyond some settings this one runs as it is.
-        self.draw = (
-            torch.compile(draw, dynamic=False, recompile_limit=SHAPES, isolate_recompiles=True)  # type: ignore[call-overload]
-            if compiled
-            else draw
-        )
-        """`sampling.draw`."""
         self._step: DecoderStep | None = None
         self._forward: Forward | None = None
         self._cache: RowCache | None = None
+
+    def prepare(self, function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+        """The function, compiled if the step is. It gets other settings from request to request; beyond some it runs as
+        it is.
+        """
+        if not self.compiled:
+            return function
+        return torch.compile(  # type: ignore[call-overload,no-any-return]  # the last two are not in its stub
+            function, dynamic=False, recompile_limit=SHAPES, isolate_recompiles=True
+        )
 
     def prefill(
         self,

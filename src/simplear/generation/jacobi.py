@@ -28,7 +28,7 @@ from torch.nn.functional import pad
 
 from simplear.generation.decoder_step import PreparedStep
 from simplear.generation.engine import GenerationStats, RowCallback, check_request, kept_codes, leading
-from simplear.generation.sampling import Noise, SamplingSettings
+from simplear.generation.sampling import Noise, SamplingSettings, draw
 from simplear.generation.window import WINDOWS, WindowChoice
 from simplear.language_model import LanguageModel
 
@@ -58,6 +58,7 @@ class JacobiEngine:
         self.model, self.window, self.proposal = model, window, proposal
         self._choices: defaultdict[int, WindowChoice] = defaultdict(WindowChoice)  # by number of rows
         self._step = PreparedStep(model, compiled)
+        self._settle, self._propose = self._step.prepare(settle), self._step.prepare(propose)
 
     @property
     def tokens_a_pass(self) -> int:
@@ -93,12 +94,7 @@ class JacobiEngine:
         logits, window, passes, progress = rows.first_logits[:, None], 0, 0, [0] * images
         pass_began = begin
         while True:
-            places = done[:, None] + torch.arange(window + 1, device=device)
-            drawn = self._step.draw(logits, images, sampling, noise, places)
-            drawn = torch.where(kept.gather(1, places) < 0, drawn, kept.gather(1, places))
-            done = (done + accept(drawn, canvas.gather(1, places))).clamp(max=count)
-            canvas.scatter_(1, places, drawn)
-            seen = torch.maximum(seen, places[:, -1] + 1)
+            done, seen = self._settle(logits, images, sampling, noise, canvas, kept, done, seen, count)
             before, progress, passes = progress, done.tolist(), passes + 1
             if passes > 1 and self.window is None:
                 seconds = time.perf_counter() - pass_began
@@ -110,21 +106,61 @@ class JacobiEngine:
                 break
             pass_began = time.perf_counter()
             window = choice.best() if self.window is None else self.window
-            self._propose(canvas, seen, done[:, None] + torch.arange(window, device=device), kept, width)
+            if window:
+                self._propose(canvas, kept, done, seen, window, width, self.proposal)
             logits = rows.logits(canvas, done, window)
         stats = GenerationStats("jacobi", images, images * (count - first), passes, time.perf_counter() - begin)
         return canvas[:, :count].view(images, height, width), stats
 
-    def _propose(self, canvas: Tensor, seen: Tensor, places: Tensor, kept: Tensor, width: int) -> None:
-        """Fill in place the drafts at places (B, W) of which the model has said nothing yet, and none that is kept."""
-        last = seen[:, None] - 1
-        source = last.expand_as(places)
-        if self.proposal == "upper":
-            # As many rows up as lead to a place that was in a pass; in the first row there is none.
-            above = places - (places - last + width - 1).div(width, rounding_mode="floor") * width
-            source = torch.where(above < 0, source, above)
-        fresh = (places > last) & (kept.gather(1, places) < 0)
-        canvas.scatter_(1, places, torch.where(fresh, canvas.gather(1, source), canvas.gather(1, places)))
+
+def settle(
+    logits: Tensor,
+    images: int,
+    sampling: SamplingSettings,
+    noise: Noise,
+    canvas: Tensor,
+    kept: Tensor,
+    done: Tensor,
+    seen: Tensor,
+    count: int,
+) -> tuple[Tensor, Tensor]:
+    """Draw at the places behind ``done``, onto the canvas; the new ``done`` and ``seen``, both (B,).
+
+    Args:
+        logits: (R, W + 1, codebook_size) at these places.
+        images: B.
+        sampling: how a code is drawn.
+        noise: of the images.
+        canvas: (B, at least N + W) codes that are final and drafts.
+        kept: (B, the same) codes that are given, or -1.
+        done: (B,) codes that are final.
+        seen: (B,) where places begin that were in no pass.
+        count: N.
+    """
+    places = done[:, None] + torch.arange(logits.shape[1], device=done.device)
+    given = kept.gather(1, places)
+    drawn = torch.where(given < 0, draw(logits, images, sampling, noise, places), given)
+    done = (done + accept(drawn, canvas.gather(1, places))).clamp(max=count)
+    canvas.scatter_(1, places, drawn)
+    return done, torch.maximum(seen, places[:, -1] + 1)
+
+
+def propose(
+    canvas: Tensor, kept: Tensor, done: Tensor, seen: Tensor, window: int, width: int, proposal: Proposal
+) -> None:
+    """Fill in place the drafts behind ``done`` of which the model has said nothing yet, and none that is kept.
+
+    Arguments as for `settle`; a row of the picture has ``width`` codes.
+    """
+    places = done[:, None] + torch.arange(window, device=done.device)
+    last = seen[:, None] - 1
+    source = last.expand_as(places)
+    if proposal == "upper":
+        # As many rows up as lead to a place that was in a pass; in the first row there is none.
+        above = places - (places - last + width - 1).div(width, rounding_mode="floor") * width
+        source = torch.where(above < 0, source, above)
+    fresh = (places > last) & (kept.gather(1, places) < 0)
+    canvas.scatter_(1, places, torch.where(fresh, canvas.gather(1, source), canvas.gather(1, places)))
 
 
 def accept(drawn: Tensor, drafts: Tensor) -> Tensor:
