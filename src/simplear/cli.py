@@ -34,7 +34,10 @@ OWN_VERBS = {
     "generate": ("simplear.generation", "generate", "checkpoint and prompts → images"),
     "demo": ("simplear.demo", "demo", "the whole story, small, on two cores"),
 }
-BENCHMARKS = {"scenes": ("simplear.evaluation", "evaluate_scenes", "accuracy on drawn scenes by an exact detector")}
+BENCHMARKS = {
+    "scenes": ("simplear.evaluation", "evaluate_scenes", "accuracy on drawn scenes by an exact detector"),
+    "tokenizer": ("simplear.evaluation", "evaluate_tokenizer", "what a visual tokenizer keeps of pictures"),
+}
 PARSER_MODE = "omegaconf+"
 PARSER_OPTIONS: dict[str, Any] = {"parser_mode": PARSER_MODE, "allow_abbrev": False}
 """argparse would take ``--trainer.max_step`` for any option that begins so."""
@@ -133,10 +136,10 @@ def run_function(module: str, name: str, arguments: Sequence[str], program: str)
 
 
 def _spelled_out(arguments: Sequence[str], function: Callable[..., Any]) -> list[str]:
-    """``CKPT --prompts-file F`` → ``--checkpoint CKPT --prompts_file F``."""
+    """``CKPT --prompts-file F`` → ``--checkpoint CKPT --prompts_file F``, which is the first argument of the function."""
     spelled = [re.sub(r"^--[\w.-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in arguments]
-    if "checkpoint" in inspect.signature(function).parameters and spelled and not spelled[0].startswith("-"):
-        spelled.insert(0, "--checkpoint")
+    if spelled and not spelled[0].startswith("-"):
+        spelled.insert(0, f"--{next(iter(inspect.signature(function).parameters))}")
     return spelled
 
 

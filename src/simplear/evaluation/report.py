@@ -23,7 +23,8 @@ REPORT_FILE = "report.json"
 OVERALL = "overall"
 
 Result = dict[str, dict[str, float]]
-"""``overall`` and each category, each with ``accuracy`` (or ``score``), ``low``, ``high`` and ``n``."""
+"""``overall`` and each category, each with ``accuracy`` (or ``score``), ``low``, ``high`` and ``n``; a score of a whole
+set, such as FID, has no ``low`` and ``high``."""
 
 
 def accuracy_result(verdicts: Mapping[str, Sequence[bool]]) -> Result:
@@ -111,6 +112,8 @@ def _cell(entry: Mapping[str, float] | None) -> str:
         return ""
     if "accuracy" in entry:
         return f"{entry['accuracy']:.1%} ({100 * entry['low']:.1f}–{100 * entry['high']:.1f})"
+    if "low" not in entry:
+        return f"{entry['score']:.3f}"
     return f"{entry['score']:.3f} ({entry['low']:.3f}–{entry['high']:.3f})"
 
 
