@@ -36,6 +36,8 @@ OWN_VERBS = {
 }
 BENCHMARKS = {
     "scenes": ("simplear.evaluation", "evaluate_scenes", "accuracy on drawn scenes by an exact detector"),
+    "dpg": ("simplear.evaluation", "evaluate_dpg", "DPG-Bench: images in the official layout, and a judge of our own"),
+    "quality": ("simplear.evaluation", "evaluate_quality", "FID, CLIPScore and HPS v2.1 of drawn prompts"),
     "tokenizer": ("simplear.evaluation", "evaluate_tokenizer", "what a visual tokenizer keeps of pictures"),
 }
 PARSER_MODE = "omegaconf+"
@@ -136,7 +138,7 @@ def run_function(module: str, name: str, arguments: Sequence[str], program: str)
 
 
 def _spelled_out(arguments: Sequence[str], function: Callable[..., Any]) -> list[str]:
-    """``CKPT --prompts-file F`` → ``--checkpoint CKPT --prompts_file F``, which is the first argument of the function."""
+    """``CKPT --prompts-file F`` → ``--checkpoint CKPT --prompts_file F``; the function's first needs no name."""
     spelled = [re.sub(r"^--[\w.-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in arguments]
     if spelled and not spelled[0].startswith("-"):
         spelled.insert(0, f"--{next(iter(inspect.signature(function).parameters))}")

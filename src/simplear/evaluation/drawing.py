@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -96,7 +97,8 @@ def draw_prompts(
         layout: the benchmark's folders.
         samples: images of each prompt.
         limit: draw only the first so many prompts; without it, or with a larger one, the rest can be drawn later.
-        seed: of the images; an image's own seed follows from this, its prompt and its number among the prompt's images.
+        seed: of the images; an image's own seed follows from this, its prompt and its number among the prompt's images,
+            those of equal prompts further up counted.
         guidance_scale: classifier-free guidance; the checkpoint's default if not given.
         negative_prompt: the checkpoint's default if not given.
         prompt_prefix: put before every prompt; the checkpoint's default if not given.
@@ -177,6 +179,12 @@ class _Drawing:
         self.checkpoint, self.rows, self.paths, self.layout = checkpoint, rows, paths, layout
         self.settings, self.visual_tokenizer, self.batch_size = settings, visual_tokenizer, batch_size
         self.pipeline: SimpleARPipeline | None = None
+        counts: Counter[str] = Counter()
+        self.earlier: list[int] = []
+        """Rows of the same prompt before each row, so that equal prompts get different images."""
+        for row in rows:
+            self.earlier.append(counts[row["prompt"]])
+            counts[row["prompt"]] += 1
 
     def setup(self, device: torch.device) -> None:
         """Load the checkpoint, and make sure that all prompts can be drawn."""
@@ -199,7 +207,11 @@ class _Drawing:
         """Draw a batch of prompts. All of it: the shape of a batch is what a drawing in one go has."""
         assert self.pipeline is not None
         samples = self.settings["samples"]
-        asked = [(self.rows[number]["prompt"], sample) for number in numbers for sample in range(samples)]
+        asked = [
+            (self.rows[number]["prompt"], self.earlier[number] * samples + sample)
+            for number in numbers
+            for sample in range(samples)
+        ]
         options = ("guidance_scale", "negative_prompt", "prompt_prefix", "temperature", "top_k", "top_p")
         images: Any = self.pipeline(
             [prompt for prompt, _ in asked],

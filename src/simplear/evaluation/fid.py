@@ -103,6 +103,11 @@ class FrechetDistance:
         self.metric = FrechetInceptionDistance(feature=self.extractor).to(device)
         self.device = torch.device(device)
 
+    def to(self, device: torch.device | str) -> FrechetDistance:
+        """Go on on another device."""
+        self.metric, self.device = self.metric.to(device), torch.device(device)
+        return self
+
     @property
     def name(self) -> str:
         """Of the extractor, its class's where it has none."""
@@ -130,12 +135,12 @@ class FrechetDistance:
         real, drawn = int(self.metric.real_features_num_samples), int(self.metric.fake_features_num_samples)
         if min(real, drawn) < 2:
             raise ValueError(f"FID needs two pictures or more of each kind; there are {real} real and {drawn} drawn.")
-        if min(real, drawn) <= self.metric.inception.num_features:
+        if min(real, drawn) <= self.extractor.num_features:
             logger.warning(
                 "FID of %d and %d pictures by %d features: there are more features than pictures, so the covariances "
                 "are singular and the number is far too high. Compare it only with runs of as many pictures.",
                 real,
                 drawn,
-                self.metric.inception.num_features,
+                self.extractor.num_features,
             )
         return max(0.0, float(self.metric.compute()))  # rounding can take equal sets below 0

@@ -79,3 +79,30 @@ def clustered_interval(strata: Sequence[Sequence[float]]) -> tuple[float, float,
     mean = fmean(map(fmean, strata))
     spread = Z_95 * sqrt(sum(variance(values) / len(values) for values in strata)) / len(strata)
     return mean, mean - spread, mean + spread
+
+
+def ratio_interval(clusters: Sequence[tuple[float, int]]) -> tuple[float, float, float]:
+    """Mean over all members of clusters of unequal size, and its normal 95 % interval by the clusters.
+
+    A cluster is a prompt, its members answers or images. With C clusters of totals t and sizes n, the mean is
+    m = Σt / Σn and its variance C / (C − 1) · Σ (t − m n)² / (Σn)²; for equal sizes that is `clustered_interval` of one
+    stratum.
+
+    Source: Cochran 1977, "Sampling Techniques", chapter 6 (ratio estimates).
+
+    Args:
+        clusters: total and size of each, two or more, no size 0.
+
+    Returns:
+        mean, low, high.
+
+    Raises:
+        ValueError: fewer than two clusters.
+    """
+    if len(clusters) < 2:
+        raise ValueError(f"{len(clusters)} clusters: the spread of fewer than 2 is unknown.")
+    members = sum(size for _, size in clusters)
+    mean = sum(total for total, _ in clusters) / members
+    squares = sum((total - mean * size) ** 2 for total, size in clusters)
+    spread = Z_95 * sqrt(len(clusters) / (len(clusters) - 1) * squares) / members
+    return mean, mean - spread, mean + spread

@@ -121,7 +121,8 @@ def evaluate_tokenizer(
     visual_tokenizer = load_visual_tokenizer(tokenizer, device)
     distance = FrechetDistance(extractor or InceptionFeatures(), device) if rfid else None
     size = None if height is None or width is None else (height, width)
-    _check_size(*(size or next(picture_batches(files[:1], 1))[1].shape[1:3]), visual_tokenizer.downsample)
+    _, pictures = next(picture_batches(files[:1], 1, size))
+    _check_size(pictures.shape[1], pictures.shape[2], visual_tokenizer.downsample)
 
     name = run or f"{Path(tokenizer).name}-reconstruction"
     counts = torch.zeros(visual_tokenizer.codebook_size, dtype=torch.long)
@@ -155,6 +156,7 @@ def evaluate_tokenizer(
     with whole_file(picture) as partial:
         page.save(partial, "PNG")
     settings = {
+        "benchmark": FOLDER,
         "tokenizer": tokenizer,
         "fingerprint": visual_tokenizer.fingerprint,
         "images": images,

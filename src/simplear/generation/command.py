@@ -127,13 +127,17 @@ def generate(
 def _prompts(prompt: str | list[str] | None, prompts_file: str | None) -> list[str]:
     prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
     if prompts_file is not None:
-        prompts += _read_prompts(Path(prompts_file))
+        prompts += read_prompts(Path(prompts_file))
     if not prompts:
         raise ValueError('no prompt: give --prompt "…" or --prompts-file FILE.')
     return prompts
 
 
-def _read_prompts(file: Path) -> list[str]:
+def read_prompts(file: Path) -> list[str]:
+    """The captions of a file, one a line, or of .jsonl the "prompt" of each line; blank lines do not count.
+
+    Raises ValueError, naming file and line, for what is no text.
+    """
     try:
         lines = file.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:

@@ -1,0 +1,271 @@
+"""DPG-Bench: 1,065 long prompts, four images each, and questions about what they must show.
+
+Images are written as the official program reads them: one PNG a prompt, named by its ``item_id``, its images as
+quarters. That program asks mPLUG, which needs packages of its own. In its place a vision-language model of today can be
+asked the same questions here; its scores are not the official ones and go by the name ``dpg-vlm``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from simplear.atomic import claim_directory, whole_file
+from simplear.evaluation.dpg_rules import PromptAnswers, Question, dpg_result, prompt_score, read_questions
+from simplear.evaluation.drawing import SETTINGS_FILE, draw_prompts
+from simplear.evaluation.grid import Cell, image_grid
+from simplear.evaluation.prediction import predict_prompts
+from simplear.evaluation.report import REPORT_FILE, markdown_table, merge_run, write_tensorboard
+from simplear.evaluation.visual_questions import VisualJudge, judge_processor
+
+FOLDER = "dpg"
+IMAGES = "images"
+JUDGE_NAME = "dpg-vlm"
+DEFAULT_JUDGE = "Qwen/Qwen2-VL-7B-Instruct"
+MOST_SAMPLES = 4
+"""Images of a prompt that the official program can cut out of its picture."""
+QUARTERS = ((0, 0), (1, 0), (0, 1), (1, 1))
+"""Column and row of each image, in the official order."""
+SHOWN = 8
+"""Prompts in each part of the page: the first ones, and the worst ones."""
+CAPTION_LENGTH = 160
+"""Letters of a prompt on the page."""
+
+
+class QuarterLayout:
+    """One PNG a prompt under ``images/``: up to four square images as quarters, the only one as the whole."""
+
+    is_folder = False
+
+    def name(self, number: int, row: Mapping[str, Any]) -> str:
+        """See `simplear.evaluation.drawing.Layout`."""
+        return f"{IMAGES}/{row['item_id']}.png"
+
+    def write(self, path: Path, row: Mapping[str, Any], images: Sequence[Image.Image]) -> None:
+        """See `simplear.evaluation.drawing.Layout`. Raises ValueError for images that are not square."""
+        join_quarters(images).save(path, "PNG")
+
+    def is_whole(self, path: Path, samples: int) -> bool:
+        """See `simplear.evaluation.drawing.Layout`."""
+        return path.is_file()
+
+
+def dpg_prompts() -> list[dict[str, Any]]:
+    """The 1,065 prompts, each with its ``item_id``."""
+    text = (files("simplear.evaluation") / "dpg_data" / "prompts.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def join_quarters(images: Sequence[Image.Image]) -> Image.Image:
+    """One to four square images as one picture; what is not filled of four quarters is black.
+
+    Raises ValueError for other numbers, or for images that are not square.
+    """
+    width, height = images[0].size
+    if width != height or not 1 <= len(images) <= MOST_SAMPLES:
+        raise ValueError(
+            f"{len(images)} images of {height} × {width} pixels: DPG-Bench takes one to four, and they must be square."
+        )
+    if len(images) == 1:
+        return images[0]
+    joined = Image.new("RGB", (2 * width, 2 * width))
+    for image, (column, row) in zip(images, QUARTERS, strict=False):
+        joined.paste(image, (column * width, row * width))
+    return joined
+
+
+def cut_quarters(picture: Image.Image, samples: int) -> list[Image.Image]:
+    """The images that `join_quarters` put together."""
+    side = picture.width if samples == 1 else picture.width // 2
+    places = [(column * side, row * side) for column, row in QUARTERS[:samples]]
+    return [picture.crop((left, top, left + side, top + side)) for left, top in places]
+
+
+def evaluate_dpg(
+    checkpoint: str,
+    *,
+    out: str,
+    run: str | None = None,
+    questions: str | None = None,
+    judge: str = DEFAULT_JUDGE,
+    judge_batch_size: int = 16,
+    samples: int = MOST_SAMPLES,
+    **drawing: Any,
+) -> dict[str, Any] | None:
+    """DPG-Bench: draw its 1,065 prompts in the official layout and, where its questions are given, have a model judge.
+
+    Writes into OUT: under ``dpg/RUN/images/`` a PNG for each prompt, named by its ``item_id``, for the official
+    program. With questions also ``dpg/RUN/answers/``, what the judge said of each prompt; the page ``dpg/RUN.png``; and
+    run RUN-dpg-vlm in ``report.json`` (other runs stay) and its table ``report.md``. Stopped and started again it goes
+    on where it was, drawing and judging.
+
+    Args:
+        checkpoint: directory or hub id of the checkpoint.
+        out: directory of images and report.
+        run: name of the result; the checkpoint directory's own name if not given.
+        questions: dpg_bench.csv of the official repository, https://github.com/TencentQQGYLab/ELLA; without it images
+            are only drawn.
+        judge: directory or hub id of a vision-language model that transformers loads for chats about images.
+        judge_batch_size: questions answered at once on each device.
+        samples: images of each prompt, one to four.
+        drawing: what is drawn with.
+
+    Returns:
+        the whole report; None without questions, and on all processes but the first.
+
+    Raises:
+        FileNotFoundError: questions or judge are missing.
+        ValueError: the question file is not in order or lacks a prompt, a number out of its range, or images that
+            are not square.
+    """
+    if not 1 <= samples <= MOST_SAMPLES:
+        raise ValueError(f"samples {samples} must lie in [1, {MOST_SAMPLES}]: the official program reads quarters.")
+    if judge_batch_size < 1:
+        raise ValueError(f"judge_batch_size {judge_batch_size} must be at least 1.")
+    name = run or Path(checkpoint).name
+    directory = Path(out) / FOLDER / name
+    prompts = dpg_prompts()
+    asked = None if questions is None else questions_of(prompts, questions)
+    if asked is not None:
+        judge_processor(judge)  # one that is missing is missed before the first image
+    drawn = draw_prompts(checkpoint, prompts, directory, QuarterLayout(), samples=samples, **drawing)
+    if asked is None:
+        if drawn.trainer.is_global_zero:
+            side = Image.open(drawn.paths[0]).width // (1 if samples == 1 else 2)
+            print(
+                f"images: {directory / IMAGES}\nIn a clone of https://github.com/TencentQQGYLab/ELLA: "
+                f"PIC_NUM={samples} bash dpg_bench/dist_eval.sh {(directory / IMAGES).absolute()} {side}"
+            )
+        return None
+    answers = directory / "answers"
+    settings = {**drawn.settings, "judge": judge, "questions_sha256": _sha256(questions)}
+    claim_directory(answers / SETTINGS_FILE, settings)
+    of_rows = [asked[row["item_id"]] for row in drawn.rows]
+    task = Judging(drawn.paths, of_rows, answers, judge, judge_batch_size, samples)
+    predict_prompts(drawn.trainer, task, len(drawn.rows), 1)
+    if not drawn.trainer.is_global_zero:
+        return None
+    judged = [PromptAnswers(of_row, task.read(number)) for number, of_row in enumerate(of_rows)]
+    result = dpg_result(judged)
+    page = _page(name, [row["prompt"] for row in drawn.rows], drawn.paths, judged)
+    picture = directory.with_name(f"{name}.png")
+    with whole_file(picture) as partial:
+        page.save(partial, "PNG")
+    title = f"{name}-{JUDGE_NAME}"
+    write_tensorboard(directory.with_name(title), result, page, tag=JUDGE_NAME)
+    report = merge_run(
+        Path(out) / REPORT_FILE, title, result, {"benchmark": FOLDER, "checkpoint": checkpoint, **settings}
+    )
+    print(f"\n{markdown_table(report)}\nreport: {Path(out) / REPORT_FILE}\npage: {picture}")
+    return report
+
+
+def questions_of(prompts: Sequence[Mapping[str, Any]], file: str | Path) -> dict[str, list[Question]]:
+    """The questions of each prompt, by ``item_id``.
+
+    Raises ValueError where the file lacks a prompt or has one more. Other errors: see
+    `simplear.evaluation.dpg_rules.read_questions`.
+    """
+    found = read_questions(file)
+    items = [row["item_id"] for row in prompts]
+    for difference, what in ((set(items) - set(found), "has no question of"), (set(found) - set(items), "asks of")):
+        if difference:
+            raise ValueError(
+                f"{file} {what} item {sorted(difference)[0]!r} and {len(difference) - 1} others. It must have those of all "
+                f"{len(items)} prompts and no more: it is not DPG-Bench's question file, or another version."
+            )
+    return found
+
+
+class Judging:
+    """The task of asking the judge about each prompt's images; its answers are written prompt by prompt.
+
+    Args:
+        paths: of the prompts' pictures.
+        questions: of each prompt.
+        directory: of the answers, one JSON file a prompt.
+        judge: see `simplear.evaluation.visual_questions.VisualJudge`.
+        batch_size: questions answered at once.
+        samples: images in each picture.
+    """
+
+    title = "judging"
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        questions: Sequence[Sequence[Question]],
+        directory: Path,
+        judge: str,
+        batch_size: int,
+        samples: int,
+    ) -> None:
+        self.paths, self.questions, self.directory = paths, questions, directory
+        self.judge_source, self.batch_size, self.samples = judge, batch_size, samples
+        self.judge: VisualJudge | None = None
+
+    def setup(self, device: torch.device) -> None:
+        """Load the judge."""
+        self.judge = VisualJudge(self.judge_source, self.batch_size).to(device)
+
+    def is_finished(self, number: int) -> bool:
+        """Whether the prompt's answers are there."""
+        return self._file(number).is_file()
+
+    def run(self, numbers: Sequence[int]) -> None:
+        """Ask all questions about all images of each prompt, in batches of one prompt alone."""
+        assert self.judge is not None
+        for number in numbers:
+            with Image.open(self.paths[number]) as picture:
+                images = cut_quarters(picture.convert("RGB"), self.samples)
+            questions = self.questions[number]
+            pairs = [(image, question.text) for image in images for question in questions]
+            found = self.judge.answer(*zip(*pairs, strict=True))
+            parts = [found[start : start + len(questions)] for start in range(0, len(found), len(questions))]
+            answers = [
+                {str(question.number): answer for question, answer in zip(questions, part, strict=True)}
+                for part in parts
+            ]
+            with whole_file(self._file(number)) as partial:
+                partial.write_text(json.dumps(answers) + "\n")
+
+    def read(self, number: int) -> list[dict[int, bool]]:
+        """Of each image of a prompt that is finished, the answers by the questions' numbers."""
+        answers = json.loads(self._file(number).read_text())
+        return [{int(question): bool(answer) for question, answer in image.items()} for image in answers]
+
+    def _file(self, number: int) -> Path:
+        return self.directory / f"{self.paths[number].stem}.json"
+
+
+def _sha256(file: str | Path | None) -> str:
+    assert file is not None
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
+def _page(name: str, prompts: Sequence[str], paths: Sequence[Path], judged: Sequence[PromptAnswers]) -> Image.Image:
+    """The first prompts and the worst ones, their images as they stand in the files."""
+    scores = [prompt_score(item) for item in judged]
+
+    def cells(numbers: Sequence[int]) -> list[Cell]:
+        return [
+            Cell(f"{scores[number]:.0%}: {_shortened(prompts[number])}", (Image.open(paths[number]),))
+            for number in numbers
+        ]
+
+    worst = sorted(range(len(scores)), key=lambda number: scores[number])[:SHOWN]
+    return image_grid(
+        {f"{name}: the first prompts": cells(range(len(scores))[:SHOWN]), "the worst by the judge": cells(worst)},
+        image_size=256,
+    )
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= CAPTION_LENGTH else text[: CAPTION_LENGTH - 1].rstrip() + "…"
