@@ -20,13 +20,13 @@ from simplear.evaluation.reconstruction import PSNR_CEILING
 
 
 class MeanColors(nn.Module):
-    """Mean of each channel over the four quarters of a picture."""
+    """Mean of each channel over the two halves of a picture."""
 
     name = "mean-colors"
-    num_features = 12
+    num_features = 6
 
     def forward(self, images: Tensor) -> Tensor:
-        return nn.functional.adaptive_avg_pool2d(images.float(), 2).flatten(1)
+        return nn.functional.adaptive_avg_pool2d(images.float(), (1, 2)).flatten(1)
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_psnr_and_ssim_are_those_of_scikit_image() -> None:
         oracle = skimage.metrics.structural_similarity(
             given, found, channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
         )
-        assert similarity == pytest.approx(oracle, abs=1e-4)
+        assert similarity == pytest.approx(oracle, abs=1e-6)
     assert psnr[0] > psnr[1] > psnr[2] and ssim[0] > ssim[1] > ssim[2]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -18,16 +19,26 @@ import torch
 from PIL import Image
 
 from simplear.atomic import claim_directory, whole_file
-from simplear.evaluation.dpg_rules import PromptAnswers, Question, dpg_result, prompt_score, read_questions
-from simplear.evaluation.drawing import SETTINGS_FILE, draw_prompts
+from simplear.evaluation.dpg_rules import (
+    PromptAnswers,
+    Question,
+    dpg_result,
+    image_score,
+    prompt_score,
+    read_questions,
+)
+from simplear.evaluation.drawing import SETTINGS_FILE, DrawnPrompts, draw_prompts
 from simplear.evaluation.grid import Cell, image_grid
 from simplear.evaluation.prediction import predict_prompts
 from simplear.evaluation.report import REPORT_FILE, markdown_table, merge_run, write_tensorboard
 from simplear.evaluation.visual_questions import VisualJudge, judge_processor
 
+logger = logging.getLogger(__name__)
+
 FOLDER = "dpg"
+VERDICTS_FILE = "verdicts.jsonl"
 IMAGES = "images"
-JUDGE_NAME = "dpg-vlm"
+JUDGE = "dpg-vlm"
 DEFAULT_JUDGE = "Qwen/Qwen2-VL-7B-Instruct"
 MOST_SAMPLES = 4
 """Images of a prompt that the official program can cut out of its picture."""
@@ -102,9 +113,9 @@ def evaluate_dpg(
     """DPG-Bench: draw its 1,065 prompts in the official layout and, where its questions are given, have a model judge.
 
     Writes into OUT: under ``dpg/RUN/images/`` a PNG for each prompt, named by its ``item_id``, for the official
-    program. With questions also ``dpg/RUN/answers/``, what the judge said of each prompt; the page ``dpg/RUN.png``; and
-    run RUN-dpg-vlm in ``report.json`` (other runs stay) and its table ``report.md``. Stopped and started again it goes
-    on where it was, drawing and judging.
+    program. With questions also ``dpg/RUN/dpg-vlm/``, the judge's answers and events for TensorBoard; the picture
+    ``dpg/RUN-dpg-vlm.png``; and run RUN-dpg-vlm in ``report.json`` (other runs stay) and its table ``report.md``.
+    Stopped and started again it goes on where it was, drawing and judging.
 
     Args:
         checkpoint: directory or hub id of the checkpoint.
@@ -144,26 +155,48 @@ def evaluate_dpg(
                 f"PIC_NUM={samples} bash dpg_bench/dist_eval.sh {(directory / IMAGES).absolute()} {side}"
             )
         return None
-    answers = directory / "answers"
-    settings = {**drawn.settings, "judge": judge, "questions_sha256": _sha256(questions)}
-    claim_directory(answers / SETTINGS_FILE, settings)
+    settings = {**drawn.settings, "judge_model": judge, "questions_sha256": _sha256(questions)}
+    claim_directory(directory / JUDGE / SETTINGS_FILE, settings)
     of_rows = [asked[row["item_id"]] for row in drawn.rows]
-    task = Judging(drawn.paths, of_rows, answers, judge, judge_batch_size, samples)
-    predict_prompts(drawn.trainer, task, len(drawn.rows), 1)
+    task = Judging(drawn.paths, of_rows, directory / JUDGE, judge, judge_batch_size, samples)
+    predict_prompts(drawn.trainer, task, len(drawn.rows), prompts_per_batch=1)
     if not drawn.trainer.is_global_zero:
         return None
     judged = [PromptAnswers(of_row, task.read(number)) for number, of_row in enumerate(of_rows)]
+    return _report(Path(out), name, drawn, judged, {"checkpoint": checkpoint, **settings})
+
+
+def _report(
+    out: Path, name: str, drawn: DrawnPrompts, judged: Sequence[PromptAnswers], settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Write all that people read."""
+    run, images = f"{name}-{JUDGE}", out / FOLDER / name
+    verdicts = images / JUDGE / VERDICTS_FILE
+    lines = [
+        {
+            "file": str(path.relative_to(images)),
+            "sample": sample,
+            "item_id": row["item_id"],
+            "prompt": row["prompt"],
+            "score": image_score(item.questions, answers),
+            "no": [question.text for question in item.questions if not answers[question.number]],
+        }
+        for row, path, item in zip(drawn.rows, drawn.paths, judged, strict=True)
+        for sample, answers in enumerate(item.answers)
+    ]
+    with whole_file(verdicts) as partial:
+        partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
     result = dpg_result(judged)
     page = _page(name, [row["prompt"] for row in drawn.rows], drawn.paths, judged)
-    picture = directory.with_name(f"{name}.png")
+    picture = out / FOLDER / f"{run}.png"
     with whole_file(picture) as partial:
         page.save(partial, "PNG")
-    title = f"{name}-{JUDGE_NAME}"
-    write_tensorboard(directory.with_name(title), result, page, tag=JUDGE_NAME)
-    report = merge_run(
-        Path(out) / REPORT_FILE, title, result, {"benchmark": FOLDER, "checkpoint": checkpoint, **settings}
-    )
-    print(f"\n{markdown_table(report)}\nreport: {Path(out) / REPORT_FILE}\npage: {picture}")
+    write_tensorboard(images / JUDGE, result, page, tag=FOLDER)
+    stated = {"benchmark": FOLDER, "judge": JUDGE, **settings, "prompts": len(drawn.rows)}
+    report = merge_run(out / REPORT_FILE, run, result, {**stated, "verdicts": str(verdicts.relative_to(out))})
+    if len(drawn.rows) < len(dpg_prompts()):
+        logger.warning("only the first %d of %d prompts: no number of DPG-Bench.", len(drawn.rows), len(dpg_prompts()))
+    print(f"\n{markdown_table(report)}\nreport: {out / REPORT_FILE}\npage: {picture}")
     return report
 
 
@@ -178,8 +211,8 @@ def questions_of(prompts: Sequence[Mapping[str, Any]], file: str | Path) -> dict
     for difference, what in ((set(items) - set(found), "has no question of"), (set(found) - set(items), "asks of")):
         if difference:
             raise ValueError(
-                f"{file} {what} item {sorted(difference)[0]!r} and {len(difference) - 1} others. It must have those of all "
-                f"{len(items)} prompts and no more: it is not DPG-Bench's question file, or another version."
+                f"{file} {what} item {sorted(difference)[0]!r} and {len(difference) - 1} others. It must have those of "
+                f"all {len(items)} prompts and no more: it is not DPG-Bench's question file, or another version."
             )
     return found
 

@@ -3,7 +3,7 @@
 Each prompt comes with yes/no questions about what its image must show. A question can depend on others ("Is the dog
 brown?" on "Is there a dog?"): where one of those is answered "no", it counts as 0 whatever its own answer is. An
 image's score is the mean over its questions, a prompt's the mean over its images, the benchmark's the mean over
-prompts, in percent. Scores of categories are means of plain answers, dependencies left aside.
+prompts. Scores of categories are means of plain answers, dependencies left aside.
 
 As the official program computes (``dpg_bench/compute_dpg_bench.py`` of https://github.com/TencentQQGYLab/ELLA, of Hu et
 al. 2024, "ELLA: Equip Diffusion Models with LLM for Enhanced Semantic Alignment"), but for three things. There a "no"
@@ -24,7 +24,6 @@ from simplear.evaluation.report import OVERALL, Result
 COLUMNS = ("item_id", "proposition_id", "dependency", "tuple", "question_natural_language")
 """Of the question file that are read; ``text``, ``keywords`` and the ``category_…`` are not."""
 NO_PARENT = 0
-PERCENT = 100
 
 
 @dataclass(frozen=True)
@@ -144,12 +143,12 @@ def prompt_score(judged: PromptAnswers) -> float:
 
 
 def dpg_result(prompts: Sequence[PromptAnswers]) -> Result:
-    """Scores in percent: overall, broad categories ("entity") and detailed ones ("entity - whole").
+    """Accuracies in [0, 1]: overall, of broad categories ("entity") and of detailed ones ("entity - whole").
 
     Intervals are of 95 %, with the prompt as the unit; where there is but one, there is none. ``n`` counts images in
     the overall and answers in the categories.
     """
-    scores = [PERCENT * prompt_score(judged) for judged in prompts]
+    scores = [prompt_score(judged) for judged in prompts]
     overall = _entry(sum(scores) / len(scores), sum(len(judged.answers) for judged in prompts))
     if len(scores) > 1:
         _, overall["low"], overall["high"] = clustered_interval([scores])
@@ -161,7 +160,7 @@ def dpg_result(prompts: Sequence[PromptAnswers]) -> Result:
             for name in dict.fromkeys((question.broad_category, question.category)):
                 of_prompt.setdefault(name, []).extend(answers[question.number] for answers in judged.answers)
         for name, values in of_prompt.items():
-            totals.setdefault(name, []).append((PERCENT * sum(values), len(values)))
+            totals.setdefault(name, []).append((sum(values), len(values)))
     for name in sorted(totals, key=lambda name: ("-" in name, name)):
         clusters = totals[name]
         members = sum(size for _, size in clusters)
@@ -172,4 +171,4 @@ def dpg_result(prompts: Sequence[PromptAnswers]) -> Result:
 
 
 def _entry(score: float, n: int) -> dict[str, float]:
-    return {"score": score, "n": n}
+    return {"accuracy": score, "n": n}

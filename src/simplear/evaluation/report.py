@@ -23,8 +23,8 @@ REPORT_FILE = "report.json"
 OVERALL = "overall"
 
 Result = dict[str, dict[str, float]]
-"""``overall`` and each category, each with ``accuracy`` (or ``score``), ``low``, ``high`` and ``n``; a score of a whole
-set, such as FID, has no ``low`` and ``high``."""
+"""``overall`` and each category, each with ``accuracy`` (or ``score``), ``low``, ``high`` and ``n``. Where there
+is no interval, as of FID, which is of a whole set, ``low`` and ``high`` are left out."""
 
 
 def accuracy_result(verdicts: Mapping[str, Sequence[bool]]) -> Result:
@@ -111,10 +111,10 @@ def _cell(entry: Mapping[str, float] | None) -> str:
     if entry is None:
         return ""
     if "accuracy" in entry:
-        return f"{entry['accuracy']:.1%} ({100 * entry['low']:.1f}–{100 * entry['high']:.1f})"
-    if "low" not in entry:
-        return f"{entry['score']:.3f}"
-    return f"{entry['score']:.3f} ({entry['low']:.3f}–{entry['high']:.3f})"
+        interval = f" ({100 * entry['low']:.1f}–{100 * entry['high']:.1f})" if "low" in entry else ""
+        return f"{entry['accuracy']:.1%}{interval}"
+    interval = f" ({entry['low']:.3f}–{entry['high']:.3f})" if "low" in entry else ""
+    return f"{entry['score']:.3f}{interval}"
 
 
 def write_tensorboard(directory: str | Path, result: Result, image: Image.Image, tag: str = "evaluation") -> None:

@@ -1,8 +1,8 @@
 """A vision-language model that answers yes/no questions about images, the same way each time.
 
-The model is shown the image and the question in its own chat format and is not asked to write: the probability that its
-reply begins with a "yes" is compared with that of a "no". So nothing is sampled, no answer has to be parsed, and there is
-none that is neither.
+The model is shown the image and the question in its own chat format and is not asked to write: the probability that
+its reply begins with a "yes" is compared with that of a "no". So nothing is sampled, no answer has to be parsed, and
+there is none that is neither.
 
 Left out: sharing the image's part between its questions; each is a sequence of its own.
 """
@@ -25,13 +25,13 @@ NO = ("no", "No", "NO", " no", " No")
 
 
 def judge_processor(model: str) -> Any:
-    """The processor of a judge, with what a judge needs of it; errors as `VisualJudge`'s. Quick, for a look beforehand."""
+    """The processor of a judge, held against what a judge needs: a quick look beforehand. Errors: see `VisualJudge`."""
     try:
         processor: Any = AutoProcessor.from_pretrained(model)
     except OSError as error:
         raise FileNotFoundError(
-            f"the judge {model} is not here and could not be downloaded ({_first_line(error)}): download it where there is "
-            "a network, and name its directory (--judge)."
+            f"the judge {model} is not here and could not be downloaded ({_first_line(error)}): download it where "
+            "there is a network, and name its directory (--judge)."
         ) from error
     except ValueError as error:
         raise ValueError(f"{model} is no {EXAMPLE} ({_first_line(error)}).") from error
@@ -46,7 +46,7 @@ def judge_processor(model: str) -> Any:
 
 def _tokens(processor: Any, words: Sequence[str]) -> list[int]:
     encoded = [processor.tokenizer.encode(word, add_special_tokens=False) for word in words]
-    return sorted({ids[0] for ids in encoded if len(ids) == 1})
+    return sorted({ids[0] for ids in encoded if len(ids) == 1} - {processor.tokenizer.unk_token_id})
 
 
 def _first_line(error: Exception) -> str:
@@ -71,13 +71,14 @@ class VisualJudge:
         self.batch_size = batch_size
         self.processor = judge_processor(model)
         try:
-            network, report = AutoModelForImageTextToText.from_pretrained(model, dtype="auto", output_loading_info=True)
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(model, dtype="auto", output_loading_info=True)
         except (OSError, ValueError) as error:
             raise ValueError(f"{model} is no {EXAMPLE} ({_first_line(error)}).") from error
+        network, report = loaded
         if missing := report["missing_keys"] or report["mismatched_keys"]:
             raise ValueError(
-                f"the weights of the judge {model} are incomplete: {len(missing)} are missing or of another shape, such "
-                f"as {sorted(map(str, missing))[0]}."
+                f"the weights of the judge {model} are incomplete: {len(missing)} are missing or of another shape, "
+                f"such as {sorted(map(str, missing))[0]}."
             )
         self.network: Any = network.eval().requires_grad_(False)
         self.yes, self.no = (_tokens(self.processor, words) for words in (YES, NO))
