@@ -12,6 +12,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import itertools
 import logging
 import os
 import re
@@ -32,13 +33,23 @@ OWN_VERBS = {
     "train-text-tokenizer": ("simplear.data", "train_text_tokenizer_on", "train a byte-level BPE on captions"),
     "tokenize": ("simplear.data", "tokenize", "pictures and captions → token shards"),
     "generate": ("simplear.generation", "generate", "checkpoint and prompts → images"),
+    "compare": ("simplear.evaluation", "compare", "two evaluated runs, REPORT:RUN each → paired differences"),
     "demo": ("simplear.demo", "demo", "the whole story, small, on two cores"),
 }
 BENCHMARKS = {
     "scenes": ("simplear.evaluation", "evaluate_scenes", "accuracy on drawn scenes by an exact detector"),
-    "dpg": ("simplear.evaluation", "evaluate_dpg", "DPG-Bench: images in the official layout, and a judge of our own"),
-    "quality": ("simplear.evaluation", "evaluate_quality", "FID, CLIPScore and HPS v2.1 of drawn prompts"),
-    "tokenizer": ("simplear.evaluation", "evaluate_tokenizer", "what a visual tokenizer keeps of pictures"),
+    "geneval": ("simplear.evaluation.geneval", "evaluate_geneval", "GenEval's prompts, its folders, and a judge"),
+    "dpg": (
+        "simplear.evaluation.dpg",
+        "evaluate_dpg",
+        "DPG-Bench's prompts, its layout, and a judge",
+    ),
+    "quality": ("simplear.evaluation.quality", "evaluate_quality", "FID, CLIPScore and HPS v2.1 of drawn prompts"),
+    "tokenizer": (
+        "simplear.evaluation.reconstruction",
+        "evaluate_tokenizer",
+        "rFID, PSNR, SSIM, use of the codebook",
+    ),
 }
 PARSER_MODE = "omegaconf+"
 PARSER_OPTIONS: dict[str, Any] = {"parser_mode": PARSER_MODE, "allow_abbrev": False}
@@ -138,11 +149,13 @@ def run_function(module: str, name: str, arguments: Sequence[str], program: str)
 
 
 def _spelled_out(arguments: Sequence[str], function: Callable[..., Any]) -> list[str]:
-    """``CKPT --prompts-file F`` → ``--checkpoint CKPT --prompts_file F``; the function's first needs no name."""
+    """``CKPT --prompts-file F`` → ``--checkpoint CKPT --prompts_file F``: words in front go by their place."""
     spelled = [re.sub(r"^--[\w.-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in arguments]
-    if spelled and not spelled[0].startswith("-"):
-        spelled.insert(0, f"--{next(iter(inspect.signature(function).parameters))}")
-    return spelled
+    parameters = inspect.signature(function).parameters.values()
+    by_place = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    front = list(itertools.takewhile(lambda word: not word.startswith("-"), spelled))[: len(by_place)]
+    named = [word for name, value in zip(by_place, front, strict=False) for word in (f"--{name}", value)]
+    return [*named, *spelled[len(front) :]]
 
 
 class _SuggestingParser:

@@ -1,4 +1,4 @@
-"""A tiny checkpoint that draws scenes' captions and others."""
+"""A tiny checkpoint that draws scenes' captions and others, and tiny networks that judge what it drew."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from evaluation.toys import save_detector
+from rewards.toys import random_weights, register
 from simplear.language_model import CheckpointSettings, LanguageModelConfig, save_checkpoint, train_text_tokenizer
 from simplear.scenes import evaluation_prompts
 from simplear.visual_tokenizer import FSQAutoencoder, save_visual_tokenizer
@@ -35,3 +37,20 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     save_checkpoint(directory / "tiny", model, tokenizer, settings, visual_tokenizer=directory / "visual")
     return directory / "tiny"
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Name of a tiny CLIP of open_clip's kind and a file of random weights for it."""
+    directory = tmp_path_factory.mktemp("clip")
+    name = register(directory)
+    torch.save(random_weights(), directory / "weights.pt")
+    return name, str(directory / "weights.pt")
+
+
+@pytest.fixture(scope="session")
+def tiny_detector(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Directory of a tiny Mask2Former of random weights that calls everything that it sees a bench."""
+    directory = tmp_path_factory.mktemp("detector")
+    save_detector(directory, certain_of="bench")
+    return str(directory)

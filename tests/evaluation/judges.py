@@ -57,6 +57,7 @@ def make_judge(directory: Path, words: list[str] = WORDS, template: str | None =
             "num_hidden_layers": 2,
             "num_attention_heads": 2,
             "num_key_value_heads": 1,
+            "initializer_range": 0.5,
             "bos_token_id": None,
             "eos_token_id": None,
             "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},

@@ -13,8 +13,9 @@ from PIL import Image
 from evaluation.judges import CONTROL, WORDS, make_judge
 from evaluation.test_dpg_rules import row, write
 from simplear.cli import main
-from simplear.evaluation import VisualJudge, dpg, dpg_prompts, evaluate_dpg
-from simplear.evaluation.dpg import cut_quarters, join_quarters
+from simplear.evaluation import dpg
+from simplear.evaluation.dpg import dpg_prompts, evaluate_dpg, join_quarters, quarter_boxes
+from simplear.evaluation.visual_questions import VisualJudge
 
 FIRST = ("0", "1", "10")
 
@@ -68,7 +69,8 @@ def test_quarters_are_where_the_official_program_cuts() -> None:
     for image, box in zip(images, boxes, strict=True):
         assert np.array_equal(np.asarray(joined.crop(box)), np.asarray(image))
     for samples in (1, 2, 3, 4):
-        cut = cut_quarters(join_quarters(images[:samples]), samples)
+        joined = join_quarters(images[:samples])
+        cut = [joined.crop(box) for box in quarter_boxes(joined.width, samples)]
         assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(cut, images[:samples], strict=True))
     with pytest.raises(ValueError, match="must be square"):
         join_quarters([Image.new("RGB", (8, 16))])
@@ -154,7 +156,13 @@ def test_the_benchmark_goes_on_where_it_stopped(
     verdicts = tmp_path / "whole" / report["settings"][name]["verdicts"]
     lines = [json.loads(line) for line in verdicts.read_text().splitlines()]
     scores = [line["score"] for line in lines]
-    assert len(scores) == 12 and result["overall"]["accuracy"] == pytest.approx(np.mean(scores))
+    assert (
+        len(scores) == 12 and len(set(scores)) > 1 and result["overall"]["accuracy"] == pytest.approx(np.mean(scores))
+    )
+
+    page = (directory.parent / f"{name}.html").read_text()
+    (refused, *_) = (text for line in lines for text in line["no"])
+    assert page.count("<figure") == 12 and refused in page
 
     # Stopped in the middle of judging, and started again: the same report, and nothing is asked twice.
     asked: list[int] = []

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from simplear.evaluation import PromptAnswers, Question, dpg_result, image_score, prompt_score, read_questions
+from simplear.evaluation.dpg_rules import PromptAnswers, Question, dpg_result, image_score, prompt_score, read_questions
 
 COLUMNS = ["item_id", "text", "keywords", "proposition_id", "dependency", "category_broad", "category_detailed"]
 COLUMNS += ["tuple", "question_natural_language"]

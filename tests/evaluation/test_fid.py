@@ -10,7 +10,7 @@ import scipy.linalg
 import torch
 from torch import Tensor, nn
 
-from simplear.evaluation import FrechetDistance, InceptionFeatures
+from simplear.evaluation.fid import FrechetDistance, InceptionFeatures
 
 COUNT = 200
 

@@ -15,8 +15,7 @@ from evaluation.test_reconstruction import MeanColors
 from rewards.toys import NAME, random_weights, register
 from simplear.cli import main
 from simplear.data.pictures import resize_and_crop
-from simplear.evaluation import evaluate_quality
-from simplear.evaluation.quality import measure_name
+from simplear.evaluation.quality import evaluate_quality, measure_name
 from simplear.rewards import CLIPReward, HPSv2Reward
 
 CAPTIONS = ("a red circle", "a blue square")

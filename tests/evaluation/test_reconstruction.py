@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from simplear.cli import main
-from simplear.evaluation import codebook_use, evaluate_tokenizer, picture_batches, picture_files, picture_scores
-from simplear.evaluation.reconstruction import PSNR_CEILING
+from simplear.evaluation.folder import picture_batches, picture_files
+from simplear.evaluation.reconstruction import PSNR_CEILING, codebook_use, evaluate_tokenizer, picture_scores
 
 
 class MeanColors(nn.Module):
@@ -88,7 +88,7 @@ def test_the_report_says_what_scikit_image_says_of_each_picture(
     ]
     directory = tmp_path / "out" / "reconstruction" / name
     rows = [json.loads(line) for line in (directory / "pictures.jsonl").read_text().splitlines()]
-    assert [row["file"] for row in rows] == sorted(str(file.relative_to(folder)) for file in folder.rglob("*.png"))
+    assert [row["prompt"] for row in rows] == sorted(str(file.relative_to(folder)) for file in folder.rglob("*.png"))
     values = [row["psnr"] for row in rows]
     margin = 1.96 * np.std(values, ddof=1) / np.sqrt(20)
     psnr = result["psnr"]

@@ -29,14 +29,14 @@ from simplear.evaluation.dpg_rules import (
 )
 from simplear.evaluation.drawing import SETTINGS_FILE, DrawnPrompts, draw_prompts
 from simplear.evaluation.grid import Cell, image_grid
+from simplear.evaluation.page import PageImage, write_page
 from simplear.evaluation.prediction import predict_prompts
-from simplear.evaluation.report import REPORT_FILE, markdown_table, merge_run, write_tensorboard
+from simplear.evaluation.report import REPORT_FILE, VERDICTS_FILE, markdown_table, merge_run, write_tensorboard
 from simplear.evaluation.visual_questions import VisualJudge, judge_processor
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "dpg"
-VERDICTS_FILE = "verdicts.jsonl"
 IMAGES = "images"
 JUDGE = "dpg-vlm"
 DEFAULT_JUDGE = "Qwen/Qwen2-VL-7B-Instruct"
@@ -45,9 +45,9 @@ MOST_SAMPLES = 4
 QUARTERS = ((0, 0), (1, 0), (0, 1), (1, 1))
 """Column and row of each image, in the official order."""
 SHOWN = 8
-"""Prompts in each part of the page: the first ones, and the worst ones."""
+"""Prompts in each part of the picture: the first ones, and the worst ones."""
 CAPTION_LENGTH = 160
-"""Letters of a prompt on the page."""
+"""Letters of a prompt in the picture."""
 
 
 class QuarterLayout:
@@ -92,11 +92,11 @@ def join_quarters(images: Sequence[Image.Image]) -> Image.Image:
     return joined
 
 
-def cut_quarters(picture: Image.Image, samples: int) -> list[Image.Image]:
-    """The images that `join_quarters` put together."""
-    side = picture.width if samples == 1 else picture.width // 2
+def quarter_boxes(width: int, samples: int) -> list[tuple[int, int, int, int]]:
+    """Left, top, right and bottom of the images in a picture of `join_quarters` of this width."""
+    side = width if samples == 1 else width // 2
     places = [(column * side, row * side) for column, row in QUARTERS[:samples]]
-    return [picture.crop((left, top, left + side, top + side)) for left, top in places]
+    return [(left, top, left + side, top + side) for left, top in places]
 
 
 def evaluate_dpg(
@@ -114,8 +114,8 @@ def evaluate_dpg(
 
     Writes into OUT: under ``dpg/RUN/images/`` a PNG for each prompt, named by its ``item_id``, for the official
     program. With questions also ``dpg/RUN/dpg-vlm/``, the judge's answers and events for TensorBoard; the picture
-    ``dpg/RUN-dpg-vlm.png``; and run RUN-dpg-vlm in ``report.json`` (other runs stay) and its table ``report.md``.
-    Stopped and started again it goes on where it was, drawing and judging.
+    and the page ``dpg/RUN-dpg-vlm``; and run RUN-dpg-vlm in ``report.json`` (other runs stay) and its table
+    ``report.md``. Stopped and started again it goes on where it was, drawing and judging.
 
     Args:
         checkpoint: directory or hub id of the checkpoint.
@@ -187,16 +187,30 @@ def _report(
     with whole_file(verdicts) as partial:
         partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
     result = dpg_result(judged)
-    page = _page(name, [row["prompt"] for row in drawn.rows], drawn.paths, judged)
-    picture = out / FOLDER / f"{run}.png"
-    with whole_file(picture) as partial:
-        page.save(partial, "PNG")
-    write_tensorboard(images / JUDGE, result, page, tag=FOLDER)
+    picture = _picture(name, [row["prompt"] for row in drawn.rows], drawn.paths, judged)
+    with whole_file(out / FOLDER / f"{run}.png") as partial:
+        picture.save(partial, "PNG")
+    write_tensorboard(images / JUDGE, result, picture, tag=FOLDER)
     stated = {"benchmark": FOLDER, "judge": JUDGE, **settings, "prompts": len(drawn.rows)}
     report = merge_run(out / REPORT_FILE, run, result, {**stated, "verdicts": str(verdicts.relative_to(out))})
+    with Image.open(drawn.paths[0]) as first:
+        boxes = quarter_boxes(first.width, drawn.settings["samples"])
+    shown = [
+        PageImage(
+            images / line["file"],
+            line["prompt"],
+            FOLDER,
+            score=line["score"],
+            reason="\n".join(line["no"]),
+            box=boxes[line["sample"]],
+        )
+        for line in lines
+    ]
+    page = out / FOLDER / f"{run}.html"
+    write_page(page, "DPG-Bench", report, run, shown)
     if len(drawn.rows) < len(dpg_prompts()):
         logger.warning("only the first %d of %d prompts: no number of DPG-Bench.", len(drawn.rows), len(dpg_prompts()))
-    print(f"\n{markdown_table(report)}\nreport: {out / REPORT_FILE}\npage: {picture}")
+    print(f"\n{markdown_table(report)}\nreport: {out / REPORT_FILE}\nimages: {page}")
     return report
 
 
@@ -256,8 +270,9 @@ class Judging:
         """Ask all questions about all images of each prompt, in batches of one prompt alone."""
         assert self.judge is not None
         for number in numbers:
-            with Image.open(self.paths[number]) as picture:
-                images = cut_quarters(picture.convert("RGB"), self.samples)
+            with Image.open(self.paths[number]) as opened:
+                picture = opened.convert("RGB")
+            images = [picture.crop(box) for box in quarter_boxes(picture.width, self.samples)]
             questions = self.questions[number]
             pairs = [(image, question.text) for image in images for question in questions]
             found = self.judge.answer(*zip(*pairs, strict=True))
@@ -283,7 +298,7 @@ def _sha256(file: str | Path | None) -> str:
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
-def _page(name: str, prompts: Sequence[str], paths: Sequence[Path], judged: Sequence[PromptAnswers]) -> Image.Image:
+def _picture(name: str, prompts: Sequence[str], paths: Sequence[Path], judged: Sequence[PromptAnswers]) -> Image.Image:
     """The first prompts and the worst ones, their images as they stand in the files."""
     scores = [prompt_score(item) for item in judged]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -29,18 +30,24 @@ from simplear.evaluation.fid import FrechetDistance, InceptionFeatures
 from simplear.evaluation.folder import picture_batches
 from simplear.evaluation.grid import Cell, image_grid
 from simplear.evaluation.intervals import clustered_interval
+from simplear.evaluation.page import PageImage, write_page
 from simplear.evaluation.report import OVERALL, REPORT_FILE, Result, markdown_table, merge_run, write_tensorboard
 from simplear.generation.command import read_prompts
 from simplear.rewards import CLIPReward, HPSv2Reward, score
 
+logger = logging.getLogger(__name__)
+
 FOLDER = "quality"
 IMAGES = "images"
+MEASURES = "measures"
 SCORES_FILE = "scores.jsonl"
 HPS_V2_1_FILE = "HPS_v2.1"
 """How the file of the weights of version 2.1 begins."""
 PERCENT = 100
 SHOWN = 12
-"""Pictures in each part of the page: the first ones, and the worst ones."""
+"""Images in each part of the picture: the first ones, and the worst ones."""
+MOST_ON_PAGE = 2000
+"""Images on the page, which holds them all."""
 CAPTION_LENGTH = 120
 
 
@@ -82,8 +89,8 @@ def evaluate_quality(
 
     Draws the captions of a file, or the first caption of each reference picture. Writes into OUT: under
     ``quality/RUN/`` the images and ``measures/``, the scores of each image (``scores.jsonl``) and events for
-    TensorBoard; the page ``quality/RUN.png``; and run RUN-quality in ``report.json`` (other runs stay) and its table
-    ``report.md``. Stopped and started again it goes on drawing where it was.
+    TensorBoard; the picture and the page ``quality/RUN-quality``; and run RUN-quality in ``report.json`` (other runs
+    stay) and its table ``report.md``. Stopped and started again it goes on drawing where it was.
 
     Args:
         checkpoint: directory or hub id of the checkpoint.
@@ -93,7 +100,7 @@ def evaluate_quality(
             not given.
         references: folder of real pictures, with a .txt of captions beside each or a ``metadata.jsonl``; resized and
             cropped to the size of the drawn ones. Without it there is no FID.
-        extractor: the network of FID, by class path: `simplear.evaluation.InceptionFeatures` if not given, whose
+        extractor: the network of FID, by class path: `simplear.evaluation.fid.InceptionFeatures` if not given, whose
             weights are ``--extractor InceptionFeatures --extractor.weights FILE``.
         fid: false leaves FID out, where references are given for their captions alone.
         clip: the network of CLIPScore: ``--clip CLIPReward --clip.model ViT-L-14 --clip.pretrained openai``, or a
@@ -146,17 +153,17 @@ def evaluate_quality(
         for network in networks.values()
     }
     result = quality_result(scores, len(files), samples, distance)
-    page = _page(name, files, prompts, scores)
-    picture = directory.with_name(f"{name}.png")
-    with whole_file(picture) as partial:
-        page.save(partial, "PNG")
-    with whole_directory(directory / "measures") as partial:
+    run_name = f"{name}-{FOLDER}"
+    picture = _picture(name, files, prompts, scores)
+    with whole_file(directory.with_name(f"{run_name}.png")) as partial:
+        picture.save(partial, "PNG")
+    with whole_directory(directory / MEASURES) as partial:
         lines = [
             {"file": str(file.relative_to(directory)), "prompt": prompt, **{key: scores[key][place] for key in scores}}
             for place, (file, prompt) in enumerate(zip(files, prompts, strict=True))
         ]
         (partial / SCORES_FILE).write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-        write_tensorboard(partial, result, page, tag=FOLDER)
+        write_tensorboard(partial, result, picture, tag=FOLDER)
     settings = {
         "benchmark": FOLDER,
         "checkpoint": checkpoint,
@@ -164,9 +171,17 @@ def evaluate_quality(
         "references": references,
         **{key: f"{network.model} {network.pretrained}" for key, network in networks.items()},
         **drawn.settings,
+        "prompts": len(drawn.rows),
     }
-    report = merge_run(Path(out) / REPORT_FILE, f"{name}-{FOLDER}", result, settings)
-    print(f"\n{markdown_table(report)}\nreport: {Path(out) / REPORT_FILE}\npage: {picture}")
+    if scores:  # of each image, so that runs can be compared by prompt
+        verdicts = directory / MEASURES / SCORES_FILE
+        settings |= {"verdicts": str(verdicts.relative_to(out)), "verdict": next(iter(scores))}
+    report = merge_run(Path(out) / REPORT_FILE, run_name, result, settings)
+    page = directory.with_name(f"{run_name}.html")
+    write_page(page, "Quality", report, run_name, _page_images(files[:MOST_ON_PAGE], prompts, scores))
+    if len(files) > MOST_ON_PAGE:
+        logger.warning("the page shows the first %d of %d images.", MOST_ON_PAGE, len(files))
+    print(f"\n{markdown_table(report)}\nreport: {Path(out) / REPORT_FILE}\nimages: {page}")
     return report
 
 
@@ -241,7 +256,18 @@ def _scores(
     return found
 
 
-def _page(
+def _page_images(
+    files: Sequence[Path], prompts: Sequence[str], scores: Mapping[str, Sequence[float]]
+) -> list[PageImage]:
+    """Images with the first measure of single ones as their score."""
+    first = next(iter(scores.values()), None)
+    return [
+        PageImage(file, prompts[place], FOLDER, score=None if first is None else first[place])
+        for place, file in enumerate(files)
+    ]
+
+
+def _picture(
     name: str, files: Sequence[Path], prompts: Sequence[str], scores: Mapping[str, Sequence[float]]
 ) -> Image.Image:
     """The first images, and the worst ones by the first measure of single images."""

@@ -94,7 +94,7 @@ def evaluate_tokenizer(
             size, a multiple of the tokenizer's downsample factor.
         width: pixels.
         limit: take only so many pictures, evenly spaced in the order of their paths; all if not given.
-        extractor: the network of rFID, by class path: `simplear.evaluation.InceptionFeatures` if not given, whose
+        extractor: the network of rFID, by class path: `simplear.evaluation.fid.InceptionFeatures` if not given, whose
             weights are ``--extractor InceptionFeatures --extractor.weights FILE``.
         rfid: false leaves rFID out, and needs no such network.
         batch_size: pictures at a time.
@@ -149,7 +149,8 @@ def evaluate_tokenizer(
     )
     directory = Path(out) / FOLDER / name
     with whole_directory(directory) as partial:
-        rows = [{"file": str(file.relative_to(images)), "psnr": psnr, "ssim": ssim} for file, psnr, ssim in scores]
+        # A picture stands where other evaluations have a prompt: it is what two runs are compared by.
+        rows = [{"prompt": str(file.relative_to(images)), "psnr": psnr, "ssim": ssim} for file, psnr, ssim in scores]
         (partial / ROWS_FILE).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         write_tensorboard(partial, result, page, tag=FOLDER)
     picture = directory.with_name(f"{name}.png")
@@ -162,6 +163,8 @@ def evaluate_tokenizer(
         "images": images,
         "size": list(first[0].original.shape[:2]),
         "resized": size is not None,
+        "verdicts": str((directory / ROWS_FILE).relative_to(out)),
+        "verdict": "psnr",
     }
     report = merge_run(Path(out) / REPORT_FILE, name, result, settings)
     print(f"\n{markdown_table(report)}\nreport: {Path(out) / REPORT_FILE}\npictures: {picture}")
