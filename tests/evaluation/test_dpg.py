@@ -156,9 +156,8 @@ def test_the_benchmark_goes_on_where_it_stopped(
     verdicts = tmp_path / "whole" / report["settings"][name]["verdicts"]
     lines = [json.loads(line) for line in verdicts.read_text().splitlines()]
     scores = [line["score"] for line in lines]
-    assert (
-        len(scores) == 12 and len(set(scores)) > 1 and result["overall"]["accuracy"] == pytest.approx(np.mean(scores))
-    )
+    assert len(scores) == 12 and all(0 < score < 1 for score in scores)  # the judge says yes and no
+    assert result["overall"]["accuracy"] == pytest.approx(np.mean(scores))
 
     page = (directory.parent / f"{name}.html").read_text()
     (refused, *_) = (text for line in lines for text in line["no"])
