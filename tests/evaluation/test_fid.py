@@ -81,6 +81,17 @@ def test_equal_sets_are_at_0_and_batches_do_not_matter() -> None:
     assert distance(real, drawn, batch=1) == pytest.approx(distance(real, drawn, batch=200), rel=1e-9)
 
 
+def test_one_process_measures_without_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, drawn = whitened(3, 7), whitened(3, 8)
+    alone = distance(real, drawn)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        monkeypatch.setattr("torch.distributed.barrier", lambda *_, **__: pytest.fail("it waits for others"))
+        assert distance(real, drawn) == alone
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_fewer_pictures_than_features_are_said(caplog: pytest.LogCaptureFixture) -> None:
     distance(whitened(4, 0), whitened(4, 1))
     assert not caplog.messages

@@ -100,7 +100,8 @@ class FrechetDistance:
         if not isinstance(getattr(extractor, "num_features", None), int):
             raise ValueError(f"{type(extractor).__name__} has no num_features: say how many features it gives.")
         self.extractor: Any = extractor.eval().requires_grad_(False)
-        self.metric = FrechetInceptionDistance(feature=self.extractor).to(device)
+        # Measured by one process of several, which would else wait for the others to give theirs.
+        self.metric = FrechetInceptionDistance(feature=self.extractor, sync_on_compute=False).to(device)
         self.device = torch.device(device)
 
     def to(self, device: torch.device | str) -> FrechetDistance:
