@@ -54,6 +54,7 @@ BENCHMARKS = {
 PARSER_MODE = "omegaconf+"
 PARSER_OPTIONS: dict[str, Any] = {"parser_mode": PARSER_MODE, "allow_abbrev": False}
 """argparse would take ``--trainer.max_step`` for any option that begins so."""
+NO_LIGHTNING = "simplear: this environment has no Lightning, it is for drawing with vLLM: use .venv/bin/simplear."
 NOISY_LOGGERS = (
     "httpx",
     "filelock",
@@ -98,9 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run_lightning(arguments: Sequence[str]) -> None:
     """One of Lightning's verbs over any stage and data module of the configuration."""
     if importlib.util.find_spec("lightning") is None:
-        _fail(
-            "simplear: this environment has no Lightning, it is for drawing with vLLM: train with .venv/bin/simplear."
-        )
+        _fail(NO_LIGHTNING)
     from jsonargparse import set_parsing_settings
     from lightning.pytorch import LightningDataModule, LightningModule
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -137,7 +136,12 @@ def run_function(module: str, name: str, arguments: Sequence[str], program: str)
     class FunctionParser(_SuggestingParser, ArgumentParser):
         pass
 
-    function = getattr(importlib.import_module(module), name)
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        if error.name != "lightning":
+            raise
+        _fail(NO_LIGHTNING)
     summary = (function.__doc__ or "").split("\n\n")[0]
     parser = FunctionParser(prog=program, description=summary, **PARSER_OPTIONS)
     parser.add_argument("--config", action="config", help="YAML with any of the options below; may be repeated")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -12,6 +13,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Mask2FormerImageProcessor
 
@@ -100,6 +102,21 @@ def test_what_is_no_detector_is_refused(tmp_path: Path, tiny_detector: str) -> N
     save_detector(tmp_path / "few", COCO[:5])
     with pytest.raises(ValueError, match="no class 'boat'"):
         InstanceDetector(str(tmp_path / "few"), ["person", "boat"])
+    weights = load_file(Path(tiny_detector) / "model.safetensors")
+    shutil.copytree(tiny_detector, tmp_path / "half")
+    save_file(
+        {k: v for k, v in weights.items() if k != "class_predictor.bias"}, tmp_path / "half" / "model.safetensors"
+    )
+    with pytest.raises(ValueError, match=r"1 are missing, such as class_predictor.bias"):
+        InstanceDetector(str(tmp_path / "half"), object_names())
+    other = {k: v[:3] if k == "class_predictor.bias" else v for k, v in weights.items()}
+    save_file(other, tmp_path / "half" / "model.safetensors")
+    with pytest.raises(ValueError, match="cannot be read"):
+        InstanceDetector(str(tmp_path / "half"), object_names())
+    no_loss = {k: v for k, v in weights.items() if not k.startswith("criterion.")}
+    assert len(no_loss) < len(weights)
+    save_file(no_loss, tmp_path / "half" / "model.safetensors")
+    InstanceDetector(str(tmp_path / "half"), object_names())
 
 
 def test_colors_are_open_clips_zero_shot_classes(tiny_clip: tuple[str, str]) -> None:

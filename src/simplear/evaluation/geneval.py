@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from simplear.atomic import claim_directory, whole_file
-from simplear.evaluation.drawing import DrawnPrompts, draw_prompts
+from simplear.evaluation.drawing import SETTINGS_FILE, DrawnPrompts, draw_prompts
 from simplear.evaluation.geneval_models import DETECTOR, DETECTOR_SIZE, ColorClassifier, InstanceDetector
 from simplear.evaluation.geneval_rules import CATEGORIES, Detection, counted, judge, threshold_of
 from simplear.evaluation.grid import Cell, image_grid, tiled
@@ -93,20 +93,23 @@ def evaluate_geneval(
                 load_clip(clip, None if Path(clip).is_dir() or clip.startswith("hf-hub:") else clip_pretrained)
             ),
         )
+        judge_settings = {
+            "detector": detector,
+            "detector_size": detector_size,
+            "clip": clip,
+            "clip_pretrained": clip_pretrained,
+        }
+        claim_directory(directory / JUDGE / SETTINGS_FILE, judge_settings)
     drawn = draw_prompts(checkpoint, prompts(), directory, GenEvalLayout(), **drawing)
     if networks is None:
         if drawn.trainer.is_global_zero:
             print(f"images: {directory}\njudge them: python evaluation/evaluate_images.py {directory} (see docs)")
         return None
-    claim_directory(
-        directory / JUDGE / "settings.json",
-        {"detector": detector, "detector_size": detector_size, "clip": clip, "clip_pretrained": clip_pretrained},
-    )
     task = _Judging(drawn, directory / JUDGE, *networks)
     predict_prompts(drawn.trainer, task, len(drawn.rows), prompts_per_batch=1)
     if not drawn.trainer.is_global_zero:
         return None
-    return _report(Path(out), f"{name}-{JUDGE}", directory, drawn, {"checkpoint": checkpoint, **task.settings})
+    return _report(Path(out), f"{name}-{JUDGE}", directory, drawn, {"checkpoint": checkpoint, **judge_settings})
 
 
 def prompts() -> list[dict[str, Any]]:
@@ -156,7 +159,6 @@ class _Judging:
         self, drawn: DrawnPrompts, directory: Path, detector: InstanceDetector, colors: ColorClassifier
     ) -> None:
         self.drawn, self.directory, self.detector, self.colors = drawn, directory, detector, colors
-        self.settings = json.loads((directory / "settings.json").read_text())
 
     def setup(self, device: torch.device) -> None:
         """Bring the networks to the device."""

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
 
@@ -90,16 +91,17 @@ class InstanceDetector:
                 model, size={"shortest_edge": size, "longest_edge": round(size * LONGEST_OVER_SHORTEST)}
             )
             network, loading = loader.from_pretrained(model, output_loading_info=True)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(
                 f"the detector {model} cannot be read ({reason}): name the directory or hub id of a Mask2Former for "
                 "instances (--detector), or leave judging to the official program (--score false)."
             ) from error
-        if missing := [*loading["missing_keys"], *loading["mismatched_keys"]]:
+        # Buffers, such as the loss's, may be left out of the file; transformers would draw missing weights at random.
+        if missing := sorted({name for name, _ in network.named_parameters()} & set(loading["missing_keys"])):
             raise ValueError(
-                f"the weights of the detector {model} are not those of a Mask2Former: {len(missing)} are missing or of "
-                f"another shape, such as {min(map(str, missing))}."
+                f"the weights of the detector {model} are not those of a Mask2Former: {len(missing)} are missing, such "
+                f"as {missing[0]}."
             )
         self.network: Any = network.eval()
         self.names = class_names(self.network.config.id2label, wanted)

@@ -22,8 +22,6 @@ from simplear.evaluation.report import OVERALL, PUBLISHED_MARK, published_source
 
 THUMBNAIL = 192
 """Pixels of the longer side, of larger images; smaller ones are kept as they are, and shown larger pixel by pixel."""
-SHOWN_SIZE = 160
-"""Pixels of the longer side on the page."""
 JPEG_QUALITY = 85
 
 
@@ -62,7 +60,7 @@ def write_page(file: str | Path, title: str, report: Mapping[str, Any], run: str
     for item in images:
         wrong[item.prompt] = wrong.get(item.prompt, 0.0) + _failure(item)
     with whole_file(file) as partial, partial.open("w", encoding="utf-8") as page:
-        page.write(_HEAD.format(title=escape(f"{title}: {run}"), style=_STYLE, size=SHOWN_SIZE))
+        page.write(_HEAD.format(title=escape(f"{title}: {run}"), style=_STYLE, size=THUMBNAIL))
         page.write(f"<h1>{escape(title)} <span>{escape(run)}</span></h1>\n{_table(report, run)}")
         rows = "".join(f"<tr><th>{escape(key)}<td>{escape(str(value))}\n" for key, value in settings.items())
         page.write(f"<details><summary>Settings</summary><table>{rows}</table></details>\n")
@@ -136,7 +134,7 @@ def _thumbnail(item: PageImage) -> str:
     else:
         picture.save(buffer, "JPEG", quality=JPEG_QUALITY)
     data = base64.b64encode(buffer.getvalue()).decode()
-    scale = SHOWN_SIZE / max(picture.size)
+    scale = THUMBNAIL / max(picture.size)
     size = f'width="{round(picture.width * scale)}" height="{round(picture.height * scale)}"'
     pixels = " class=pixels" if small else ""
     return (
