@@ -144,8 +144,10 @@ def evaluate_dpg(
     directory = Path(out) / FOLDER / name
     prompts = dpg_prompts()
     asked = None if questions is None else questions_of(prompts, questions)
-    if asked is not None:
-        judge_processor(judge)  # one that is missing is missed before the first image
+    judging = {"judge_model": judge, "questions_sha256": _sha256(questions), "samples": samples}
+    if asked is not None:  # one that is missing, or another than before, is missed before the first image
+        judge_processor(judge)
+        claim_directory(directory / JUDGE / SETTINGS_FILE, judging)
     drawn = draw_prompts(checkpoint, prompts, directory, QuarterLayout(), samples=samples, **drawing)
     if asked is None:
         if drawn.trainer.is_global_zero:
@@ -155,15 +157,13 @@ def evaluate_dpg(
                 f"PIC_NUM={samples} bash dpg_bench/dist_eval.sh {(directory / IMAGES).absolute()} {side}"
             )
         return None
-    settings = {**drawn.settings, "judge_model": judge, "questions_sha256": _sha256(questions)}
-    claim_directory(directory / JUDGE / SETTINGS_FILE, settings)
     of_rows = [asked[row["item_id"]] for row in drawn.rows]
     task = Judging(drawn.paths, of_rows, directory / JUDGE, judge, judge_batch_size, samples)
     predict_prompts(drawn.trainer, task, len(drawn.rows), prompts_per_batch=1)
     if not drawn.trainer.is_global_zero:
         return None
     judged = [PromptAnswers(of_row, task.read(number)) for number, of_row in enumerate(of_rows)]
-    return _report(Path(out), name, drawn, judged, {"checkpoint": checkpoint, **settings})
+    return _report(Path(out), name, drawn, judged, {"checkpoint": checkpoint, **drawn.settings, **judging})
 
 
 def _report(
@@ -293,9 +293,8 @@ class Judging:
         return self.directory / f"{self.paths[number].stem}.json"
 
 
-def _sha256(file: str | Path | None) -> str:
-    assert file is not None
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+def _sha256(file: str | Path | None) -> str | None:
+    return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def _picture(name: str, prompts: Sequence[str], paths: Sequence[Path], judged: Sequence[PromptAnswers]) -> Image.Image:

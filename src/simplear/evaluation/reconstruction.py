@@ -82,14 +82,14 @@ def evaluate_tokenizer(
     """What a visual tokenizer keeps of pictures: rFID, PSNR, SSIM, and how much of its codebook it uses.
 
     Writes into OUT: ``report.json`` (other runs stay) and its table ``report.md``; under ``reconstruction/`` the page
-    ``RUN.png`` of originals beside reconstructions, and in ``reconstruction/RUN/`` PSNR and SSIM of each picture
-    (``pictures.jsonl``) and events for TensorBoard.
+    ``RUN-reconstruction.png`` of originals beside reconstructions, and in ``RUN-reconstruction/`` PSNR and SSIM of each
+    picture (``pictures.jsonl``) and events for TensorBoard.
 
     Args:
         tokenizer: directory of a visual tokenizer.
         out: directory of the report.
         images: folder of pictures, sub-folders included.
-        run: name of the result in the report; RUN-reconstruction of the tokenizer directory's own name if not given.
+        run: name of the result, RUN-reconstruction in the report; the tokenizer directory's own name if not given.
         height: pixels; pictures are resized and cropped to height and width. If neither is given, all must have one
             size, a multiple of the tokenizer's downsample factor.
         width: pixels.
@@ -124,7 +124,7 @@ def evaluate_tokenizer(
     _, pictures = next(picture_batches(files[:1], 1, size))
     _check_size(pictures.shape[1], pictures.shape[2], visual_tokenizer.downsample)
 
-    name = run or f"{Path(tokenizer).name}-reconstruction"
+    name = f"{run or Path(tokenizer).name}-{FOLDER}"
     counts = torch.zeros(visual_tokenizer.codebook_size, dtype=torch.long)
     batches = picture_batches(files, batch_size, size)
     scores: list[tuple[Path, float, float]] = []
