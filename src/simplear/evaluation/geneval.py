@@ -90,7 +90,9 @@ def evaluate_geneval(
         networks = (
             InstanceDetector(detector, object_names(), detector_size),
             ColorClassifier(
-                load_clip(clip, None if Path(clip).is_dir() or clip.startswith("hf-hub:") else clip_pretrained)
+                load_clip(
+                    clip, None if Path(clip).is_dir() or clip.startswith(("hf-hub:", "local-dir:")) else clip_pretrained
+                )
             ),
         )
         judge_settings = {
