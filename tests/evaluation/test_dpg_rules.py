@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from simplear.evaluation import wilson_interval
 from simplear.evaluation.dpg_rules import PromptAnswers, Question, dpg_result, image_score, prompt_score, read_questions
 
 COLUMNS = ["item_id", "text", "keywords", "proposition_id", "dependency", "category_broad", "category_detailed"]
@@ -91,11 +92,15 @@ def test_scores_are_means_of_images_then_of_prompts() -> None:
     result = dpg_result([first, second, third, fourth])
     assert list(result) == ["overall", "attribute", "entity", "global", "attribute - color", "entity - whole"]
     assert result["overall"]["accuracy"] == pytest.approx(0.625) and result["overall"]["n"] == 8
-    assert result["overall"]["high"] - 0.625 == pytest.approx(1.96 * 0.25 / 2, rel=1e-3)
+    # Scores of 0.5, 0.5, 0.5 and 1 vary as shares of 15 trials would, and there are but 14 answers.
+    assert pytest.approx(15) == 0.625 * 0.375 / (0.25**2 / 4)
+    bounds = wilson_interval(0.625 * 14, 14)
+    assert (result["overall"]["low"], result["overall"]["high"]) == pytest.approx(bounds)
     # Categories take plain answers: the colour counts where there is nothing that has it.
     assert result["attribute"]["accuracy"] == pytest.approx(4 / 6) and result["attribute"]["n"] == 6
     assert result["entity"]["accuracy"] == pytest.approx(5 / 6)
-    assert result["global"] == {"accuracy": 0.5, "n": 2}
+    assert result["global"]["accuracy"] == 0.5 and result["global"]["n"] == 2
+    assert (result["global"]["low"], result["global"]["high"]) == pytest.approx(wilson_interval(0.5, 1))
 
 
 def test_the_official_file_is_read(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from simplear.evaluation import clustered_interval, clustered_proportion, stratified_interval, wilson_interval
-from simplear.evaluation.intervals import Z_95
+from simplear.evaluation.intervals import Z_95, ratio_proportion
 
 
 @pytest.mark.parametrize(
@@ -139,3 +139,29 @@ def test_a_proportion_of_clusters_covers_the_truth_95_times_in_100(mean: float) 
         naive += low <= mean <= high
     assert 0.93 < covered / trials < 0.975
     assert naive / trials < 0.85
+
+
+def test_clusters_of_unequal_size() -> None:
+    random = np.random.default_rng(3)
+    equal = [list(random.random(4) < 0.7) for _ in range(30)]
+    assert ratio_proportion([(sum(right), 4) for right in equal]) == pytest.approx(clustered_proportion(equal))
+    # A cluster weighs as many as its members are; alike ones tell no more than one.
+    assert ratio_proportion([(1, 1), (0, 3)])[0] == 0.25
+    alike = [(float(size * right), size) for size, right in zip([1, 9] * 20, [1, 1, 0, 0, 1, 0, 0, 1] * 5, strict=True)]
+    share, low, high = ratio_proportion(alike)
+    assert (low, high) != pytest.approx(wilson_interval(share * 200, 200), abs=0.05) and high - low > 0.25
+    assert ratio_proportion([(5.0, 5)] * 8)[1:] == pytest.approx(wilson_interval(8, 8))
+    for broken in ([], [(0.0, 0)]):
+        with pytest.raises(ValueError, match="cluster"):
+            ratio_proportion(broken)
+
+
+def test_a_proportion_of_unequal_clusters_covers_the_truth_95_times_in_100() -> None:
+    random = np.random.default_rng(4)
+    runs, covered = 2000, 0
+    for _ in range(runs):
+        sizes = random.integers(1, 9, 120)
+        right = random.binomial(sizes, random.beta(3.2, 0.8, 120))  # prompts differ, in the mean 0.8
+        _, low, high = ratio_proportion(list(zip(right.tolist(), sizes.tolist(), strict=True)))
+        covered += low <= 0.8 <= high
+    assert covered / runs == pytest.approx(0.95, abs=0.015)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -175,3 +178,18 @@ def test_names_of_measures() -> None:
     assert measure_name(HPSv2Reward("weights/HPS_v2_compressed.pt")) == "hps-HPS_v2_compressed"
     assert measure_name(CLIPReward("ViT-L-14", "openai")) == "clip-score-ViT-L-14-openai"
     assert measure_name(CLIPReward("checkpoints/demo/clip")) == "clip-score-clip"
+
+
+@pytest.mark.long
+def test_two_processes_say_what_one_says(tmp_path: Path, checkpoint: Path, references: Path) -> None:
+    """Both draw, one measures, and the other is not waited for."""
+    for devices in ("1", "2"):
+        command = [sys.executable, "-m", "simplear.cli", "evaluate", "quality", str(checkpoint)]
+        command += ["--out", str(tmp_path / devices), "--references", str(references), "--batch-size", "2"]
+        command += ["--extractor", "evaluation.test_reconstruction.MeanColors", "--accelerator", "cpu"]
+        paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+        subprocess.run(
+            [*command, "--devices", devices], check=True, timeout=300, env={**os.environ, "PYTHONPATH": paths}
+        )
+    one, two = (json.loads((tmp_path / devices / "report.json").read_text()) for devices in ("1", "2"))
+    assert one["runs"] == two["runs"]

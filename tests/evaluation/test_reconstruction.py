@@ -15,8 +15,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from simplear.cli import main
+from simplear.evaluation import compare
 from simplear.evaluation.folder import picture_batches, picture_files
 from simplear.evaluation.reconstruction import PSNR_CEILING, codebook_use, evaluate_tokenizer, picture_scores
+from toys import make_visual_tokenizer
 
 
 class MeanColors(nn.Module):
@@ -104,6 +106,17 @@ def test_the_report_says_what_scikit_image_says_of_each_picture(
     )["runs"][name]
     for measure, entry in result.items():
         assert again[measure] == pytest.approx(entry, rel=1e-5), measure
+
+
+def test_two_tokenizers_are_compared_picture_by_picture(
+    folder: Path, tmp_path: Path, tiny_visual_tokenizer: str
+) -> None:
+    other = make_visual_tokenizer(tmp_path / "other", seed=1)
+    for name, tokenizer in (("a", tiny_visual_tokenizer), ("b", other)):
+        report = evaluate_tokenizer(tokenizer, out=str(tmp_path), images=str(folder), run=name, rfid=False)
+    found = compare(f"{tmp_path}:a-reconstruction", f"{tmp_path}:b-reconstruction")["differences"]["overall"]
+    first, second = (report["runs"][f"{name}-reconstruction"]["psnr"]["score"] for name in "ab")
+    assert found["difference"] == pytest.approx(second - first) and found["n"] == 20
 
 
 def test_a_size_resizes_and_says_what_was_enlarged(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

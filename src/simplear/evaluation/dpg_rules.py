@@ -17,8 +17,9 @@ import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import variance
 
-from simplear.evaluation.intervals import clustered_interval, ratio_interval
+from simplear.evaluation.intervals import effective_interval, ratio_proportion
 from simplear.evaluation.report import OVERALL, Result
 
 COLUMNS = ("item_id", "proposition_id", "dependency", "tuple", "question_natural_language")
@@ -145,14 +146,15 @@ def prompt_score(judged: PromptAnswers) -> float:
 def dpg_result(prompts: Sequence[PromptAnswers]) -> Result:
     """Accuracies in [0, 1]: overall, of broad categories ("entity") and of detailed ones ("entity - whole").
 
-    Intervals are of 95 %, with the prompt as the unit; where there is but one, there is none. ``n`` counts images in
-    the overall and answers in the categories.
+    Intervals are of 95 %, with the prompt as the unit; see `simplear.evaluation.intervals.clustered_proportion`. ``n``
+    counts images in the overall and answers in the categories.
     """
     scores = [prompt_score(judged) for judged in prompts]
-    overall = _entry(sum(scores) / len(scores), sum(len(judged.answers) for judged in prompts))
-    if len(scores) > 1:
-        _, overall["low"], overall["high"] = clustered_interval([scores])
-    result: Result = {OVERALL: overall}
+    overall = sum(scores) / len(scores)
+    spread = variance(scores) / len(scores) if len(scores) > 1 else 0.0
+    answered = sum(len(judged.questions) * len(judged.answers) for judged in prompts)
+    bounds = effective_interval(overall, spread, len(scores), answered)
+    result: Result = {OVERALL: _entry(overall, *bounds, sum(len(judged.answers) for judged in prompts))}
     totals: dict[str, list[tuple[float, int]]] = {}
     for judged in prompts:
         of_prompt: dict[str, list[bool]] = {}
@@ -162,13 +164,9 @@ def dpg_result(prompts: Sequence[PromptAnswers]) -> Result:
         for name, values in of_prompt.items():
             totals.setdefault(name, []).append((sum(values), len(values)))
     for name in sorted(totals, key=lambda name: ("-" in name, name)):
-        clusters = totals[name]
-        members = sum(size for _, size in clusters)
-        result[name] = _entry(sum(total for total, _ in clusters) / members, members)
-        if len(clusters) > 1:
-            _, result[name]["low"], result[name]["high"] = ratio_interval(clusters)
+        result[name] = _entry(*ratio_proportion(totals[name]), sum(size for _, size in totals[name]))
     return result
 
 
-def _entry(score: float, n: int) -> dict[str, float]:
-    return {"accuracy": score, "n": n}
+def _entry(accuracy: float, low: float, high: float, n: int) -> dict[str, float]:
+    return {"accuracy": accuracy, "low": low, "high": high, "n": n}

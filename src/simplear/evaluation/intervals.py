@@ -94,8 +94,7 @@ def clustered_proportion(clusters: Sequence[Sequence[bool]]) -> tuple[float, flo
     shares = [fmean(right) for right in clusters]
     share = fmean(shares)
     spread = variance(shares) / len(shares) if len(shares) > 1 else 0.0
-    effective = min(images, max(len(clusters), share * (1 - share) / spread if spread else 0.0))
-    return share, *wilson_interval(share * effective, effective)
+    return share, *effective_interval(share, spread, len(clusters), images)
 
 
 def clustered_interval(strata: Sequence[Sequence[float]]) -> tuple[float, float, float]:
@@ -123,28 +122,39 @@ def clustered_interval(strata: Sequence[Sequence[float]]) -> tuple[float, float,
     return mean, mean - spread, mean + spread
 
 
-def ratio_interval(clusters: Sequence[tuple[float, int]]) -> tuple[float, float, float]:
-    """Mean over all members of clusters of unequal size, and its normal 95 % interval by the clusters.
+def ratio_proportion(clusters: Sequence[tuple[float, int]]) -> tuple[float, float, float]:
+    """As `clustered_proportion`, for clusters of unequal size, such as the answers of one category about a prompt.
 
-    A cluster is a prompt, its members answers or images. With C clusters of totals t and sizes n, the mean is
-    m = Σt / Σn and its variance C / (C − 1) · Σ (t − m n)² / (Σn)²; for equal sizes that is `clustered_interval` of one
-    stratum.
+    With C clusters of totals t and sizes n, the share is p = Σt / Σn, its variance C / (C − 1) · Σ (t − p n)² / (Σn)².
 
-    Source: Cochran 1977, "Sampling Techniques", chapter 6 (ratio estimates).
+    Source: Cochran 1977, "Sampling Techniques", chapter 6 (ratio estimates), for the variance.
 
     Args:
-        clusters: total and size of each, two or more, no size 0.
+        clusters: of each, how many of its members are right, which may be a sum of shares, and how many there are.
 
     Returns:
-        mean, low, high.
+        share, low, high.
 
     Raises:
-        ValueError: fewer than two clusters.
+        ValueError: no cluster, or one without members.
     """
-    if len(clusters) < 2:
-        raise ValueError(f"{len(clusters)} clusters: the spread of fewer than 2 is unknown.")
-    members = sum(size for _, size in clusters)
-    mean = sum(total for total, _ in clusters) / members
-    squares = sum((total - mean * size) ** 2 for total, size in clusters)
-    spread = Z_95 * sqrt(len(clusters) / (len(clusters) - 1) * squares) / members
-    return mean, mean - spread, mean + spread
+    if not clusters or min(size for _, size in clusters) < 1:
+        raise ValueError("there must be a cluster, and none without members.")
+    members, count = sum(size for _, size in clusters), len(clusters)
+    share = sum(total for total, _ in clusters) / members
+    squares = sum((total - share * size) ** 2 for total, size in clusters)
+    spread = count / (count - 1) * squares / members**2 if count > 1 else 0.0
+    return share, *effective_interval(share, spread, count, members)
+
+
+def effective_interval(share: float, spread: float, fewest: int, most: int) -> tuple[float, float]:
+    """Wilson interval of the number of independent trials whose share would vary so much.
+
+    Args:
+        share: in [0, 1].
+        spread: variance of the share; 0 where it shows none.
+        fewest: trials it is taken to be at least.
+        most: trials it is taken to be at most.
+    """
+    effective = min(most, max(fewest, share * (1 - share) / spread if spread else 0.0))
+    return wilson_interval(share * effective, effective)

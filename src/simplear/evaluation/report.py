@@ -158,8 +158,7 @@ def _cell(entry: Mapping[str, float] | None) -> str:
     if entry is None:
         return ""
     if "accuracy" in entry:
-        interval = f" ({100 * entry['low']:.1f}–{100 * entry['high']:.1f})" if "low" in entry else ""
-        return f"{entry['accuracy']:.1%}{interval}"
+        return f"{entry['accuracy']:.1%} ({100 * entry['low']:.1f}–{100 * entry['high']:.1f})"
     interval = f" ({entry['low']:.3f}–{entry['high']:.3f})" if "low" in entry else ""
     return f"{entry['score']:.3f}{interval}"
 
