@@ -67,7 +67,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     made = parser(__doc__, "inference")
     made.add_argument("--checkpoint", default=CHECKPOINT)
     made.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 8, 32])
-    made.add_argument("--images", type=int, default=8, help="timed in each round at batch 1")
+    made.add_argument("--images", type=int, default=24, help="timed in each round at batch 1")
     made.add_argument("--judged", type=int, default=50, help="captions of each category, drawn with and without drafts")
     made.add_argument("--rounds", type=int, default=7)
     made.add_argument("--shape-rounds", type=int, default=5)
