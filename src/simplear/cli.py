@@ -12,6 +12,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import itertools
 import logging
 import os
 import re
@@ -32,12 +33,17 @@ OWN_VERBS = {
     "train-text-tokenizer": ("simplear.data", "train_text_tokenizer_on", "train a byte-level BPE on captions"),
     "tokenize": ("simplear.data", "tokenize", "pictures and captions → token shards"),
     "generate": ("simplear.generation", "generate", "checkpoint and prompts → images"),
+    "compare": ("simplear.evaluation", "compare", "two evaluated runs, REPORT:RUN each → paired differences"),
     "demo": ("simplear.demo", "demo", "the whole story, small, on two cores"),
 }
-BENCHMARKS = {"scenes": ("simplear.evaluation", "evaluate_scenes", "accuracy on drawn scenes by an exact detector")}
+BENCHMARKS = {
+    "scenes": ("simplear.evaluation", "evaluate_scenes", "accuracy on drawn scenes by an exact detector"),
+    "geneval": ("simplear.evaluation.geneval", "evaluate_geneval", "GenEval's prompts, its folders, and a judge"),
+}
 PARSER_MODE = "omegaconf+"
 PARSER_OPTIONS: dict[str, Any] = {"parser_mode": PARSER_MODE, "allow_abbrev": False}
 """argparse would take ``--trainer.max_step`` for any option that begins so."""
+NO_LIGHTNING = "simplear: this environment has no Lightning, it is for drawing with vLLM: use .venv/bin/simplear."
 NOISY_LOGGERS = (
     "httpx",
     "filelock",
@@ -82,9 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run_lightning(arguments: Sequence[str]) -> None:
     """One of Lightning's verbs over any stage and data module of the configuration."""
     if importlib.util.find_spec("lightning") is None:
-        _fail(
-            "simplear: this environment has no Lightning, it is for drawing with vLLM: train with .venv/bin/simplear."
-        )
+        _fail(NO_LIGHTNING)
     from jsonargparse import set_parsing_settings
     from lightning.pytorch import LightningDataModule, LightningModule
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -121,7 +125,12 @@ def run_function(module: str, name: str, arguments: Sequence[str], program: str)
     class FunctionParser(_SuggestingParser, ArgumentParser):
         pass
 
-    function = getattr(importlib.import_module(module), name)
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        if error.name != "lightning":
+            raise
+        _fail(NO_LIGHTNING)
     summary = (function.__doc__ or "").split("\n\n")[0]
     parser = FunctionParser(prog=program, description=summary, **PARSER_OPTIONS)
     parser.add_argument("--config", action="config", help="YAML with any of the options below; may be repeated")
@@ -133,11 +142,13 @@ def run_function(module: str, name: str, arguments: Sequence[str], program: str)
 
 
 def _spelled_out(arguments: Sequence[str], function: Callable[..., Any]) -> list[str]:
-    """``CKPT --prompts-file F`` → ``--checkpoint CKPT --prompts_file F``."""
+    """``CKPT --prompts-file F`` → ``--checkpoint CKPT --prompts_file F``: words in front go by their place."""
     spelled = [re.sub(r"^--[\w.-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in arguments]
-    if "checkpoint" in inspect.signature(function).parameters and spelled and not spelled[0].startswith("-"):
-        spelled.insert(0, "--checkpoint")
-    return spelled
+    parameters = inspect.signature(function).parameters.values()
+    by_place = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    front = list(itertools.takewhile(lambda word: not word.startswith("-"), spelled))[: len(by_place)]
+    named = [word for name, value in zip(by_place, front, strict=False) for word in (f"--{name}", value)]
+    return [*named, *spelled[len(front) :]]
 
 
 class _SuggestingParser:

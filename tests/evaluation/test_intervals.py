@@ -7,7 +7,7 @@ from math import sqrt
 import numpy as np
 import pytest
 
-from simplear.evaluation import clustered_interval, stratified_interval, wilson_interval
+from simplear.evaluation import clustered_interval, clustered_proportion, stratified_interval, wilson_interval
 from simplear.evaluation.intervals import Z_95
 
 
@@ -107,3 +107,35 @@ def test_clustered_intervals_cover_a_paired_difference() -> None:
 def test_a_stratum_of_one_cluster_is_refused() -> None:
     with pytest.raises(ValueError, match="stratum 1 has fewer than 2 clusters"):
         clustered_interval([[0.1, 0.2], [0.3]])
+
+
+def test_a_proportion_of_clusters_counts_images_as_what_they_tell() -> None:
+    """Equal images of a prompt are one, one image a prompt is itself, and unlike images are at most what they are."""
+    prompts = [[True]] * 8 + [[False]] * 2
+    assert clustered_proportion(prompts) == (0.8, *wilson_interval(8, 10))
+    assert clustered_proportion([right * 4 for right in prompts]) == (0.8, *wilson_interval(8, 10))
+    assert clustered_proportion([[True, False]] * 10) == (0.5, *wilson_interval(5, 10)), "no spread tells nothing"
+    unlike = [[True, True, False, False], [True, False, False, False], [True, True, True, False]] * 9
+    assert clustered_proportion(unlike) == pytest.approx((0.5, *wilson_interval(54, 108)))
+    _, low, high = clustered_proportion([[True] * 4] * 50)
+    assert (low, high) == wilson_interval(50, 50) and low < 0.95 and high == 1
+    for clusters in ([], [[]], [[True], [True, False]]):
+        with pytest.raises(ValueError, match="one size"):
+            clustered_proportion(clusters)
+
+
+@pytest.mark.parametrize("mean", [0.15, 0.6, 0.95])
+def test_a_proportion_of_clusters_covers_the_truth_95_times_in_100(mean: float) -> None:
+    """Eighty prompts of very different difficulty, four images each; images taken for independent do not cover it."""
+    random = np.random.default_rng(0)
+    covered = naive = 0
+    trials = 1500
+    for _ in range(trials):
+        chances = random.beta(mean, 1 - mean, size=80)
+        clusters = (random.random((80, 4)) < chances[:, None]).tolist()
+        _, low, high = clustered_proportion(clusters)
+        covered += low <= mean <= high
+        low, high = wilson_interval(sum(map(sum, clusters)), 320)
+        naive += low <= mean <= high
+    assert 0.93 < covered / trials < 0.975
+    assert naive / trials < 0.85
