@@ -26,9 +26,9 @@ PICTURES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_vision_language_model(tmp_path_factory.mktemp("vlm") / "model")
+@pytest.fixture(scope="module", params=["qwen2-vl", "qwen2.5-vl"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_vision_language_model(tmp_path_factory.mktemp("vlm") / "model", family=request.param)
 
 
 @pytest.fixture(scope="module")

@@ -276,5 +276,5 @@ def test_two_processes_write_the_captions_of_one(tmp_path: Path) -> None:
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES)
     tests = Path(__file__).parent.parent
-    subprocess.run([sys.executable, script, tmp_path / "two", tests], check=True, timeout=120)
+    subprocess.run([sys.executable, script, tmp_path / "two", tests], check=True, timeout=600)
     assert hashes(tmp_path / "two") == run(ScenesSource(25, 16, rows_per_unit=5), tmp_path / "one")

@@ -1,4 +1,4 @@
-"""A vision-language model of some ten thousand random weights, in the classes and files of Qwen2-VL."""
+"""A vision-language model of some ten thousand random weights, in the classes and files of Qwen2-VL or Qwen2.5-VL."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     GenerationConfig,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessor,
@@ -26,14 +29,32 @@ CHAT = (
 )
 
 
-def write_vision_language_model(directory: Path, ends_at: int = 5, seed: int = 0) -> str:
+FAMILIES = {
+    "qwen2-vl": (
+        Qwen2VLForConditionalGeneration,
+        Qwen2VLConfig,
+        Qwen2VLProcessor,
+        {"embed_dim": 32, "hidden_size": 32, "mlp_ratio": 1},
+    ),
+    "qwen2.5-vl": (
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLProcessor,
+        {"hidden_size": 32, "intermediate_size": 32, "out_hidden_size": 32, "fullatt_block_indexes": [0]},
+    ),
+}
+
+
+def write_vision_language_model(directory: Path, ends_at: int = 5, seed: int = 0, family: str = "qwen2-vl") -> str:
     """Save model and processor.
 
     Args:
         directory: where to.
         ends_at: every so many-th id ends an answer, so that answers end at many lengths.
         seed: of the weights.
+        family: one of `FAMILIES`.
     """
+    model_class, config_class, processor_class, vision = FAMILIES[family]
     base = Tokenizer(models.BPE())
     base.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     base.decoder = decoders.ByteLevel()
@@ -49,13 +70,13 @@ def write_vision_language_model(directory: Path, ends_at: int = 5, seed: int = 0
         extra_special_tokens=SPECIAL[1:] + PLACEHOLDERS,
     )
     size = {"shortest_edge": 28 * 28, "longest_edge": 56 * 56}
-    processor = Qwen2VLProcessor(
+    processor = processor_class(
         Qwen2VLImageProcessor(size=size), tokenizer, Qwen2VLVideoProcessor(size=size), chat_template=CHAT
     )
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL + PLACEHOLDERS}
     torch.manual_seed(seed)
-    model = Qwen2VLForConditionalGeneration(
-        Qwen2VLConfig(
+    model = model_class(
+        config_class(
             text_config={
                 "vocab_size": len(tokenizer),
                 "hidden_size": 32,
@@ -67,14 +88,7 @@ def write_vision_language_model(directory: Path, ends_at: int = 5, seed: int = 0
                 "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
                 "initializer_range": 0.4,
             },
-            vision_config={
-                "depth": 1,
-                "embed_dim": 32,
-                "hidden_size": 32,
-                "num_heads": 2,
-                "mlp_ratio": 1,
-                "initializer_range": 0.4,
-            },
+            vision_config={"depth": 1, "num_heads": 2, "initializer_range": 0.4, **vision},
             image_token_id=ids["<|image_pad|>"],
             video_token_id=ids["<|video_pad|>"],
             vision_start_token_id=ids["<|vision_start|>"],

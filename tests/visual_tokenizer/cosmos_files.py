@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 LEVELS = (8, 8, 8, 5, 5, 5)
+RELEASED_CONFIG = '{"architectures": ["CosmosTokenizer"],}'
+"""What stands beside the released files: a comma too many for JSON."""
 
 
 class Encoder(nn.Module):
@@ -57,6 +59,7 @@ def write(
         for name, module in (("encoder.jit", encoder or Encoder()), ("decoder.jit", decoder or Decoder())):
             torch.jit.script(module.eval()).save(str(directory / name))
             lines.append(f"{hashlib.sha256((directory / name).read_bytes()).hexdigest()}  {name}\n")
+    (directory / "config.json").write_text(RELEASED_CONFIG)
     if sums:
         (directory / "SHA256SUMS").write_text("".join(lines))
     return directory
