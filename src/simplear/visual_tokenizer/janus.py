@@ -81,12 +81,15 @@ class JanusTokenizer(nn.Module):
         Raises ValueError, naming the directory, where weights are missing, damaged or of another shape.
         """
         from transformers import JanusVQVAE, JanusVQVAEConfig
+        from transformers.utils import logging
 
         content = json.loads((directory / "config.json").read_text())
         fields = content.get("vq_config", {}) if content["model_type"] == "janus" else content
         with torch.device("meta"):  # the weights come with the class below
             tokenizer = cls(**{name: fields[name] for name in inspect.signature(cls).parameters if name in fields})
         config = JanusVQVAEConfig(**tokenizer.init_args)
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # it would list all weights of a whole Janus that are not this part's
         try:
             loaded: Any = JanusVQVAE.from_pretrained(
                 directory,
@@ -100,6 +103,8 @@ class JanusTokenizer(nn.Module):
             raise ValueError(
                 f"the visual tokenizer's weights in {directory} cannot be read: {error} Download it again."
             ) from error
+        finally:
+            logging.set_verbosity(verbosity)
         vqvae, report = loaded
         if missing := sorted(report["missing_keys"]):
             raise ValueError(
