@@ -206,13 +206,16 @@ class ServerCaptioner(Captioner):
         }
         try:
             choice = self._request("/chat/completions", body)["choices"][0]
-            return Answer(choice["message"]["content"] or "", finished=choice["finish_reason"] != "length")
+            text = choice["message"]["content"] or ""
+            if not isinstance(text, str):
+                raise TypeError
+            return Answer(text, finished=choice["finish_reason"] != "length")
         except _RefusedError as refused:
             return Answer("", refusal=f"refused by the server ({refused})")
         except (KeyError, IndexError, TypeError) as error:
             raise ValueError(
-                f"{self.url}/chat/completions answered without choices[0].message.content: it does not speak OpenAI's "
-                "chat protocol."
+                f"{self.url}/chat/completions answered without a text in choices[0].message.content: it does not speak "
+                "OpenAI's chat protocol."
             ) from error
 
     def _request(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import unicodedata
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,6 +44,8 @@ LONG_PROMPT = (
 SHORT_PROMPT = "Describe this picture in one short sentence. Write only what can be seen."
 REPLACEMENT = "�"
 """What decoding puts for bytes that are no text."""
+NO_TEXT = ("Cc", "Cs")
+"""Unicode's categories of control characters and of halves of surrogate pairs, which no file can hold."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def caption_of(answer: Answer, wanted: Wanted) -> tuple[str | None, str | None]:
         return None, "empty"
     if len(text) > wanted.characters:
         return None, f"longer than {wanted.characters} characters"
-    if REPLACEMENT in text or not text.isprintable():
+    if REPLACEMENT in text or any(unicodedata.category(character) in NO_TEXT for character in text):
         return None, "characters that are no text"
     return text, None
 
