@@ -32,6 +32,7 @@ from simplear.data import (
     tokenize,
 )
 from simplear.data.captioners import Answer
+from simplear.data.pictures import Drop
 from simplear.data.shards import MANIFEST_FILE
 
 from .caption_server import MODEL, caption_server
@@ -170,6 +171,30 @@ class Keys(Source):
 
     def describe(self) -> dict[str, Any]:
         return {"class": "Keys"}
+
+
+class Undecoded:
+    """A sample whose picture is decoded when it is asked for, and cannot be."""
+
+    key, captions = "x", ("old",)
+
+    @property
+    def image(self) -> Image.Image:
+        raise Drop("truncated or damaged picture")
+
+
+class PartlyDamaged(Keys):
+    """The key x has a damaged picture."""
+
+    def read(self, unit: Unit, drops: Counter[str]) -> Iterator[Any]:
+        for sample in super().read(unit, drops):
+            yield Undecoded() if sample.key == "x" else sample
+
+
+def test_a_picture_that_is_found_damaged_when_it_is_decoded_is_counted(tmp_path: Path) -> None:
+    run(PartlyDamaged("axb"), tmp_path)
+    assert [row["key"] for row in rows(tmp_path)] == ["a", "b"]
+    assert json.loads((tmp_path / "all.json").read_text())["drops"] == {"truncated or damaged picture": 1}
 
 
 class Told(MeanCaptioner):

@@ -13,6 +13,7 @@ import io
 import json
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ class RecaptionedSource(Source):
             captions = [row[kind] for kind in KINDS if row[kind] is not None]
             captions += sample.captions if self.keep_original else []
             if captions:
-                yield Sample(sample.key, sample.image, captions, sample.metadata)
+                yield replace(sample, captions=captions)
             else:
                 drops["no usable new caption"] += 1
 
