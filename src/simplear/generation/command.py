@@ -67,7 +67,7 @@ def generate(
         mask: picture of the same size: where it is not black, the image is drawn anew.
         engine: how codes are drawn.
         engine_options: of the engine, as ``'{window: 7}'`` for jacobi.
-        visual_tokenizer: directory to use in place of the checkpoint's own.
+        visual_tokenizer: directory or hub id to use in place of the checkpoint's own.
         batch_size: images drawn at once.
         device: where to draw; a GPU where there is one if not given.
 

@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from simplear.atomic import whole_directory
+from simplear.hub import is_hub_id
 from simplear.language_model.model import (
     _CLASSES,
     LanguageModel,
     RopeKind,
-    is_hub_id,
     load_decoder,
     load_text_tokenizer,
 )
@@ -41,6 +42,8 @@ VISUAL_TOKENIZER_FOLDER = "visual_tokenizer"
 FORMAT_VERSION = 1
 RELEASED_ARCHITECTURE = "SimpARForCausalLM"
 RELEASED_DOWNSAMPLE = 16
+RELEASED_VISUAL_TOKENIZER = "nvidia/Cosmos-1.0-Tokenizer-DV8x16x16"
+"""As the release's own instructions name it on the hub; its directories carry none."""
 RELEASED_GRID = (64, 64)
 """1024 px. With fewer positions than that needs, a model still draws the smaller grids that it is asked for."""
 RELEASED_PREFIX = "A highly realistic image of "
@@ -106,6 +109,12 @@ class Checkpoint:
         name = self.settings.visual_tokenizer
         return None if name is None else self.directory / name
 
+    @property
+    def default_visual_tokenizer(self) -> str | Path | None:
+        """What decodes the checkpoint's codes where nobody names another: its own; for released directories Cosmos."""
+        released = not (self.directory / SETTINGS_FILE).exists()
+        return RELEASED_VISUAL_TOKENIZER if released else self.visual_tokenizer_path
+
 
 def save_checkpoint(
     directory: str | Path,
@@ -114,13 +123,13 @@ def save_checkpoint(
     settings: CheckpointSettings,
     *,
     state_dict: dict[str, Tensor] | None = None,
-    visual_tokenizer: str | Path | None = None,
+    visual_tokenizer: str | Path | Callable[[Path], None] | None = None,
 ) -> None:
     """Write a checkpoint directory whole or not at all; an existing one is replaced once the new one is complete.
 
     Args:
         state_dict: gathered weights of ``model`` (the `LanguageModel`), for a sharded one; None takes the model's own.
-        visual_tokenizer: directory to copy into the checkpoint.
+        visual_tokenizer: directory to copy into the checkpoint, or a function that makes one of the path it is given.
 
     Raises OSError, naming the directory, when the disk takes no more.
     """
@@ -130,7 +139,10 @@ def save_checkpoint(
         model.decoder.save_pretrained(partial, state_dict={name.removeprefix(prefix): w for name, w in weights.items()})
         tokenizer.save_pretrained(partial)
         if visual_tokenizer is not None:
-            shutil.copytree(visual_tokenizer, partial / VISUAL_TOKENIZER_FOLDER)
+            if callable(visual_tokenizer):
+                visual_tokenizer(partial / VISUAL_TOKENIZER_FOLDER)
+            else:
+                shutil.copytree(visual_tokenizer, partial / VISUAL_TOKENIZER_FOLDER)
             settings = dataclasses.replace(settings, visual_tokenizer=VISUAL_TOKENIZER_FOLDER)
         content = {"format_version": FORMAT_VERSION, **dataclasses.asdict(settings)}
         (partial / SETTINGS_FILE).write_text(json.dumps(content, indent=2) + "\n")
