@@ -86,7 +86,7 @@ def evaluate_tokenizer(
     picture (``pictures.jsonl``) and events for TensorBoard.
 
     Args:
-        tokenizer: directory of a visual tokenizer.
+        tokenizer: directory or hub id of a visual tokenizer.
         out: directory of the report.
         images: folder of pictures, sub-folders included.
         run: name of the result, RUN-reconstruction in the report; the tokenizer directory's own name if not given.
