@@ -12,6 +12,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import json
 import logging
 import os
 import re
@@ -32,6 +33,7 @@ OWN_VERBS = {
     "train-text-tokenizer": ("simplear.data", "train_text_tokenizer_on", "train a byte-level BPE on captions"),
     "tokenize": ("simplear.data", "tokenize", "pictures and captions → token shards"),
     "generate": ("simplear.generation", "generate", "checkpoint and prompts → images"),
+    "serve": ("simplear.serving", "serve", "checkpoints → OpenAI's image API over HTTP, with a page to draw on"),
     "demo": ("simplear.demo", "demo", "the whole story, small, on two cores"),
 }
 BENCHMARKS = {"scenes": ("simplear.evaluation", "evaluate_scenes", "accuracy on drawn scenes by an exact detector")}
@@ -133,10 +135,14 @@ def run_function(module: str, name: str, arguments: Sequence[str], program: str)
 
 
 def _spelled_out(arguments: Sequence[str], function: Callable[..., Any]) -> list[str]:
-    """``CKPT --prompts-file F`` → ``--checkpoint CKPT --prompts_file F``."""
+    """``CKPT --prompts-file F`` → ``--checkpoint CKPT --prompts_file F``; several for ``checkpoints``."""
     spelled = [re.sub(r"^--[\w.-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in arguments]
     if "checkpoint" in inspect.signature(function).parameters and spelled and not spelled[0].startswith("-"):
         spelled.insert(0, "--checkpoint")
+    if "checkpoints" in inspect.signature(function).parameters:
+        first = next((place for place, word in enumerate(spelled) if word.startswith("-")), len(spelled))
+        if first:
+            spelled[:first] = ["--checkpoints", json.dumps(spelled[:first])]
     return spelled
 
 
