@@ -118,7 +118,7 @@ class Gate:
         key = self.service.api_key
         if key is not None:
             scheme, _, given = headers.get("authorization", "").partition(" ")
-            same = hmac.compare_digest(given.strip().encode(), key.encode())
+            same = hmac.compare_digest(given.strip().encode("latin-1"), key.encode())
             if scheme.lower() != "bearer" or not same:
                 return APIError(
                     401,

@@ -101,7 +101,7 @@ async function draw(asked, images, signal) {
 function keep(asked, event, image) {
   const guidance = asked.guidance_scale ?? models.find((model) => model.id === asked.model).defaults.guidance_scale;
   const name = `${asked.prompt.toLowerCase().replace(/[^a-z0-9]+/g, "-").slice(0, 60) || "image"}-${event.seed}.png`;
-  const again = make("button", { type: "button" }, "Use settings");
+  const again = make("button", { type: "button" }, "Reuse");
   again.addEventListener("click", () => {
     const values = { prompt: asked.prompt, negative: asked.negative_prompt ?? "", model: asked.model, size: asked.size,
       guidance, seed: event.seed, images: 1 };
@@ -140,6 +140,7 @@ async function submit(event) {
   const asked = [element("model").value, ...(beside ? [beside] : [])].map((model) => request(model, seed));
   element("canvas").replaceChildren();
   element("status").textContent = "Drawing …";
+  element("now").scrollIntoView({ block: "nearest", behavior: "smooth" });
   try {
     await Promise.all(asked.map((each) => draw(each, column(each, asked.length > 1), running.signal)));
     element("status").textContent = `Drawn in ${((performance.now() - begun) / 1000).toFixed(1)} s`;
