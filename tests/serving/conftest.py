@@ -103,6 +103,7 @@ class Live:
             own.tokenizer = copy.deepcopy(pipeline.tokenizer)
             own.engine = SlowEngine(pipeline.engine, row_seconds)
             batcher = Batcher(name, own, shapes, capacity, 0.02, self.service.metrics)
+            batcher.start()
             self.models.append(ServedModel(name, batcher))
         self.engine = self.models[0].batcher.pipeline.engine
         config = uvicorn.Config(create_app(self.models, self.service), port=0, log_level="error", access_log=False)

@@ -30,7 +30,10 @@ class FakePipeline:
         self.free.set()
         self.failing: Callable[[list[int]], Exception | None] = lambda seeds: None
 
-    def __call__(self, prompts: list[str], *, seed: list[int], batch_size: int, on_row: Any, **_: Any) -> Any:
+    def __call__(
+        self, prompts: list[str], *, seed: Any, batch_size: int, on_row: Any = lambda first, codes: None, **_: Any
+    ) -> Any:
+        seed = [seed] * len(prompts) if isinstance(seed, int) else seed
         self.calls.append(list(seed))
         assert len(prompts) == len(seed) == batch_size
         codes = torch.tensor(seed)[:, None, None].expand(-1, ROWS, 2)
@@ -209,6 +212,15 @@ def test_out_of_memory_makes_batches_of_that_size_smaller(pipeline: FakePipeline
     asker.wait_for(6)
     assert pipeline.calls[5:] == [[4, 5], [9]]
     assert isinstance(asker.came[-1][1], OutOfMemoryError) and asker.batcher.healthy
+
+
+def test_what_fails_in_warming_up_fails_at_the_start(pipeline: FakePipeline) -> None:
+    pipeline.failing = lambda seeds: RuntimeError("no weights") if len(seeds) > 2 else None
+    batcher = Batcher("fake", pipeline, [1, 2, 4], 8, 0.0, Metrics())  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="no weights"):
+        batcher.start(warm_up=[1, 2, 4])
+    assert not batcher.healthy
+    batcher.close()
 
 
 def test_closing_finishes_what_it_can(pipeline: FakePipeline, asker: Asker) -> None:

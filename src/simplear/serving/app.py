@@ -286,7 +286,7 @@ def create_app(models: Sequence[ServedModel], service: Service) -> FastAPI:
     """The application.
 
     Args:
-        models: by their names; the first is the default.
+        models: by their names, started; the first is the default. They are closed with the application.
         service: key, limits, metrics.
     """
     by_name = {served.name: served for served in models}
@@ -294,8 +294,6 @@ def create_app(models: Sequence[ServedModel], service: Service) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        for served in models:
-            served.batcher.start()
         yield
         await asyncio.gather(*(asyncio.to_thread(served.batcher.close) for served in models))
 

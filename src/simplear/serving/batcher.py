@@ -13,6 +13,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from PIL import Image
@@ -117,24 +118,25 @@ class Batcher:
         self._waiting: list[Drawing] = []
         self._changed = threading.Condition()
         self._closed = self._abandoned = False
+        self._thread: threading.Thread | None = None
         self._largest: dict[tuple[int, int], int] = {}  # shapes that fitted into memory, by size of the picture
         self._batch_seconds, self._free_since, self._failures = 1.0, 0.0, 0
-        self._thread = threading.Thread(target=self._work, name=f"drawing {name}", daemon=True)
 
     @property
     def healthy(self) -> bool:
         """Whether it can be expected to draw."""
-        return self._thread.is_alive() and self._failures < FAILURES_IN_A_ROW
+        return self._thread is not None and self._thread.is_alive() and self._failures < FAILURES_IN_A_ROW
 
-    def warm_up(self, shapes: Sequence[int]) -> None:
-        """Draw a batch of each of these shapes, to compile what compiles and to fail before anybody asks."""
-        for shape in shapes:
-            drawn = self.pipeline([""] * shape, seed=0, output_type="codes", batch_size=shape)
-            self.pipeline.decode(drawn.codes[:1])
-
-    def start(self) -> None:
-        """Begin to draw."""
+    def start(self, warm_up: Sequence[int] = ()) -> None:
+        """Begin to draw, with a batch of each of these shapes: what fails fails before anybody asks, and what compiles
+        does so in the thread whose CUDA graphs it will be. Raises what drawing them raises.
+        """
+        done: Future[None] = Future()
+        self._thread = threading.Thread(
+            target=self._work, args=(warm_up, done), name=f"drawing {self.name}", daemon=True
+        )
         self._thread.start()
+        done.result()
 
     def submit(self, drawings: Sequence[Drawing]) -> None:
         """Put images into the queue, all or none.
@@ -159,17 +161,25 @@ class Batcher:
         with self._changed:
             self._closed = True
             self._changed.notify()
-        if self._thread.is_alive():
+        if self._thread is not None:
             self._thread.join(seconds)
         with self._changed:
             self._abandoned = True
             left, self._waiting = self._waiting, []
         for drawing in left:
             drawing.notify(StoppedError())
-        if self._thread.is_alive():
+        if self._thread is not None:
             self._thread.join(LAST_ROW_SECONDS)
 
-    def _work(self) -> None:
+    def _work(self, warm_up: Sequence[int], done: Future[None]) -> None:
+        try:
+            for shape in warm_up:
+                drawn = self.pipeline([""] * shape, seed=0, output_type="codes", batch_size=shape)
+                self.pipeline.decode(drawn.codes[:1])
+            done.set_result(None)
+        except BaseException as error:
+            done.set_exception(error)
+            return
         while batch := self._next():
             began = time.monotonic()
             self._draw(batch)

@@ -93,7 +93,7 @@ def serve(
             visual_tokenizer=visual_tokenizer,
         )
         batcher = Batcher(name, pipeline, batch_sizes, max_queue, batch_wait, service.metrics)
-        batcher.warm_up(batcher.shapes if engine == "compiled" else batcher.shapes[:1])
+        batcher.start(warm_up=batcher.shapes if engine == "compiled" else batcher.shapes[:1])
         models.append(ServedModel(name, batcher, max_codes))
     config = uvicorn.Config(
         create_app(models, service),

@@ -14,7 +14,7 @@ let models = [];
 let key = sessionStorage.getItem("key");
 let running = null; // aborts what is being drawn
 
-const chosen = () => models.find((model) => model.id === element("model").value);
+const named = (id) => models.find((model) => model.id === id);
 
 async function call(path, options = {}) {
   for (;;) {
@@ -59,10 +59,9 @@ async function* events(answer) {
 
 function request(model, seed) {
   const asked = { model, prompt: element("prompt").value, n: Number(element("images").value), seed, stream: true };
-  const size = element("size").value || chosen().size;
-  asked.size = size;
-  const height = Number(size.split("x")[1]);
-  asked.partial_images = Math.max(0, Math.min(PARTIAL_IMAGES, Math.floor(height / chosen().downsample) - 1));
+  asked.size = element("size").value || named(model).size;
+  const rows = Math.floor(Number(asked.size.split("x")[1]) / named(model).downsample);
+  asked.partial_images = Math.max(0, Math.min(PARTIAL_IMAGES, rows - 1));
   if (element("negative").value) asked.negative_prompt = element("negative").value;
   if (element("guidance").value) asked.guidance_scale = Number(element("guidance").value);
   return asked;
@@ -99,7 +98,7 @@ async function draw(asked, images, signal) {
 }
 
 function keep(asked, event, image) {
-  const guidance = asked.guidance_scale ?? models.find((model) => model.id === asked.model).defaults.guidance_scale;
+  const guidance = asked.guidance_scale ?? named(asked.model).defaults.guidance_scale;
   const name = `${asked.prompt.toLowerCase().replace(/[^a-z0-9]+/g, "-").slice(0, 60) || "image"}-${event.seed}.png`;
   const again = make("button", { type: "button" }, "Reuse");
   again.addEventListener("click", () => {
@@ -157,12 +156,17 @@ async function submit(event) {
 }
 
 function describe() {
-  const model = chosen();
+  for (const option of element("beside").options) {
+    option.disabled = option.value === element("model").value;
+    if (option.selected && option.disabled) element("beside").value = "";
+  }
+  const [model, beside] = [named(element("model").value), named(element("beside").value)];
   if (!model) return;
-  element("guidance").placeholder = element("beside").value ? "each its own" : String(model.defaults.guidance_scale);
-  element("size").placeholder = model.size;
+  const both = (value) => (beside && value(beside) !== value(model) ? `${value(model)} / ${value(beside)}` : String(value(model)));
+  element("guidance").placeholder = both((each) => each.defaults.guidance_scale);
+  element("size").placeholder = both((each) => each.size);
   element("negative").placeholder = model.defaults.negative_prompt || "none";
-  element("sizes").textContent = `Sizes are multiples of ${model.downsample} pixels, ${model.size} as trained.`;
+  element("sizes").textContent = `What is left empty is the checkpoint's own. Sizes are multiples of ${model.downsample} pixels.`;
 }
 
 async function start() {
@@ -177,6 +181,7 @@ async function start() {
     models = (await (await call("v1/models")).json()).data;
     element("model").append(...models.map((model) => make("option", { value: model.id }, model.id)));
     element("beside").append(...models.map((model) => make("option", { value: model.id }, model.id)));
+    element("beside").parentElement.hidden = models.length < 2;
     describe();
   } catch (error) {
     complain(error);
