@@ -146,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     made.add_argument("--checkpoint", default=CHECKPOINT)
     made.add_argument("--engine", default="cached")
     made.add_argument("--device")
-    made.add_argument("--rounds", type=int, default=5)
+    made.add_argument("--rounds", type=int, default=4)
     settings = made.parse_args(argv)
     sizes = QUICK if settings.quick else CONCURRENCIES
     if settings.quick:

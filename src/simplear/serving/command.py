@@ -15,9 +15,10 @@ from typing import Any
 import uvicorn
 
 from simplear.generation import SimpleARPipeline
-from simplear.serving.app import ServedModel, create_app
+from simplear.serving.app import create_app
 from simplear.serving.batcher import PROMPT_MULTIPLE, Batcher
 from simplear.serving.gate import Service
+from simplear.serving.served import ServedModel
 
 log = logging.getLogger(__name__)
 
