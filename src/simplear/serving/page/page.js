@@ -139,9 +139,10 @@ async function submit(event) {
   const asked = [element("model").value, ...(beside ? [beside] : [])].map((model) => request(model, seed));
   element("canvas").replaceChildren();
   element("status").textContent = "Drawing …";
-  element("now").scrollIntoView({ block: "nearest", behavior: "smooth" });
   try {
-    await Promise.all(asked.map((each) => draw(each, column(each, asked.length > 1), running.signal)));
+    const columns = asked.map((each) => column(each, asked.length > 1));
+    element("now").scrollIntoView({ block: "nearest", behavior: "smooth" });
+    await Promise.all(asked.map((each, index) => draw(each, columns[index], running.signal)));
     element("status").textContent = `Drawn in ${((performance.now() - begun) / 1000).toFixed(1)} s`;
   } catch (error) {
     const stopped = error.name === "AbortError";
