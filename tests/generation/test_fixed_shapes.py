@@ -19,6 +19,10 @@ MINE, EMPTY, *OTHERS = prompts(5, 0, 1, 2, 3, 6, 7, 8)
 BATCHES = [[MINE, *OTHERS[:3]], [MINE, *OTHERS[3:]], [*OTHERS[:3], MINE], [OTHERS[0], MINE, MINE, EMPTY], [MINE] * 4]
 
 
+def place_of_mine(batch: list[Tensor]) -> int:
+    return next(place for place, ids in enumerate(batch) if ids is MINE)
+
+
 def drawn(engine: Engine, batch: list[Tensor], place: int, seen: list[Any]) -> Tensor:
     """Logits that the image's codes were drawn from; every shape of logits goes into `seen`."""
     logits: list[Tensor] = []
@@ -53,13 +57,19 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, trac
 
 
 def test_logits_are_bit_equal_in_any_company(engine: Any) -> None:
-    made = engine(16)
-    seen: list[Any] = []
-    expected = drawn(made, BATCHES[0], 0, seen)
-    for batch in BATCHES[1:]:
-        place = next(place for place, ids in enumerate(batch) if ids is MINE)
-        assert torch.equal(drawn(made, batch, place, seen), expected)
+    made, seen = engine(16), []
+    logits = [drawn(made, batch, place_of_mine(batch), seen) for batch in BATCHES]
+    assert all(torch.equal(each, logits[0]) for each in logits[1:])
     assert len(set(seen)) == 1
+
+
+def test_without_it_company_shows_in_the_last_bits(engine: Any) -> None:
+    """What the promise is about: longer companions make longer rows, and sums over them round otherwise."""
+    made = engine(1)
+    companions = prompts(*range(6, 30, 3), seed=2)
+    logits = [drawn(made, [MINE, other], 0, []) for other in companions]
+    assert not all(torch.equal(each, logits[0]) for each in logits[1:])
+    assert all(torch.allclose(each, logits[0], atol=1e-4) for each in logits[1:])
 
 
 def test_padding_changes_no_code(engine: Any) -> None:

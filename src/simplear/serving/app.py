@@ -24,6 +24,15 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "The request cannot be fulfilled"},
     "5XX": {"model": ErrorBody, "description": "The server cannot fulfil the request now"},
 }
+EVENT = {
+    "type": "object",
+    "required": ["event", "data"],
+    "properties": {
+        "event": {"enum": ["image_generation.partial_image", "image_generation.completed", "error"]},
+        "data": {"type": "string", "contentMediaType": "application/json", "description": "An image, or an error."},
+    },
+}
+"""Of a stream, as OpenAPI 3.2 has it."""
 PAGE = {
     "/": ("index.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
@@ -61,7 +70,7 @@ def create_app(models: Sequence[ServedModel], service: Service) -> FastAPI:
 
     @app.post(
         "/v1/images/generations",
-        responses={**ERRORS, 200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+        responses={**ERRORS, 200: {"content": {"text/event-stream": {"itemSchema": EVENT}}}},
         dependencies=secured,
     )
     async def create_image(request: Request, asked: ImageRequest) -> ImagesResponse:
