@@ -6,6 +6,7 @@
 PYTHON ?= python3
 ARGS ?=
 CKPT ?= checkpoints/demo/sft
+SERVED ?= checkpoints/demo/sft checkpoints/demo/grpo
 LOGDIR ?= checkpoints
 VENV := .venv
 READY := $(VENV)/.ready
@@ -17,7 +18,7 @@ configs = $(foreach file,$(or $(CONFIG),$(1)),--config $(file))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup vllm-env demo test test-long lint bench train-tokenizer tokenize pretrain train-sft train-grpo train-clip evaluate \
-	generate tensorboard clean
+	generate serve tensorboard clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 18
@@ -53,6 +54,7 @@ bench: $(READY)  ## measure what README.md claims about speed and memory, and fi
 	$(VENV)/bin/python benchmarks/training.py
 	$(VENV)/bin/python benchmarks/grpo_speed.py
 	$(VENV)/bin/python benchmarks/inference.py
+	$(VENV)/bin/python benchmarks/serving.py
 	$(VENV)/bin/python benchmarks/demo.py
 	$(VENV)/bin/python benchmarks/grpo.py
 	$(VENV)/bin/python benchmarks/grpo.py --ablations
@@ -94,6 +96,9 @@ evaluate: $(READY)  ## scene accuracy of CKPT
 
 generate: $(READY)  ## draw with CKPT: ARGS='--prompt "a photo of a red circle"'
 	@$(SIMPLEAR) generate $(CKPT) --out $(CKPT)-images $(ARGS)
+
+serve: $(READY)  ## draw in the browser, and OpenAI's image API: http://127.0.0.1:8000
+	@$(SIMPLEAR) serve $(SERVED) $(ARGS)
 
 tensorboard: $(READY)  ## curves and pictures of all runs
 	@$(VENV)/bin/tensorboard --logdir $(LOGDIR) $(ARGS)

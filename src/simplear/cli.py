@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import inspect
 import itertools
+import json
 import logging
 import os
 import re
@@ -35,6 +36,7 @@ OWN_VERBS = {
     "tokenize": ("simplear.data", "tokenize", "pictures and captions → token shards"),
     "generate": ("simplear.generation", "generate", "checkpoint and prompts → images"),
     "compare": ("simplear.evaluation", "compare", "two evaluated runs, REPORT:RUN each → paired differences"),
+    "serve": ("simplear.serving", "serve", "checkpoints → OpenAI's image API over HTTP, with a page to draw on"),
     "demo": ("simplear.demo", "demo", "the whole story, small, on two cores"),
 }
 BENCHMARKS = {
@@ -154,13 +156,19 @@ def run_function(module: str, name: str, arguments: Sequence[str], program: str)
 
 
 def _spelled_out(arguments: Sequence[str], function: Callable[..., Any]) -> list[str]:
-    """``CKPT --prompts-file F`` → ``--checkpoint CKPT --prompts_file F``: words in front go by their place."""
+    """``CKPT --prompts-file F`` → ``--checkpoint CKPT --prompts_file F``: words in front go by their place, what
+    is left over to the last one where that takes a list.
+    """
     spelled = [re.sub(r"^--[\w.-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in arguments]
     parameters = inspect.signature(function).parameters.values()
-    by_place = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
-    front = list(itertools.takewhile(lambda word: not word.startswith("-"), spelled))[: len(by_place)]
-    named = [word for name, value in zip(by_place, front, strict=False) for word in (f"--{name}", value)]
-    return [*named, *spelled[len(front) :]]
+    by_place = [parameter for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    words = list(itertools.takewhile(lambda word: not word.startswith("-"), spelled))
+    front = words[: len(by_place)]
+    rest = spelled[len(front) :]
+    if len(front) == len(by_place) > 0 and str(by_place[-1].annotation).startswith("list["):
+        front[-1], rest = json.dumps(words[len(front) - 1 :]), spelled[len(words) :]
+    named = [word for place, value in zip(by_place, front, strict=False) for word in (f"--{place.name}", value)]
+    return [*named, *rest]
 
 
 class _SuggestingParser:

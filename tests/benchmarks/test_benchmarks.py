@@ -114,7 +114,7 @@ def test_the_documents_show_the_committed_results() -> None:
         text = document.read_text()
         places |= {place[1] for place in tables.MARKED.findall(text)}
         assert tables.filled(text) == text, f"python benchmarks/tables.py brings {document.name} up to date"
-    assert {"data", "training", "grpo", "grpo_ablations", "grpo_speed", "inference"} <= places
+    assert {"data", "training", "grpo", "grpo_ablations", "grpo_speed", "inference", "serving"} <= places
 
 
 def test_grpo_speed(tmp_path: Path) -> None:
@@ -141,6 +141,18 @@ def test_inference(tmp_path: Path) -> None:
     assert "| cached |" in text and "| 16 | " in text and "(the paper's Table 6)" in text
     with Image.open(tmp_path / "inference.png") as picture:
         assert picture.width > 1000
+
+
+def test_serving(tmp_path: Path) -> None:
+    """A server in a process of its own; no image is lost or another than the pipeline's."""
+    checkpoint, _ = grpo_speed.write_start(tmp_path, argparse.Namespace(grid=4))
+    result = run("serving", tmp_path / "serving.json", "--checkpoint", str(checkpoint))
+    claims = {row["what"]: row for row in result["claims"]}
+    assert claims["requests that got their image"]["met"]
+    assert claims["images that are the pipeline's, pixel by pixel, at the same batch shape"]["met"]
+    assert sum(row["bar"] is not None for row in claims.values()) == 4
+    assert result["details"]["images_a_second"].keys() == {"1", "4", "16"}
+    assert result["details"]["batch_size"]["16"] > result["details"]["batch_size"]["1"] == 1
 
 
 def test_bounds_are_those_of_pencil_and_paper() -> None:

@@ -36,7 +36,7 @@ def test_options_go_to_the_engine_and_unknown_ones_are_named():
     assert make_engine("jacobi", language_model(), window=3, proposal="upper").window == 3
     with pytest.raises(ValueError, match="'jacobi' has no option windows; it has: window, proposal, compiled"):
         make_engine("jacobi", language_model(), windows=3)
-    with pytest.raises(ValueError, match="'cached' has no option max_num_seqs; it has: none"):
+    with pytest.raises(ValueError, match="'cached' has no option max_num_seqs; it has: prompt_multiple"):
         make_engine("cached", language_model(), max_num_seqs=3)
 
 

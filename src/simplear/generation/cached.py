@@ -20,6 +20,7 @@ from simplear.generation.engine import (
     draw_in_order,
     kept_codes,
     leading,
+    prompt_width,
     read_once,
 )
 from simplear.generation.sampling import Noise, SamplingSettings, draw
@@ -32,10 +33,12 @@ class CachedEngine:
 
     Args:
         model: on the device where it is to run, in evaluation mode.
+        prompt_multiple: prompts are padded to a multiple of so many tokens. Then batches of as many images mostly have
+            one shape, at which a picture is the same, bit for bit, whatever else is in the batch.
     """
 
-    def __init__(self, model: LanguageModel) -> None:
-        self.model = model
+    def __init__(self, model: LanguageModel, prompt_multiple: int = 1) -> None:
+        self.model, self.prompt_multiple = model, prompt_multiple
 
     @torch.inference_mode()
     def generate(
@@ -58,7 +61,8 @@ class CachedEngine:
         codes = kept_codes(given, images, count, device)
         first = leading(given)
         asked, order = read_once(prompt_ids, negatives, first)
-        ids, mask = (part.to(device) for part in left_pad(asked, model.layout))
+        width_read = prompt_width(asked, self.prompt_multiple)
+        ids, mask = (part.to(device) for part in left_pad(asked, model.layout, width_read))
         lengths = mask.sum(dim=1)
         if first:
             kept = codes[:, :first].repeat(len(ids) // images, 1) + model.layout.image_token_offset

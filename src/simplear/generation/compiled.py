@@ -25,11 +25,13 @@ class CompiledEngine:
 
     Args:
         model: on the device where it is to run, in evaluation mode.
+        prompt_multiple: prompts are padded to a multiple of so many tokens. Then batches of as many images mostly have
+            one shape, at which a picture is the same, bit for bit, whatever else is in the batch.
     """
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(self, model: LanguageModel, prompt_multiple: int = 1) -> None:
         self.model = model
-        self._step = PreparedStep(model, compiled=True)
+        self._step = PreparedStep(model, compiled=True, prompt_multiple=prompt_multiple)
         self._draw = self._step.prepare(draw)
 
     @torch.inference_mode()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen2Config
 
-from simplear.generation.engine import read_once
+from simplear.generation.engine import prompt_width, read_once
 from simplear.language_model import LanguageModel
 
 
@@ -231,10 +231,11 @@ class PreparedStep:
     Args:
         model: on the device where it is to run, in evaluation mode.
         compiled: under `torch.compile`, with CUDA graphs on a GPU. Each shape of a step compiles when it first occurs.
+        prompt_multiple: prompts are padded to a multiple of so many tokens.
     """
 
-    def __init__(self, model: LanguageModel, compiled: bool) -> None:
-        self.model, self.compiled = model, compiled
+    def __init__(self, model: LanguageModel, compiled: bool, prompt_multiple: int = 1) -> None:
+        self.model, self.compiled, self.prompt_multiple = model, compiled, prompt_multiple
         self._step: DecoderStep | None = None
         self._forward: Forward | None = None
         self._cache: RowCache | None = None
@@ -274,7 +275,8 @@ class PreparedStep:
             [torch.cat([text.to(device), codes[row % images]]) for row, text in enumerate(asked)], batch_first=True
         )
         lengths = torch.tensor([len(text) for text in asked], device=device)
-        longest = max(len(text) for text in asked)
+        longest = prompt_width(asked, self.prompt_multiple)
+        ids = F.pad(ids, (0, longest + read - ids.shape[1]), value=self.model.layout.padding_id)
         first = RowCache(self.model.decoder.config, len(asked), longest + read, step.embedding)
         hidden = step.hidden(ids, self.model.positions_at(first.places(longest + read), lengths, grid), first)
         last = hidden[torch.arange(len(asked), device=device), lengths + read - 1]

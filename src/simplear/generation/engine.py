@@ -158,6 +158,11 @@ def read_once(
     return [*prompt_ids, *negative_ids], list(range(images + len(negative_ids)))
 
 
+def prompt_width(prompts: Sequence[Tensor], multiple: int) -> int:
+    """Tokens that prompts are padded to: the longest one's, rounded up, so that few shapes of batches occur."""
+    return -(-max(len(ids) for ids in prompts) // multiple) * multiple
+
+
 def draw_in_order(
     codes: Tensor,
     first: int,

@@ -287,10 +287,14 @@ class SimpleARPipeline:
         prompt_prefix: str | None = None,
         height: int | None = None,
         width: int | None = None,
-    ) -> None:
-        """Raise what drawing these prompts would raise, before any is drawn. Arguments as for a call."""
+    ) -> list[int]:
+        """Raise what drawing these prompts would raise, before any is drawn. Arguments as for a call.
+
+        Returns:
+            Tokens of each, the two control tokens included.
+        """
         prefix = self.settings.generation.prompt_prefix if prompt_prefix is None else prompt_prefix
-        self._encode(prompts, "prompt", self._grid(height, width), prefix)
+        return [len(ids) for ids in self._encode(prompts, "prompt", self._grid(height, width), prefix)]
 
     @torch.no_grad()
     def decode(self, codes: Tensor, batch_size: int = 32) -> Tensor:
