@@ -216,7 +216,7 @@ def test_requests_that_the_openapi_page_allows_and_others(live: Live, mode: Gene
         @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
         @given(case=operation.as_strategy(generation_mode=mode))
         def answered(case: Any) -> None:
-            case.call_and_validate(excluded_checks=left_out)
+            case.call_and_validate(excluded_checks=left_out, timeout=60)
 
         answered()
 
