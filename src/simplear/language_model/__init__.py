@@ -5,6 +5,8 @@ from simplear.language_model.checkpoint import (
     CheckpointError,
     CheckpointSettings,
     GenerationDefaults,
+    checkpoint_hash,
+    find_checkpoint,
     load_checkpoint,
     save_checkpoint,
 )
@@ -20,6 +22,8 @@ __all__ = [
     "LanguageModel",
     "LanguageModelConfig",
     "Normalizer",
+    "checkpoint_hash",
+    "find_checkpoint",
     "load_checkpoint",
     "load_text_tokenizer",
     "next_token_losses",

@@ -12,6 +12,7 @@ Lightning's own .ckpt files are for resuming alone and are not read here.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
 from dataclasses import dataclass, field
@@ -214,6 +215,25 @@ def find_checkpoint(path: str | Path) -> Path:
         raise CheckpointError(
             f"no checkpoint at {path}: no such directory, and the hub did not give it ({type(error).__name__})."
         ) from error
+
+
+def checkpoint_hash(directory: str | Path) -> str:
+    """SHA-256, in hexadecimal, of what a checkpoint draws with: its weights file or files and ``simplear.json``.
+
+    It is what ``LC_ALL=C sha256sum *.safetensors simplear.json | sha256sum`` prints in the directory (without
+    ``simplear.json`` in one released with the paper). Reads all weights: a second or so a gigabyte.
+
+    Raises CheckpointError where there are no weights.
+    """
+    files = sorted(Path(directory).glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{directory} has no *.safetensors: it is not a checkpoint directory, or has no weights.")
+    lines = []
+    for file in (*files, Path(directory) / SETTINGS_FILE):
+        if file.exists():
+            with file.open("rb") as content:
+                lines.append(f"{hashlib.file_digest(content, 'sha256').hexdigest()}  {file.name}\n")
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _read_json(path: Path) -> dict[str, Any]:
