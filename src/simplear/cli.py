@@ -32,6 +32,11 @@ OWN_VERBS = {
     "train-text-tokenizer": ("simplear.data", "train_text_tokenizer_on", "train a byte-level BPE on captions"),
     "tokenize": ("simplear.data", "tokenize", "pictures and captions → token shards"),
     "generate": ("simplear.generation", "generate", "checkpoint and prompts → images"),
+    "export": (
+        "simplear.export",
+        "export",
+        "training state or checkpoint → directory for transformers and vLLM, with a card",
+    ),
     "demo": ("simplear.demo", "demo", "the whole story, small, on two cores"),
 }
 BENCHMARKS = {"scenes": ("simplear.evaluation", "evaluate_scenes", "accuracy on drawn scenes by an exact detector")}
