@@ -121,20 +121,26 @@ def run_lightning(arguments: Sequence[str]) -> None:
 
 def run_function(module: str, name: str, arguments: Sequence[str], program: str) -> None:
     """A verb that is a function: its signature and docstring are the command line and its help."""
+    function = getattr(importlib.import_module(module), name)
+    parser = function_parser(function, program)
+    with _errors_for_the_reader():
+        options = parser.instantiate_classes(parser.parse_args(_spelled_out(arguments, function)))
+        options.pop("config", None)
+        function(**vars(options))
+
+
+def function_parser(function: Callable[..., Any], program: str) -> Any:
+    """jsonargparse's parser of a function's arguments."""
     from jsonargparse import ArgumentParser
 
     class FunctionParser(_SuggestingParser, ArgumentParser):
         pass
 
-    function = getattr(importlib.import_module(module), name)
     summary = (function.__doc__ or "").split("\n\n")[0]
     parser = FunctionParser(prog=program, description=summary, **PARSER_OPTIONS)
     parser.add_argument("--config", action="config", help="YAML with any of the options below; may be repeated")
     parser.add_function_arguments(function, as_positional=False)
-    with _errors_for_the_reader():
-        options = parser.instantiate_classes(parser.parse_args(_spelled_out(arguments, function)))
-        options.pop("config", None)
-        function(**vars(options))
+    return parser
 
 
 def _spelled_out(arguments: Sequence[str], function: Callable[..., Any]) -> list[str]:
