@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ from simplear.language_model import (
     write_checkpoint,
 )
 from simplear.states import SHARDS_METADATA, damage, read_state
-from simplear.visual_tokenizer import load_visual_tokenizer
+from simplear.visual_tokenizer import VisualTokenizer, load_visual_tokenizer, save_visual_tokenizer
 
 MODULE = "language_model."
 """Where a stage keeps its language model."""
@@ -90,40 +91,40 @@ def export(
     inputs = read_card_inputs(report, data or [], training_config)
     source = _source(checkpoint, like)
     loaded = source.checkpoint
-    tokenizer_directory = _visual_tokenizer(loaded, visual_tokenizer)
+    decoder = _visual_tokenizer(loaded, visual_tokenizer)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
-    if prompts and tokenizer_directory is None:
+    if prompts and decoder is None:
         raise ValueError(
             "the checkpoint carries no visual tokenizer to draw the card's picture with: name one "
             "(--visual-tokenizer), or leave out --prompt."
         )
     if dtype is not None:
         loaded.model.to(getattr(torch, dtype))
-    with whole_directory(directory) as partial:
+    with whole_directory(directory) as unfinished:
         write_checkpoint(
-            partial,
+            unfinished,
             loaded.model,
             loaded.tokenizer,
             loaded.settings,
-            visual_tokenizer=tokenizer_directory,
+            visual_tokenizer=None if decoder is None else partial(save_visual_tokenizer, decoder),
             max_shard_size=max_shard_size,
         )
         if prompts:
-            _draw_samples(partial, prompts)
+            _draw_samples(unfinished, prompts)
         content = CardContent(
             name=directory.name,
             checkpoint=loaded,
-            checkpoint_hash=checkpoint_hash(partial),
+            checkpoint_hash=checkpoint_hash(unfinished),
             origin=source.origin,
             inputs=inputs,
             prompts=prompts,
             license=license,
             base_model=base_model,
         )
-        (partial / CARD_FILE).write_text(model_card(content))
+        (unfinished / CARD_FILE).write_text(model_card(content))
     files = sorted(directory.glob("*.safetensors"))
     size = sum(file.stat().st_size for file in files)
-    without = "" if tokenizer_directory else "; no visual tokenizer: name one to draw with (--visual-tokenizer)"
+    without = "" if decoder else "; no visual tokenizer: name one to draw with (--visual-tokenizer)"
     print(f"{directory}: {len(files)} weights file{'s' * (len(files) > 1)}, {size / 2**20:,.1f} MiB{without}")
 
 
@@ -183,23 +184,23 @@ def _steps(rest: Mapping[str, Any]) -> str:
     return f"{rest['global_step']:,}" if "global_step" in rest else "an unknown number of"
 
 
-def _visual_tokenizer(loaded: Checkpoint, named: str | None) -> Path | None:
-    """Directory of the visual tokenizer to put in, which is read to see that it is the right one; None without."""
-    directory = loaded.visual_tokenizer_path if named is None else Path(named)
-    if directory is None:
+def _visual_tokenizer(loaded: Checkpoint, named: str | None) -> VisualTokenizer | None:
+    """The visual tokenizer to put in, None without; its fingerprint is in the settings then."""
+    source = loaded.visual_tokenizer_path if named is None else named
+    if source is None:
         return None
     try:
-        fingerprint = load_visual_tokenizer(directory).fingerprint
+        tokenizer: VisualTokenizer = load_visual_tokenizer(source)
     except FileNotFoundError as error:
         raise CheckpointError(f"{error} Name it with --visual-tokenizer.") from error
     wanted = loaded.settings.visual_tokenizer_fingerprint
-    if wanted not in (None, fingerprint):
+    if wanted not in (None, tokenizer.fingerprint):
         raise CheckpointError(
-            f"the visual tokenizer {directory} has fingerprint {fingerprint[:12]}…, but the checkpoint learned the "
-            f"codes of {str(wanted)[:12]}…: name the one that belongs to it (--visual-tokenizer)."
+            f"the visual tokenizer {source} has fingerprint {tokenizer.fingerprint[:12]}…, but the checkpoint learned "
+            f"the codes of {str(wanted)[:12]}…: name the one that belongs to it (--visual-tokenizer)."
         )
-    loaded.settings = dataclasses.replace(loaded.settings, visual_tokenizer_fingerprint=fingerprint)
-    return directory
+    loaded.settings = dataclasses.replace(loaded.settings, visual_tokenizer_fingerprint=tokenizer.fingerprint)
+    return tokenizer
 
 
 def _draw_samples(directory: Path, prompts: Sequence[str]) -> None:

@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,13 +118,13 @@ def save_checkpoint(
     settings: CheckpointSettings,
     *,
     state_dict: dict[str, Tensor] | None = None,
-    visual_tokenizer: str | Path | None = None,
+    visual_tokenizer: str | Path | Callable[[Path], None] | None = None,
 ) -> None:
     """Write a checkpoint directory whole or not at all; an existing one is replaced once the new one is complete.
 
     Args:
         state_dict: gathered weights of ``model`` (the `LanguageModel`), for a sharded one; None takes the model's own.
-        visual_tokenizer: directory to copy into the checkpoint.
+        visual_tokenizer: directory to copy into the checkpoint, or a function that makes one of the path it is given.
 
     Raises OSError, naming the directory, when the disk takes no more.
     """
@@ -138,7 +139,7 @@ def write_checkpoint(
     settings: CheckpointSettings,
     *,
     state_dict: dict[str, Tensor] | None = None,
-    visual_tokenizer: str | Path | None = None,
+    visual_tokenizer: str | Path | Callable[[Path], None] | None = None,
     max_shard_size: str = MAX_SHARD_SIZE,
 ) -> None:
     """Fill an empty directory, for whoever puts more into it before it gets its name; else as `save_checkpoint`.
@@ -155,7 +156,10 @@ def write_checkpoint(
     )
     tokenizer.save_pretrained(directory)
     if visual_tokenizer is not None:
-        shutil.copytree(visual_tokenizer, directory / VISUAL_TOKENIZER_FOLDER)
+        if callable(visual_tokenizer):
+            visual_tokenizer(directory / VISUAL_TOKENIZER_FOLDER)
+        else:
+            shutil.copytree(visual_tokenizer, directory / VISUAL_TOKENIZER_FOLDER)
         settings = dataclasses.replace(settings, visual_tokenizer=VISUAL_TOKENIZER_FOLDER)
     content = {"format_version": FORMAT_VERSION, **dataclasses.asdict(settings)}
     (directory / SETTINGS_FILE).write_text(json.dumps(content, indent=2) + "\n")
