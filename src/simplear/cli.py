@@ -124,7 +124,7 @@ def run_function(module: str, name: str, arguments: Sequence[str], program: str)
     function = getattr(importlib.import_module(module), name)
     parser = function_parser(function, program)
     with _errors_for_the_reader():
-        options = parser.instantiate_classes(parser.parse_args(_spelled_out(arguments, function)))
+        options = parser.instantiate(parser.parse_args(_spelled_out(arguments, function)))
         options.pop("config", None)
         function(**vars(options))
 

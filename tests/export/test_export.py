@@ -168,6 +168,7 @@ def test_sources_that_cannot_be_exported_are_refused_by_name(trained: Path, tmp_
     main(["fit", "--config", str(config), "--trainer.max_steps", "1"])
     other, tokenizer = model_config(str(trained / "text_tokenizer")).build()
     save_checkpoint(tmp_path / "other", other, tokenizer, load_checkpoint(model).settings)
+    merge_run(tmp_path / "report.json", "sft", accuracy_result({"colors": [True]}))
     before = hashes(tmp_path)
     for source, like, words in (
         (cut, model, r"cut\.ckpt is damaged or no training state"),
@@ -182,6 +183,7 @@ def test_sources_that_cannot_be_exported_are_refused_by_name(trained: Path, tmp_
             export(str(source), out=str(tmp_path / "out"), like=like)
     for options, words in (
         ({"report": "nowhere.json"}, "no file at nowhere.json"),
+        ({"report": str(tmp_path / "report.json"), "runs": ["grpo"]}, "has no run 'grpo'; it has: sft"),
         ({"data": [str(tmp_path)]}, r"manifest\.json is missing"),
         ({"visual_tokenizer": str(make_visual_tokenizer(tmp_path / "visual", seed=1))}, "has fingerprint"),
         ({"visual_tokenizer": str(tmp_path / "nowhere")}, "Name it with --visual-tokenizer"),
@@ -220,6 +222,7 @@ def test_a_missing_or_cut_shard_is_named(trained: Path, tmp_path: Path) -> None:
 @pytest.fixture
 def carded(trained: Path, tmp_path: Path) -> Path:
     """An export with all that a card can say."""
+    merge_run(tmp_path / "report.json", "another", accuracy_result({"colors": [True]}))
     merge_run(tmp_path / "report.json", "sft", accuracy_result({"colors": [True] * 30 + [False] * 10}))
     (tmp_path / "config.yaml").write_text("seed_everything: 0\nmodel: {class_path: simplear.stages.PretrainModule}\n")
     export(
@@ -227,6 +230,7 @@ def carded(trained: Path, tmp_path: Path) -> Path:
         out=str(tmp_path / "shapes-small"),
         prompt=["one star", 'a "red" circle'],
         report=str(tmp_path / "report.json"),
+        runs=["sft"],
         data=[str(trained / "shards")],
         training_config=str(tmp_path / "config.yaml"),
         license="apache-2.0",
@@ -253,7 +257,8 @@ def test_the_card_says_what_is_known(carded: Path, trained: Path) -> None:
         "![Images drawn by this checkpoint](samples.png)",
     ):
         assert words in card, words
-    assert markdown_table(json.loads((carded.parent / "report.json").read_text())) in card
+    report = json.loads((carded.parent / "report.json").read_text())
+    assert markdown_table({"runs": {"sft": report["runs"]["sft"]}}) in card and "another" not in card
     assert min(Image.open(carded / "samples.png").size) > 100
 
 

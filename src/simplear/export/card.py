@@ -54,8 +54,14 @@ class CardContent:
     base_model: str | None
 
 
-def read_card_inputs(report: str | None, data: list[str], training_config: str | None) -> CardInputs:
-    """Raises FileNotFoundError for a file that is not there, and ValueError for one that is not what it should be."""
+def read_card_inputs(
+    report: str | None, runs: list[str] | None, data: list[str], training_config: str | None
+) -> CardInputs:
+    """Read what the card is to show; of the report these runs, or all.
+
+    Raises FileNotFoundError for a file that is not there, and ValueError for one that is not what it should be or a
+    run that the report has not.
+    """
     for file in (report, training_config):
         if file is not None and not Path(file).is_file():
             raise FileNotFoundError(f"no file at {file}, which the model card is to show.")
@@ -67,7 +73,21 @@ def read_card_inputs(report: str | None, data: list[str], training_config: str |
             raise ValueError(f"{training_config} is no YAML: {error}.") from error
         if not isinstance(read, dict) or "model" not in read:
             raise ValueError(f"{training_config} has no key 'model': give the config.yaml that a run wrote.")
-    return CardInputs(None if report is None else read_report(report), [_manifest(Path(each)) for each in data], config)
+    content = None if report is None else _of_runs(read_report(report), runs, report)
+    return CardInputs(content, [_manifest(Path(each)) for each in data], config)
+
+
+def _of_runs(report: dict[str, Any], runs: list[str] | None, file: str) -> dict[str, Any]:
+    if runs is None:
+        return report
+    missing = [name for name in runs if name not in report["runs"]]
+    if missing:
+        raise ValueError(f"{file} has no run {missing[0]!r}; it has: {', '.join(report['runs'])}.")
+    varied = report.get("diversity", {})
+    return {
+        "runs": {name: report["runs"][name] for name in runs},
+        "diversity": {name: varied[name] for name in runs if name in varied},
+    }
 
 
 def _manifest(directory: Path) -> dict[str, Any]:

@@ -54,6 +54,7 @@ def export(
     visual_tokenizer: str | None = None,
     prompt: str | list[str] | None = None,
     report: str | None = None,
+    runs: list[str] | None = None,
     data: list[str] | None = None,
     training_config: str | None = None,
     license: str | None = None,
@@ -72,6 +73,7 @@ def export(
         visual_tokenizer: directory of the one to put in; the checkpoint's own if not given.
         prompt: captions to draw, an image each, for the card's picture; none if not given.
         report: report.json of an evaluation, for the card's table.
+        runs: the report's runs to show, such as [sft]; all of them if not given.
         data: directories of token shards that the model was trained on, for the card.
         training_config: config.yaml of the training run, for the card.
         license: of the weights, by the name that the Hugging Face hub uses, such as apache-2.0.
@@ -88,7 +90,7 @@ def export(
     if directory.exists():
         raise FileExistsError(f"{directory} is there already: name another directory (--out), or remove that one.")
     require_writable(directory.absolute().parent, "the checkpoint", "--out")
-    inputs = read_card_inputs(report, data or [], training_config)
+    inputs = read_card_inputs(report, runs, data or [], training_config)
     source = _source(checkpoint, like)
     loaded = source.checkpoint
     decoder = _visual_tokenizer(loaded, visual_tokenizer)
