@@ -187,6 +187,7 @@ def test_sources_that_cannot_be_exported_are_refused_by_name(trained: Path, tmp_
         ({"data": [str(tmp_path)]}, r"manifest\.json is missing"),
         ({"visual_tokenizer": str(make_visual_tokenizer(tmp_path / "visual", seed=1))}, "has fingerprint"),
         ({"visual_tokenizer": str(tmp_path / "nowhere")}, "Name it with --visual-tokenizer"),
+        ({"max_shard_size": "5 potatoes"}, "is no size"),
         ({"training_config": model + "/simplear.json"}, "has no key 'model'"),
     ):
         with pytest.raises((ValueError, OSError), match=words):

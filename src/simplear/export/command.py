@@ -8,6 +8,7 @@ written under a temporary name and renamed when all of it is there; nothing in a
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +36,7 @@ MODULE = "language_model."
 """Where a stage keeps its language model."""
 SHARD_SIZE = "5GB"
 """What hubs and slow connections take well."""
+SIZE = r"[1-9]\d*(KB|MB|GB)"
 
 
 @dataclass
@@ -80,8 +82,8 @@ def export(
         base_model: hub id of the model that training started from, for the card.
 
     Raises:
-        ValueError: a state that is damaged, of another stage or of another model, or a report or configuration that is
-            none; an empty size.
+        ValueError: a state that is damaged, of another stage or of another model, or a report, a
+            configuration or a size that is none.
         CheckpointError: no checkpoint to take the configuration from, or one that is damaged.
         FileExistsError: there is something at ``out``.
         OSError: the disk takes no more.
@@ -89,6 +91,8 @@ def export(
     directory = Path(out)
     if directory.exists():
         raise FileExistsError(f"{directory} is there already: name another directory (--out), or remove that one.")
+    if not re.fullmatch(SIZE, max_shard_size):
+        raise ValueError(f"max_shard_size {max_shard_size!r} is no size: give a number and KB, MB or GB, such as 5GB.")
     require_writable(directory.absolute().parent, "the checkpoint", "--out")
     inputs = read_card_inputs(report, runs, data or [], training_config)
     source = _source(checkpoint, like)
