@@ -67,7 +67,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     made = parser(__doc__, "inference")
     made.add_argument("--checkpoint", default=CHECKPOINT)
     made.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 8, 32])
-    made.add_argument("--images", type=int, default=8, help="timed in each round at batch 1")
+    made.add_argument("--images", type=int, default=24, help="timed in each round at batch 1")
     made.add_argument("--judged", type=int, default=50, help="captions of each category, drawn with and without drafts")
     made.add_argument("--rounds", type=int, default=7)
     made.add_argument("--shape-rounds", type=int, default=5)
@@ -347,7 +347,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     details = result["details"]
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
     sizes = [int(size) for size in details["over_kv_cache"]]
-    for name in ("cached", "compiled", NO_DRAFTS, AUTOMATIC, COMPILED, "vllm"):
+    for name in ("cached", "compiled", NO_DRAFTS, AUTOMATIC, *COMPILED, "vllm"):
         values = [details["over_kv_cache"][str(size)].get(name) for size in sizes]
         if all(values):
             axes[0].plot(sizes, values, marker="o", label=name.replace("jacobi, W = 0", "step (W = 0)"))
@@ -383,7 +383,7 @@ def tables(result: dict[str, Any]) -> str:
         heads = [*(f"demo, batch {size}" for size in sizes), *(f"0.5B, batch {size}" for size in shape)]
         lines += ["Images a second over `kv-cache` (the paper's Table 5):", ""]
         lines += [f"| engine | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
-        for name in ("baseline", "kv-cache", "cached", "compiled", NO_DRAFTS, AUTOMATIC, COMPILED, "vllm"):
+        for name in ("baseline", "kv-cache", "cached", "compiled", NO_DRAFTS, AUTOMATIC, *COMPILED, "vllm"):
             cells = [1.0 if name == "kv-cache" else speed[size].get(name) for size in sizes]
             cells += [shape[size]["kv-cache"] / shape[size][name] if name in shape[size] else None for size in shape]
             if any(cells):

@@ -11,12 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningCLI
 from PIL import Image
 
 from simplear.cli import PARSER_MODE
+from simplear.data import recaption
 from simplear.language_model import load_checkpoint
+from simplear.language_model.checkpoint import RELEASED_VISUAL_TOKENIZER
 from simplear.language_model.rope import Qwen2Rope2DForCausalLM
 from simplear.sequence import SPECIAL_TOKENS
 from simplear.stages import GRPOModule, PretrainModule, SFTModule, SimilarityTokenWeights
@@ -105,6 +108,30 @@ def test_fine_tuning_compositions(machine: str) -> None:
     trainer = composed.config["trainer"]
     devices = trainer["devices"] * trainer["num_nodes"]
     assert 256 % (devices * (trainer["accumulate_grad_batches"] or 1)) == 0
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+def test_released_visual_tokenizer(stage: str) -> None:
+    composed = compose(f"paper/{stage}", "paper/cosmos")
+    assert composed.model.visual_tokenizer_path == RELEASED_VISUAL_TOKENIZER
+
+
+def test_a_visual_tokenizer_of_another_codebook() -> None:
+    composed = compose("paper/pretrain", "paper/janus", "paper/0.5b")
+    assert composed.model.config.codebook_size == composed.model.generation.top_k == 16_384
+    assert composed.model.visual_tokenizer_path == "deepseek-community/Janus-Pro-1B"
+    assert composed.datamodule.paths == ["data/paper/tokens-512-janus"]
+    assert "checkpoints/paper-janus" in str(composed.config["trainer"]["callbacks"][1]["init_args"]["export_dir"])
+
+
+def test_recaptioning_of_the_papers_size() -> None:
+    parser = ArgumentParser(parser_mode=PARSER_MODE)
+    parser.add_argument("--config", action="config")
+    parser.add_function_arguments(recaption, as_positional=False)
+    config = ["--config", str(CONFIGS / "paper/recaption.yaml"), "--out", "captions"]
+    source = ["--source", "ScenesSource", "--source.count", "1", "--source.resolution", "64"]
+    options = parser.instantiate_classes(parser.parse_args([*config, *source]))
+    assert options.captioner.model_name == "Qwen/Qwen2-VL-7B-Instruct" and options.devices == 8
 
 
 def test_visual_tokenizer_of_the_papers_size(tmp_path: Path) -> None:

@@ -7,13 +7,15 @@ read-only), the error names the path and the remedy, and the half-written rest i
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 """What the system answers when a disk takes no more; other errors are the program's own."""
@@ -115,6 +117,42 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def claim_directory(file: Path, settings: Mapping[str, Any]) -> None:
+    """Make the directory of ``file`` one of these settings, or make sure that it is already; ``file`` keeps them.
+
+    So work that goes on after a stop is not mixed with work of other settings. Several processes may claim at once.
+
+    Args:
+        file: JSON, in a directory that is made if missing.
+        settings: whatever decides what the directory holds; JSON values.
+
+    Raises:
+        ValueError: the directory was begun with other settings; names the first that differs.
+    """
+    settings = json.loads(json.dumps(settings))
+    if not file.exists():
+        with whole_file(file, file.with_name(f".{file.name}.{os.getpid()}.partial")) as partial:
+            partial.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    try:
+        present = _flat(json.loads(file.read_text()))
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file} holds no settings ({error}): name another directory, or remove this one.") from error
+    wanted = _flat(settings)
+    for key in sorted(present.keys() | wanted.keys()):
+        if present.get(key) != wanted.get(key):
+            raise ValueError(
+                f"{file.parent} was begun with {key} = {present.get(key)!r}, not {wanted.get(key)!r}: use the same "
+                "setting, or another directory."
+            )
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def require_replaceable(directory: str | Path, what: str, key: str) -> None:

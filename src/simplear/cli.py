@@ -12,6 +12,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import itertools
 import logging
 import os
 import re
@@ -30,6 +31,7 @@ LIGHTNING_VERBS = {
 }
 OWN_VERBS = {
     "train-text-tokenizer": ("simplear.data", "train_text_tokenizer_on", "train a byte-level BPE on captions"),
+    "recaption": ("simplear.data", "recaption", "pictures → long and short captions by a vision-language model"),
     "tokenize": ("simplear.data", "tokenize", "pictures and captions → token shards"),
     "generate": ("simplear.generation", "generate", "checkpoint and prompts → images"),
     "export": (
@@ -37,12 +39,28 @@ OWN_VERBS = {
         "export",
         "training state or checkpoint → directory for transformers and vLLM, with a card",
     ),
+    "compare": ("simplear.evaluation", "compare", "two evaluated runs, REPORT:RUN each → paired differences"),
     "demo": ("simplear.demo", "demo", "the whole story, small, on two cores"),
 }
-BENCHMARKS = {"scenes": ("simplear.evaluation", "evaluate_scenes", "accuracy on drawn scenes by an exact detector")}
+BENCHMARKS = {
+    "scenes": ("simplear.evaluation", "evaluate_scenes", "accuracy on drawn scenes by an exact detector"),
+    "geneval": ("simplear.evaluation.geneval", "evaluate_geneval", "GenEval's prompts, its folders, and a judge"),
+    "dpg": (
+        "simplear.evaluation.dpg",
+        "evaluate_dpg",
+        "DPG-Bench's prompts, its layout, and a judge",
+    ),
+    "quality": ("simplear.evaluation.quality", "evaluate_quality", "FID, CLIPScore and HPS v2.1 of drawn prompts"),
+    "tokenizer": (
+        "simplear.evaluation.reconstruction",
+        "evaluate_tokenizer",
+        "rFID, PSNR, SSIM, use of the codebook",
+    ),
+}
 PARSER_MODE = "omegaconf+"
 PARSER_OPTIONS: dict[str, Any] = {"parser_mode": PARSER_MODE, "allow_abbrev": False}
 """argparse would take ``--trainer.max_step`` for any option that begins so."""
+NO_LIGHTNING = "simplear: this environment has no Lightning, it is for drawing with vLLM: use .venv/bin/simplear."
 NOISY_LOGGERS = (
     "httpx",
     "filelock",
@@ -87,9 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run_lightning(arguments: Sequence[str]) -> None:
     """One of Lightning's verbs over any stage and data module of the configuration."""
     if importlib.util.find_spec("lightning") is None:
-        _fail(
-            "simplear: this environment has no Lightning, it is for drawing with vLLM: train with .venv/bin/simplear."
-        )
+        _fail(NO_LIGHTNING)
     from jsonargparse import set_parsing_settings
     from lightning.pytorch import LightningDataModule, LightningModule
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -121,7 +137,12 @@ def run_lightning(arguments: Sequence[str]) -> None:
 
 def run_function(module: str, name: str, arguments: Sequence[str], program: str) -> None:
     """A verb that is a function: its signature and docstring are the command line and its help."""
-    function = getattr(importlib.import_module(module), name)
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        if error.name != "lightning":
+            raise
+        _fail(NO_LIGHTNING)
     parser = function_parser(function, program)
     with _errors_for_the_reader():
         options = parser.instantiate(parser.parse_args(_spelled_out(arguments, function)))
@@ -144,11 +165,13 @@ def function_parser(function: Callable[..., Any], program: str) -> Any:
 
 
 def _spelled_out(arguments: Sequence[str], function: Callable[..., Any]) -> list[str]:
-    """``CKPT --prompts-file F`` → ``--checkpoint CKPT --prompts_file F``."""
+    """``CKPT --prompts-file F`` → ``--checkpoint CKPT --prompts_file F``: words in front go by their place."""
     spelled = [re.sub(r"^--[\w.-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in arguments]
-    if "checkpoint" in inspect.signature(function).parameters and spelled and not spelled[0].startswith("-"):
-        spelled.insert(0, "--checkpoint")
-    return spelled
+    parameters = inspect.signature(function).parameters.values()
+    by_place = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    front = list(itertools.takewhile(lambda word: not word.startswith("-"), spelled))[: len(by_place)]
+    named = [word for name, value in zip(by_place, front, strict=False) for word in (f"--{name}", value)]
+    return [*named, *spelled[len(front) :]]
 
 
 class _SuggestingParser:

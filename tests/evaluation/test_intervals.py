@@ -7,8 +7,8 @@ from math import sqrt
 import numpy as np
 import pytest
 
-from simplear.evaluation import clustered_interval, stratified_interval, wilson_interval
-from simplear.evaluation.intervals import Z_95
+from simplear.evaluation import clustered_interval, clustered_proportion, stratified_interval, wilson_interval
+from simplear.evaluation.intervals import Z_95, ratio_proportion
 
 
 @pytest.mark.parametrize(
@@ -107,3 +107,61 @@ def test_clustered_intervals_cover_a_paired_difference() -> None:
 def test_a_stratum_of_one_cluster_is_refused() -> None:
     with pytest.raises(ValueError, match="stratum 1 has fewer than 2 clusters"):
         clustered_interval([[0.1, 0.2], [0.3]])
+
+
+def test_a_proportion_of_clusters_counts_images_as_what_they_tell() -> None:
+    """Equal images of a prompt are one, one image a prompt is itself, and unlike images are at most what they are."""
+    prompts = [[True]] * 8 + [[False]] * 2
+    assert clustered_proportion(prompts) == (0.8, *wilson_interval(8, 10))
+    assert clustered_proportion([right * 4 for right in prompts]) == (0.8, *wilson_interval(8, 10))
+    assert clustered_proportion([[True, False]] * 10) == (0.5, *wilson_interval(5, 10)), "no spread tells nothing"
+    unlike = [[True, True, False, False], [True, False, False, False], [True, True, True, False]] * 9
+    assert clustered_proportion(unlike) == pytest.approx((0.5, *wilson_interval(54, 108)))
+    _, low, high = clustered_proportion([[True] * 4] * 50)
+    assert (low, high) == wilson_interval(50, 50) and low < 0.95 and high == 1
+    for clusters in ([], [[]], [[True], [True, False]]):
+        with pytest.raises(ValueError, match="one size"):
+            clustered_proportion(clusters)
+
+
+@pytest.mark.parametrize("mean", [0.15, 0.6, 0.95])
+def test_a_proportion_of_clusters_covers_the_truth_95_times_in_100(mean: float) -> None:
+    """Eighty prompts of very different difficulty, four images each; images taken for independent do not cover it."""
+    random = np.random.default_rng(0)
+    covered = naive = 0
+    trials = 1500
+    for _ in range(trials):
+        chances = random.beta(mean, 1 - mean, size=80)
+        clusters = (random.random((80, 4)) < chances[:, None]).tolist()
+        _, low, high = clustered_proportion(clusters)
+        covered += low <= mean <= high
+        low, high = wilson_interval(sum(map(sum, clusters)), 320)
+        naive += low <= mean <= high
+    assert 0.93 < covered / trials < 0.975
+    assert naive / trials < 0.85
+
+
+def test_clusters_of_unequal_size() -> None:
+    random = np.random.default_rng(3)
+    equal = [list(random.random(4) < 0.7) for _ in range(30)]
+    assert ratio_proportion([(sum(right), 4) for right in equal]) == pytest.approx(clustered_proportion(equal))
+    # A cluster weighs as many as its members are; alike ones tell no more than one.
+    assert ratio_proportion([(1, 1), (0, 3)])[0] == 0.25
+    alike = [(float(size * right), size) for size, right in zip([1, 9] * 20, [1, 1, 0, 0, 1, 0, 0, 1] * 5, strict=True)]
+    share, low, high = ratio_proportion(alike)
+    assert (low, high) != pytest.approx(wilson_interval(share * 200, 200), abs=0.05) and high - low > 0.25
+    assert ratio_proportion([(5.0, 5)] * 8)[1:] == pytest.approx(wilson_interval(8, 8))
+    for broken in ([], [(0.0, 0)]):
+        with pytest.raises(ValueError, match="cluster"):
+            ratio_proportion(broken)
+
+
+def test_a_proportion_of_unequal_clusters_covers_the_truth_95_times_in_100() -> None:
+    random = np.random.default_rng(4)
+    runs, covered = 2000, 0
+    for _ in range(runs):
+        sizes = random.integers(1, 9, 120)
+        right = random.binomial(sizes, random.beta(3.2, 0.8, 120))  # prompts differ, in the mean 0.8
+        _, low, high = ratio_proportion(list(zip(right.tolist(), sizes.tolist(), strict=True)))
+        covered += low <= 0.8 <= high
+    assert covered / runs == pytest.approx(0.95, abs=0.015)

@@ -26,9 +26,7 @@ from simplear.evaluation import (
     strict_result,
 )
 from simplear.evaluation.scenes import image_seed
-from simplear.language_model import CheckpointSettings, LanguageModelConfig, save_checkpoint, train_text_tokenizer
 from simplear.scenes import CATEGORIES, Scene, captions, draw, evaluation_prompts, metadata, sample_scene
-from simplear.visual_tokenizer import FSQAutoencoder, save_visual_tokenizer
 
 PER_CATEGORY = 10
 
@@ -146,31 +144,6 @@ def test_an_images_seed_is_its_own() -> None:
     assert all(0 <= seed < 2**62 for seed in seeds)
     # Fixed for ever, or reports of different versions do not compare.
     assert image_seed(0, "a red circle", 0) == 2081573918964103509
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model with random weights: 4 × 4 codes of 8 pixels."""
-    directory = tmp_path_factory.mktemp("checkpoint")
-    texts = [row["prompt"] for row in evaluation_prompts(5)]
-    train_text_tokenizer(texts, 400, directory / "text")
-    torch.manual_seed(0)
-    visual = FSQAutoencoder([3, 3, 3], 8, encoder_channels=8, decoder_channels=8, refine_channels=4)
-    save_visual_tokenizer(visual, directory / "visual")
-    architecture = {
-        "hidden_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "intermediate_size": 32,
-        "max_position_embeddings": 96,
-    }
-    model, tokenizer = LanguageModelConfig(str(directory / "text"), 27, architecture=architecture).build()
-    settings = CheckpointSettings(
-        model.layout.image_token_offset, 27, (4, 4), 8, visual_tokenizer_fingerprint=visual.fingerprint
-    )
-    save_checkpoint(directory / "tiny", model, tokenizer, settings, visual_tokenizer=directory / "visual")
-    return directory / "tiny"
 
 
 def images_of(directory: Path) -> dict[str, NDArray[np.uint8]]:

@@ -20,6 +20,7 @@ from simplear.generation import JacobiEngine, SamplingSettings, guide, jacobi
 from simplear.generation import sampling as sampling_module
 from simplear.generation.decoder_step import RowCache
 from simplear.generation.sampling import probabilities
+from simplear.generation.window import WindowChoice
 from simplear.language_model import LanguageModel, LanguageModelConfig
 from simplear.sequence import TokenLayout
 
@@ -78,6 +79,24 @@ def test_rows_are_shown_when_all_images_have_them():
     assert (stats.engine, stats.images, stats.tokens) == ("jacobi", 4, 48)
     assert [row for row, _ in seen] == [1, 2, 3]
     assert all(torch.equal(so_far, codes.flatten(1)[:, : row * GRID[1]]) for row, so_far in seen)
+
+
+def test_each_number_of_rows_has_a_choice_of_its_own(monkeypatch):
+    """Drafts are free for one image and dear for three: 15 and 0 come out, whatever the order of the requests."""
+    costs = {2: lambda window: 1.0, 6: lambda window: 1.0 + 10 * window}
+    observe, asked, ticks, rows = WindowChoice.observe, {}, iter(range(1_000_000)), 0
+    monkeypatch.setattr(jacobi.time, "perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr(
+        WindowChoice,
+        "observe",
+        lambda self, window, seconds, codes: observe(self, window, costs[rows](window), window + 1),
+    )
+    engine = JacobiEngine(language_model())
+    for rows in (2, 6) * 6:
+        images = rows // 2
+        engine.generate(PROMPTS[:images], NEGATIVES[:images], GRID, SAMPLED[1], SEEDS[:images])
+        asked[rows] = engine._choices[rows].best()
+    assert asked == {2: 15, 6: 0}
 
 
 def test_a_negative_window_is_refused():

@@ -103,7 +103,7 @@ def test_pictures_are_the_same_from_an_object_and_from_its_directory(tiny_text_t
     assert by_path.min() >= 0 and by_path.max() <= 1
 
 
-def test_a_released_directory_draws_with_the_releases_defaults(tiny_text_tokenizer, tmp_path: Path):
+def test_a_released_directory_draws_with_the_releases_defaults(tiny_text_tokenizer, tmp_path: Path, monkeypatch):
     model, tokenizer = model_config(tiny_text_tokenizer, max_position_embeddings=8192).build()
     save_checkpoint(
         tmp_path / "ckpt", model, tokenizer, CheckpointSettings(model.layout.image_token_offset, 27, (2, 2), 8)
@@ -115,8 +115,16 @@ def test_a_released_directory_draws_with_the_releases_defaults(tiny_text_tokeniz
     out = pipe("one star", seed=0, height=32, width=48, output_type="codes")
     assert out.codes.shape == (1, 2, 3)
     assert (out.sampling.guidance_scale, out.sampling.top_k) == (6.0, 27)
-    with pytest.raises(ValueError, match="visual_tokenizer="):
+    asked = []
+
+    def no_network(repository: str, **options) -> str:
+        asked.append(repository)
+        raise OSError("no network")
+
+    monkeypatch.setattr("simplear.visual_tokenizer.checkpoint.snapshot_download", no_network)
+    with pytest.raises(FileNotFoundError, match="visual_tokenizer="):
         pipe("one star", seed=0, height=32, width=48)
+    assert asked == ["nvidia/Cosmos-1.0-Tokenizer-DV8x16x16"]
 
 
 def test_prompts_are_checked_before_any_is_drawn(tiny_text_tokenizer):

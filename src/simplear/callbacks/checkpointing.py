@@ -12,6 +12,7 @@ into a file are compared, which takes one reading of it.
 
 from __future__ import annotations
 
+import functools
 import logging
 import shutil
 from collections.abc import Iterable
@@ -30,6 +31,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from simplear.atomic import require_replaceable, require_writable, sync, whole_file, writing
 from simplear.language_model import save_checkpoint
 from simplear.states import damage
+from simplear.visual_tokenizer import copy_visual_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -259,6 +261,7 @@ def export(module: Any, directory: str | Path, write: bool) -> None:
     if not write:
         return
     # Settings name the visual tokenizer's fingerprint, and building one to ask it draws random weights first.
+    carried = module.visual_tokenizer_path
     with isolate_rng():
         save_checkpoint(
             directory,
@@ -266,7 +269,7 @@ def export(module: Any, directory: str | Path, write: bool) -> None:
             module.text_tokenizer,
             module.checkpoint_settings(),
             state_dict=weights,
-            visual_tokenizer=module.visual_tokenizer_path,
+            visual_tokenizer=None if carried is None else functools.partial(copy_visual_tokenizer, carried),
         )
 
 

@@ -28,6 +28,7 @@ import pyarrow as pa
 import torch
 from xxhash import xxh3_64_intdigest
 
+from simplear import atomic
 from simplear.atomic import whole_file
 
 FORMAT_VERSION = 3
@@ -200,26 +201,7 @@ def claim_directory(directory: Path, settings: Mapping[str, Any]) -> None:
     Raises:
         ValueError: the directory holds shards of other settings; names the first that differs.
     """
-    settings = json.loads(json.dumps({"format_version": FORMAT_VERSION, **settings}))
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / SETTINGS_FILE
-    if not path.exists():
-        write_json(path, settings)
-    present = _flat(_read_json(path))
-    wanted = _flat(settings)
-    for key in sorted(present.keys() | wanted.keys()):
-        if present.get(key) != wanted.get(key):
-            raise ValueError(
-                f"{directory} was begun with {key} = {present.get(key)!r}, not {wanted.get(key)!r}: use the same "
-                "setting, or another directory."
-            )
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+    atomic.claim_directory(directory / SETTINGS_FILE, {"format_version": FORMAT_VERSION, **settings})
 
 
 def merge_manifest(directory: Path, names: Iterable[str]) -> dict[str, Any]:

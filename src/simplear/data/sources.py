@@ -173,18 +173,24 @@ class ImageFolderSource(IndexedSource):
     def __len__(self) -> int:
         return len(self._entries)
 
+    def entry(self, index: int) -> tuple[Path, list[str], dict[str, Any]]:
+        """File, captions and metadata of picture `index` of the sorted or listed paths; the picture is not opened.
+
+        Raises `Drop` for captions that are no text.
+        """
+        name, listed = self._entries[index]
+        file = self.path / name
+        if listed is not None:
+            return file, *captions_and_metadata(listed)
+        text = file.with_suffix(".txt")
+        return file, _caption_lines(text.read_bytes()) if text.exists() else [], {}
+
     def sample(self, index: int) -> Sample:
         """Picture `index` of the sorted or listed paths."""
-        name, entry = self._entries[index]
-        file = self.path / name
-        if entry is not None:
-            captions, metadata = captions_and_metadata(entry)
-        else:
-            text = file.with_suffix(".txt")
-            captions, metadata = _caption_lines(text.read_bytes()) if text.exists() else [], {}
+        file, captions, metadata = self.entry(index)
         if not captions:
             raise Drop("no caption")
-        return Sample(_valid(name), open_rgb(file), captions, metadata)
+        return Sample(_valid(self._entries[index][0]), open_rgb(file), captions, metadata)
 
     def describe(self) -> dict[str, Any]:
         names = {"path": str(self.path), "pictures": len(self), "rows_per_unit": self.rows_per_unit}

@@ -1,11 +1,14 @@
 """Measuring checkpoints: scene accuracy, intervals, and the report with its table, pictures and TensorBoard events."""
 
+from simplear.evaluation.compare import compare, paired_differences
 from simplear.evaluation.diversity import diversity
 from simplear.evaluation.grid import Cell, image_grid
-from simplear.evaluation.intervals import clustered_interval, stratified_interval, wilson_interval
+from simplear.evaluation.intervals import clustered_interval, clustered_proportion, stratified_interval, wilson_interval
+from simplear.evaluation.page import PageImage, write_page
 from simplear.evaluation.report import (
     Result,
     accuracy_result,
+    clustered_accuracy_result,
     markdown_table,
     merge_run,
     read_report,
@@ -24,21 +27,27 @@ from simplear.evaluation.scenes import (
 __all__ = [
     "Cell",
     "JudgedImage",
+    "PageImage",
     "Result",
     "accuracy_result",
     "blind_accuracy",
+    "clustered_accuracy_result",
     "clustered_interval",
+    "clustered_proportion",
+    "compare",
     "diversity",
     "draw_and_judge",
     "evaluate_scenes",
     "image_grid",
     "markdown_table",
     "merge_run",
+    "paired_differences",
     "read_report",
     "reconstruction_accuracy",
     "scene_result",
     "stratified_interval",
     "strict_result",
     "wilson_interval",
+    "write_page",
     "write_tensorboard",
 ]

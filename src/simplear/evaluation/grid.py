@@ -72,6 +72,16 @@ def image_grid(sections: Mapping[str, Sequence[Cell]], columns: int = 4, image_s
     return page
 
 
+def tiled(images: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Images of one size edge to edge, ``columns`` in a row; what the last row lacks is black."""
+    width, height = images[0].size
+    rows = -(-len(images) // columns)
+    page = Image.new("RGB", (columns * width, rows * height))
+    for number, image in enumerate(images):
+        page.paste(image, (number % columns * width, number // columns * height))
+    return page
+
+
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size=size)
 

@@ -1,7 +1,8 @@
 """95 % intervals for accuracies: of one category, and of the mean over categories.
 
 `wilson_interval` and `stratified_interval` take a count of right images as binomial, so several images of one prompt
-count as several trials, as in GenEval. `clustered_interval` takes the prompt as the unit, however many images it has.
+count as several trials. `clustered_proportion` counts them as what they tell, and `clustered_interval` takes the prompt
+as the unit, however many images it has; that one is for differences and scores, which are no shares.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ Z_95 = 1.959963984540054
 """Quantile of the normal distribution that leaves 2.5 % on either side."""
 
 
-def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+def wilson_interval(successes: float, trials: float) -> tuple[float, float]:
     """95 % interval of a proportion, within [0, 1]; it has width even where all or none succeed.
 
-    Source: Wilson 1927, the score interval without continuity correction.
+    Source: Wilson 1927, the score interval without continuity correction. The numbers need not be whole ones, see
+    `clustered_proportion`.
 
     Raises:
         ValueError: fewer trials than 1, or successes outside ``[0, trials]``.
@@ -48,12 +50,51 @@ def stratified_interval(strata: Sequence[tuple[int, int]]) -> tuple[float, float
     Returns:
         mean, low, high.
     """
-    shares = [successes / trials for successes, trials in strata]
-    bounds = [wilson_interval(successes, trials) for successes, trials in strata]
-    mean = sum(shares) / len(strata)
-    below = sqrt(sum((share - low) ** 2 for share, (low, _) in zip(shares, bounds, strict=True))) / len(strata)
-    above = sqrt(sum((high - share) ** 2 for share, (_, high) in zip(shares, bounds, strict=True))) / len(strata)
+    return mean_proportion([(successes / trials, *wilson_interval(successes, trials)) for successes, trials in strata])
+
+
+def mean_proportion(strata: Sequence[tuple[float, float, float]]) -> tuple[float, float, float]:
+    """Mean of proportions, and its 95 % interval from theirs; see `stratified_interval`, whose second half it is.
+
+    Args:
+        strata: proportion, low and high of each stratum, which are independent.
+
+    Returns:
+        mean, low, high.
+    """
+    mean = fmean(share for share, _, _ in strata)
+    below = sqrt(sum((share - low) ** 2 for share, low, _ in strata)) / len(strata)
+    above = sqrt(sum((high - share) ** 2 for share, _, high in strata)) / len(strata)
     return mean, max(0.0, mean - below), min(1.0, mean + above)
+
+
+def clustered_proportion(clusters: Sequence[Sequence[bool]]) -> tuple[float, float, float]:
+    """Share of right images among all, and its 95 % interval, where images come in clusters, those of one prompt.
+
+    Images of one prompt are alike, so they count as fewer than they are: as the number of independent images whose
+    share would vary as much as the means of the prompts do, which gives the Wilson interval of that number. It is taken
+    to be no more than the images and no fewer than the prompts, for few prompts tell little about their spread.
+
+    Source: Korn and Graubard 1998, "Confidence intervals for proportions with small expected number of positive counts
+    estimated from survey data", for the effective number; Wilson's interval in place of the exact one, as in Dean and
+    Pagano 2015.
+
+    Args:
+        clusters: for each prompt, whether each of its images is right; all have as many images.
+
+    Returns:
+        share, low, high.
+
+    Raises:
+        ValueError: no cluster, or clusters of different sizes.
+    """
+    if len({len(right) for right in clusters}) != 1 or not clusters[0]:
+        raise ValueError("clusters must have one size, of 1 or more.")
+    images = len(clusters) * len(clusters[0])
+    shares = [fmean(right) for right in clusters]
+    share = fmean(shares)
+    spread = variance(shares) / len(shares) if len(shares) > 1 else 0.0
+    return share, *effective_interval(share, spread, len(clusters), images)
 
 
 def clustered_interval(strata: Sequence[Sequence[float]]) -> tuple[float, float, float]:
@@ -79,3 +120,41 @@ def clustered_interval(strata: Sequence[Sequence[float]]) -> tuple[float, float,
     mean = fmean(map(fmean, strata))
     spread = Z_95 * sqrt(sum(variance(values) / len(values) for values in strata)) / len(strata)
     return mean, mean - spread, mean + spread
+
+
+def ratio_proportion(clusters: Sequence[tuple[float, int]]) -> tuple[float, float, float]:
+    """As `clustered_proportion`, for clusters of unequal size, such as the answers of one category about a prompt.
+
+    With C clusters of totals t and sizes n, the share is p = Σt / Σn, its variance C / (C − 1) · Σ (t − p n)² / (Σn)².
+
+    Source: Cochran 1977, "Sampling Techniques", chapter 6 (ratio estimates), for the variance.
+
+    Args:
+        clusters: of each, how many of its members are right, which may be a sum of shares, and how many there are.
+
+    Returns:
+        share, low, high.
+
+    Raises:
+        ValueError: no cluster, or one without members.
+    """
+    if not clusters or min(size for _, size in clusters) < 1:
+        raise ValueError("there must be a cluster, and none without members.")
+    members, count = sum(size for _, size in clusters), len(clusters)
+    share = sum(total for total, _ in clusters) / members
+    squares = sum((total - share * size) ** 2 for total, size in clusters)
+    spread = count / (count - 1) * squares / members**2 if count > 1 else 0.0
+    return share, *effective_interval(share, spread, count, members)
+
+
+def effective_interval(share: float, spread: float, fewest: int, most: int) -> tuple[float, float]:
+    """Wilson interval of the number of independent trials whose share would vary so much.
+
+    Args:
+        share: in [0, 1].
+        spread: variance of the share; 0 where it shows none.
+        fewest: trials it is taken to be at least.
+        most: trials it is taken to be at most.
+    """
+    effective = min(most, max(fewest, share * (1 - share) / spread if spread else 0.0))
+    return wilson_interval(share * effective, effective)

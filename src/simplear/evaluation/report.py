@@ -17,13 +17,19 @@ from typing import Any
 from PIL import Image
 
 from simplear.atomic import whole_file
-from simplear.evaluation.intervals import stratified_interval, wilson_interval
+from simplear.evaluation.intervals import clustered_proportion, mean_proportion, stratified_interval, wilson_interval
+from simplear.evaluation.published import PUBLISHED
 
 REPORT_FILE = "report.json"
+VERDICTS_FILE = "verdicts.jsonl"
+"""An image of a run in each line: ``prompt``, ``tag`` (its category) and ``correct`` or ``score``, among others."""
 OVERALL = "overall"
+PUBLISHED_MARK = "†"
+"""Beside numbers that were not measured here."""
 
 Result = dict[str, dict[str, float]]
-"""``overall`` and each category, each with ``accuracy`` (or ``score``), ``low``, ``high`` and ``n``."""
+"""``overall`` and each category, each with ``accuracy`` (or ``score``), ``low``, ``high`` and ``n``. Where there
+is no interval, as of FID, which is of a whole set, ``low`` and ``high`` are left out."""
 
 
 def accuracy_result(verdicts: Mapping[str, Sequence[bool]]) -> Result:
@@ -38,6 +44,21 @@ def accuracy_result(verdicts: Mapping[str, Sequence[bool]]) -> Result:
     for category, (right, n) in counts.items():
         low, high = wilson_interval(right, n)
         result[category] = {"accuracy": right / n, "low": low, "high": high, "n": n}
+    return result
+
+
+def clustered_accuracy_result(verdicts: Mapping[str, Mapping[str, Sequence[bool]]]) -> Result:
+    """As `accuracy_result`, with intervals that take images of one prompt for alike, as they are.
+
+    Args:
+        verdicts: of each category, by prompt, whether each of its images was right; all prompts have as many images.
+    """
+    shares = {category: clustered_proportion(list(prompts.values())) for category, prompts in verdicts.items()}
+    counts = {category: sum(map(len, prompts.values())) for category, prompts in verdicts.items()}
+    mean, low, high = mean_proportion(list(shares.values()))
+    result: Result = {OVERALL: {"accuracy": mean, "low": low, "high": high, "n": sum(counts.values())}}
+    for category, (share, low, high) in shares.items():
+        result[category] = {"accuracy": share, "low": low, "high": high, "n": counts[category]}
     return result
 
 
@@ -91,19 +112,46 @@ def merge_run(
 
 
 def markdown_table(report: Mapping[str, Any]) -> str:
-    """All runs side by side with their 95 % intervals: accuracies in percent, scores as they are."""
+    """All runs side by side with their 95 % intervals, and beside them what was published of the same benchmarks."""
+    head, *rows = report_table(report)
+    rows = [[f"**{row[0]}**" if row[0] == OVERALL else row[0], *row[1:]] for row in rows]
+    rule = ["---", *["---:" for _ in head[1:]]]
+    table = "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *rows]) + "\n"
+    sources = [f"{PUBLISHED_MARK} {source}\n" for source in published_sources(report)]
+    return table + "".join(["\n", *sources] if sources else [])
+
+
+def report_table(report: Mapping[str, Any]) -> list[list[str]]:
+    """Rows of cells, the head first: runs, then published numbers; accuracies in percent, scores as they are."""
     runs: Mapping[str, Result] = report["runs"]
-    categories = list(dict.fromkeys(category for result in runs.values() for category in result if category != OVERALL))
-    rows = [["category", *runs], ["---", *["---:" for _ in runs]]]
+    published = [row for benchmark in _benchmarks(report) for row in PUBLISHED[benchmark].rows.items()]
+    results = [*runs.values(), *[row for _, row in published]]
+    categories = list(dict.fromkeys(category for result in results for category in result if category != OVERALL))
+    rows = [["category", *runs, *[f"{name} {PUBLISHED_MARK}" for name, _ in published]]]
+    percent = any("accuracy" in entry for result in runs.values() for entry in result.values())
     for category in [*categories, OVERALL]:
-        title = f"**{category}**" if category == OVERALL else category
-        rows.append([title, *[_cell(result.get(category)) for result in runs.values()]])
-    rows.append(["images", *[f"{result[OVERALL]['n']:,.0f}" for result in runs.values()]])
+        ours = [_cell(result.get(category)) for result in runs.values()]
+        theirs = [row.get(category) for _, row in published]
+        shown = ["" if value is None else f"{value:.1%}" if percent else f"{value:.3f}" for value in theirs]
+        rows.append([category, *ours, *shown])
+    blank = [""] * len(published)
+    rows.append(["images", *[f"{result[OVERALL]['n']:,.0f}" for result in runs.values()], *blank])
     varied: Mapping[str, Mapping[str, float]] = report.get("diversity", {})
     for measure in dict.fromkeys(measure for numbers in varied.values() for measure in numbers):
-        numbers = [varied.get(name, {}).get(measure) for name in runs]
-        rows.append([measure.replace("_", " "), *["" if number is None else f"{number:.2f}" for number in numbers]])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+        values = [varied.get(name, {}).get(measure) for name in runs]
+        rows.append([measure.replace("_", " "), *["" if value is None else f"{value:.2f}" for value in values], *blank])
+    return rows
+
+
+def _benchmarks(report: Mapping[str, Any]) -> list[str]:
+    """Benchmarks of the report's runs of which there are published numbers."""
+    named = [report.get("settings", {}).get(run, {}).get("benchmark") for run in report["runs"]]
+    return [benchmark for benchmark in PUBLISHED if benchmark in named]
+
+
+def published_sources(report: Mapping[str, Any]) -> list[str]:
+    """Where the published numbers beside the runs come from, a line each."""
+    return [PUBLISHED[benchmark].source for benchmark in _benchmarks(report)]
 
 
 def _cell(entry: Mapping[str, float] | None) -> str:
@@ -111,7 +159,8 @@ def _cell(entry: Mapping[str, float] | None) -> str:
         return ""
     if "accuracy" in entry:
         return f"{entry['accuracy']:.1%} ({100 * entry['low']:.1f}–{100 * entry['high']:.1f})"
-    return f"{entry['score']:.3f} ({entry['low']:.3f}–{entry['high']:.3f})"
+    interval = f" ({entry['low']:.3f}–{entry['high']:.3f})" if "low" in entry else ""
+    return f"{entry['score']:.3f}{interval}"
 
 
 def write_tensorboard(directory: str | Path, result: Result, image: Image.Image, tag: str = "evaluation") -> None:

@@ -25,8 +25,10 @@ from tqdm import tqdm
 
 from simplear.evaluation.diversity import diversity
 from simplear.evaluation.grid import Cell, image_grid
+from simplear.evaluation.page import PageImage, write_page
 from simplear.evaluation.report import (
     REPORT_FILE,
+    VERDICTS_FILE,
     Result,
     accuracy_result,
     markdown_table,
@@ -38,7 +40,6 @@ from simplear.scenes import Verdict, detect, draw, evaluation_prompts, metadata,
 from simplear.visual_tokenizer import VisualTokenizer, to_pixels
 
 FOLDER = "scenes"
-VERDICTS_FILE = "verdicts.jsonl"
 TOKENIZER_RUN = "tokenizer"
 SHOWN_PER_CATEGORY = 4
 """Images of each category in the grid: the first ones, not chosen ones."""
@@ -80,7 +81,8 @@ def evaluate_scenes(
     """Scene accuracy of a checkpoint, in six categories, on captions whose shapes and colours it never saw together.
 
     Writes into OUT: ``report.json`` (other runs stay) and its table ``report.md``; under ``scenes/`` the picture
-    ``RUN.png``, and in ``scenes/RUN/`` every image, its verdict (``verdicts.jsonl``) and events for TensorBoard.
+    ``RUN.png`` and the page ``RUN.html`` with every image; in ``scenes/RUN/`` the images, their verdicts
+    (``verdicts.jsonl``) and events for TensorBoard.
 
     Args:
         checkpoint: directory or hub id of the checkpoint.
@@ -140,14 +142,17 @@ def evaluate_scenes(
     settings |= {
         "prompts_per_category": prompts_per_category,
         "images_per_prompt": images_per_prompt,
+        "verdicts": f"{FOLDER}/{name}/{VERDICTS_FILE}",
         "guidance_scale": pipeline.settings.generation.guidance_scale if guidance_scale is None else guidance_scale,
     }
     if strict:
-        merge_run(report_file, f"{name}-strict", strict_result(judged), settings)
+        merge_run(report_file, f"{name}-strict", strict_result(judged), {**settings, "verdict": "strict"})
     # Last, so that a run in the report has its images beside it.
     varied = diversity([item.image for item in judged], [item.prompt["prompt"] for item in judged])
     report = merge_run(report_file, name, result, settings, varied)
-    print(f"\n{markdown_table(report)}\nreport: {report_file}\nimages: {Path(out) / FOLDER / f'{name}.png'}")
+    page = Path(out) / FOLDER / f"{name}.html"
+    write_page(page, "Scenes", report, name, _page_images(Path(out) / FOLDER / name))
+    print(f"\n{markdown_table(report)}\nreport: {report_file}\nimages: {page}, {page.with_suffix('.png')}")
     return report
 
 
@@ -273,6 +278,14 @@ def _write_images(directory: Path, judged: Sequence[JudgedImage], strict: bool) 
         if strict:
             rows[-1] |= {"strict": item.strict.correct, "strict_reason": item.strict.reason}
     (directory / VERDICTS_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _page_images(directory: Path) -> list[PageImage]:
+    rows = [json.loads(line) for line in (directory / VERDICTS_FILE).read_text().splitlines()]
+    return [
+        PageImage(directory / row["file"], row["prompt"], row["tag"], row["correct"], reason=row["reason"])
+        for row in rows
+    ]
 
 
 def _shown(out: Path, runs: Sequence[str], prompts: Sequence[dict[str, Any]]) -> Image.Image:

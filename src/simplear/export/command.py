@@ -72,7 +72,7 @@ def export(
             with; if not given, the one beside the state (``last/`` for ``last.ckpt``).
         dtype: of the weights; the source's if not given.
         max_shard_size: of a weights file, such as 5GB or 500MB.
-        visual_tokenizer: directory of the one to put in; the checkpoint's own if not given.
+        visual_tokenizer: directory or hub id of the one to put in; the checkpoint's own if not given.
         prompt: captions to draw, an image each, for the card's picture; none if not given.
         report: report.json of an evaluation, for the card's table.
         runs: the report's runs to show, such as [sft]; all of them if not given.
@@ -192,7 +192,7 @@ def _steps(rest: Mapping[str, Any]) -> str:
 
 def _visual_tokenizer(loaded: Checkpoint, named: str | None) -> VisualTokenizer | None:
     """The visual tokenizer to put in, None without; its fingerprint is in the settings then."""
-    source = loaded.visual_tokenizer_path if named is None else named
+    source = loaded.default_visual_tokenizer if named is None else named
     if source is None:
         return None
     try:

@@ -77,7 +77,7 @@ def generate(
         mask: picture of the same size: where it is not black, the image is drawn anew.
         engine: how codes are drawn.
         engine_options: of the engine, as ``'{window: 7}'`` for jacobi.
-        visual_tokenizer: directory to use in place of the checkpoint's own.
+        visual_tokenizer: directory or hub id to use in place of the checkpoint's own.
         batch_size: images drawn at once.
         device: where to draw; a GPU where there is one if not given.
 
@@ -184,21 +184,25 @@ def _short(value: Any) -> str:
 def _prompts(prompt: str | list[str] | None, prompts_file: str | None) -> list[str]:
     prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
     if prompts_file is not None:
-        prompts += _read_prompts(prompts_file)
+        prompts += read_prompts(prompts_file)
     if not prompts:
         raise ValueError('no prompt: give --prompt "…" or --prompts-file FILE.')
     return prompts
 
 
-def _read_prompts(file: str) -> list[str]:
-    from_input = file == STANDARD_INPUT
+def read_prompts(file: str | Path) -> list[str]:
+    """The captions of a file, one a line, or of .jsonl the "prompt" of each line; - is standard input, a line each.
+
+    Blank lines do not count. Raises ValueError, naming file and line, for what is no text.
+    """
+    from_input = str(file) == STANDARD_INPUT
     try:
         content = sys.stdin.buffer.read() if from_input else Path(file).read_bytes()
         lines = content.decode().replace("\r\n", "\n").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{'standard input' if from_input else file} is not UTF-8: {error}.") from error
     numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not file.endswith(".jsonl"):
+    if not str(file).endswith(".jsonl"):
         return [line for _, line in numbered]
     prompts = []
     for number, line in numbered:

@@ -49,7 +49,7 @@ class SimpleARPipeline:
         model: on its device, in evaluation mode.
         tokenizer: the checkpoint's text tokenizer.
         settings: the content of ``simplear.json``; None in a call means its defaults.
-        visual_tokenizer: an object, a directory, or None when only codes are asked for.
+        visual_tokenizer: an object, a directory, a hub id, or None when only codes are asked for.
         engine: one of `simplear.generation.ENGINES`, or an engine over the same model.
         device: where pictures are decoded if the model has no weights, for vLLM has them; else that is the model's.
     """
@@ -88,8 +88,8 @@ class SimpleARPipeline:
             engine: one of `simplear.generation.ENGINES`.
             device: None takes the GPU where there is one. vLLM has its own, and this is where pictures are decoded.
             dtype: of the weights; None keeps the file's.
-            visual_tokenizer: directory or object in place of the checkpoint's own; a directory is read when first
-                needed.
+            visual_tokenizer: directory, hub id or object in place of the checkpoint's own, which for directories
+                released with the paper is Cosmos DV8x16x16 from the hub; it is read when first needed.
             engine_options: arguments of the engine's class, such as ``{"window": 7, "compiled": True}`` for "jacobi";
                 for "vllm", which reads the weights itself, arguments of ``vllm.EngineArgs``.
 
@@ -101,7 +101,7 @@ class SimpleARPipeline:
         checkpoint = load_checkpoint(path_or_hub_id, dtype=dtype, with_weights=not on_vllm)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if visual_tokenizer is None:
-            visual_tokenizer = checkpoint.visual_tokenizer_path
+            visual_tokenizer = checkpoint.default_visual_tokenizer
         model: LanguageModel = checkpoint.model
         drawer: Engine
         if on_vllm:
@@ -121,7 +121,8 @@ class SimpleARPipeline:
     def visual_tokenizer(self) -> VisualTokenizer:
         """The visual tokenizer, loaded when first asked for.
 
-        Raises CheckpointError where there is none, or where it is not the one whose codes the model learned.
+        Raises CheckpointError where there is none, or where it is not the one whose codes the model learned, and
+        FileNotFoundError or ValueError where it cannot be loaded.
         """
         if self._visual_tokenizer is None:
             source = self._visual_tokenizer_source
@@ -136,6 +137,11 @@ class SimpleARPipeline:
                 raise CheckpointError(
                     f"the visual tokenizer has fingerprint {tokenizer.fingerprint[:12]}…, but the checkpoint learned "
                     f"the codes of {wanted[:12]}…: use the one that belongs to it."
+                )
+            if tokenizer.downsample != self.settings.downsample:
+                raise CheckpointError(
+                    f"a code of the visual tokenizer stands for {tokenizer.downsample} pixels a side, one of the "
+                    f"checkpoint for {self.settings.downsample}: use the one that belongs to it."
                 )
             self._visual_tokenizer = tokenizer
         return self._visual_tokenizer

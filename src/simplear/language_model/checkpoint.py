@@ -28,11 +28,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from simplear.atomic import whole_directory
+from simplear.hub import is_hub_id
 from simplear.language_model.model import (
     _CLASSES,
     LanguageModel,
     RopeKind,
-    is_hub_id,
     load_decoder,
     load_text_tokenizer,
 )
@@ -45,6 +45,8 @@ MAX_SHARD_SIZE = "50GB"
 """Of a weights file, where nothing else is asked for: transformers' own."""
 RELEASED_ARCHITECTURE = "SimpARForCausalLM"
 RELEASED_DOWNSAMPLE = 16
+RELEASED_VISUAL_TOKENIZER = "nvidia/Cosmos-1.0-Tokenizer-DV8x16x16"
+"""As the release's own instructions name it on the hub; its directories carry none."""
 RELEASED_GRID = (64, 64)
 """1024 px. With fewer positions than that needs, a model still draws the smaller grids that it is asked for."""
 RELEASED_PREFIX = "A highly realistic image of "
@@ -109,6 +111,12 @@ class Checkpoint:
         """Directory of the visual tokenizer that belongs to the checkpoint, None if it names none."""
         name = self.settings.visual_tokenizer
         return None if name is None else self.directory / name
+
+    @property
+    def default_visual_tokenizer(self) -> str | Path | None:
+        """What decodes the checkpoint's codes where nobody names another: its own; for released directories Cosmos."""
+        released = not (self.directory / SETTINGS_FILE).exists()
+        return RELEASED_VISUAL_TOKENIZER if released else self.visual_tokenizer_path
 
 
 def save_checkpoint(

@@ -10,7 +10,6 @@ Under FSDP2 the root module is this one, so the head's weights are gathered insi
 from __future__ import annotations
 
 import logging
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +28,7 @@ from transformers import (
 )
 from transformers.utils import has_file
 
+from simplear.hub import is_hub_id
 from simplear.language_model.loss import Normalizer, next_token_losses, token_cross_entropy, token_entropy
 from simplear.language_model.rope import Qwen2Rope2DConfig, Qwen2Rope2DForCausalLM
 from simplear.sequence import TokenLayout, add_special_tokens, positions_2d, positions_2d_at, text_lengths, token_layout
@@ -221,11 +221,6 @@ _CLASSES: dict[str, tuple[type[Qwen2Config], type[Qwen2ForCausalLM]]] = {
     "1d": (Qwen2Config, Qwen2ForCausalLM),
     "2d": (Qwen2Rope2DConfig, Qwen2Rope2DForCausalLM),
 }
-
-
-def is_hub_id(path: str | Path) -> bool:
-    """Whether a name can only mean owner/name on the hub, and not a local path that is missing."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) is not None and not Path(path).parent.is_dir()
 
 
 def load_text_tokenizer(path: str) -> PreTrainedTokenizerBase:

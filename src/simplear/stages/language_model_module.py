@@ -29,7 +29,7 @@ class LanguageModelModule(OptimizedModule):
     """Base of the stages that train a language model.
 
     Args:
-        visual_tokenizer: directory of the visual tokenizer that made the codes; it is copied into the checkpoint.
+        visual_tokenizer: directory or hub id of the visual tokenizer that made the codes; the checkpoint gets a copy.
         optimizer: any torch optimizer class by class_path. Norms and biases get no weight decay.
         lr_scheduler: any scheduler class by class_path, stepped every optimizer step; None keeps the rate constant.
         generation: defaults of generation that are written into the checkpoint.

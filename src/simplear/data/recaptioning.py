@@ -1,0 +1,309 @@
+"""Pictures to long and short captions by a vision-language model, as a Lightning prediction: ``simplear recaption``.
+
+As in `simplear.data.tokenization`, each rank takes its share of the units that are not finished, and a prediction
+writer commits a unit when its last batch has come. Batches never reach over the end of a unit and decoding is greedy,
+so a run that was killed, or ran on more processes, gives the same bytes. An answer that is no caption (empty, cut off,
+too long, broken) is never used: its reason is counted and stands in its row. `RecaptionedSource` reads the result.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import unicodedata
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import BasePredictionWriter
+from PIL import Image
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from tqdm import tqdm
+
+from simplear.data.captioners import Answer, Captioner
+from simplear.data.pictures import Drop, warn_of_drops
+from simplear.data.recaptioned import FORMAT_VERSION, write_captions
+from simplear.data.shards import claim_directory, is_committed, merge_manifest, remove_abandoned
+from simplear.data.sources import Sample, Source, Unit
+
+logger = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LINES = 10
+"""Of progress, where there is no terminal to draw a bar on."""
+LONG_PROMPT = (
+    "Describe this picture in one paragraph for someone who has to draw it: every object with its colour, material, "
+    "number and place, what the people or animals do, the background, the light and the style. Write only what can be "
+    "seen."
+)
+SHORT_PROMPT = "Describe this picture in one short sentence. Write only what can be seen."
+REPLACEMENT = "�"
+"""What decoding puts for bytes that are no text."""
+NO_TEXT = ("Cc", "Cs")
+"""Unicode's categories of control characters and of halves of surrogate pairs, which no file can hold."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One kind of caption."""
+
+    prompt: str
+    tokens: int
+    """An answer that has not ended by then is cut off."""
+    characters: int
+    """Longer ones are no captions."""
+
+
+def caption_of(answer: Answer, wanted: Wanted) -> tuple[str | None, str | None]:
+    """The caption of an answer, with single spaces, and None; or None and what is wrong with the answer."""
+    text = " ".join(answer.text.split())
+    if answer.refusal:
+        return None, answer.refusal
+    if not answer.finished:
+        return None, f"cut off after {wanted.tokens} tokens"
+    if not text:
+        return None, "empty"
+    if len(text) > wanted.characters:
+        return None, f"longer than {wanted.characters} characters"
+    if REPLACEMENT in text or any(unicodedata.category(character) in NO_TEXT for character in text):
+        return None, "characters that are no text"
+    return text, None
+
+
+@dataclass(frozen=True)
+class PictureBatch:
+    """Some pictures of one unit; the last batch of a unit is empty."""
+
+    unit: str
+    samples: list[Sample]
+    images: list[Image.Image]
+    drops: Counter[str] | None = None
+    """Of the whole unit, in its last batch."""
+
+
+class PictureBatches(IterableDataset[PictureBatch]):
+    """Batches of pictures of units, one unit after another in each loader process."""
+
+    def __init__(self, source: Source, units: Sequence[Unit], batch_size: int, max_pixels: int) -> None:
+        self.source, self.units, self.batch_size, self.max_pixels = source, units, batch_size, max_pixels
+
+    def __iter__(self) -> Iterator[PictureBatch]:
+        worker = get_worker_info()
+        for unit in self.units if worker is None else self.units[worker.id :: worker.num_workers]:
+            drops: Counter[str] = Counter()
+            samples: list[Sample] = []
+            images: list[Image.Image] = []
+            for sample in self.source.read(unit, drops):
+                try:
+                    images.append(shrunk(sample.image, self.max_pixels))
+                except Drop as reason:
+                    drops[str(reason)] += 1
+                    continue
+                samples.append(Sample(sample.key, np.empty((0, 0, 3), np.uint8), sample.captions))
+                if len(samples) == self.batch_size:
+                    yield PictureBatch(unit.name, samples, images)
+                    samples, images = [], []
+            if samples:
+                yield PictureBatch(unit.name, samples, images)
+            yield PictureBatch(unit.name, [], [], drops)
+
+
+def shrunk(image: Any, max_pixels: int) -> Image.Image:
+    """The picture, with the same aspect and at most `max_pixels` pixels; smaller ones stay as they are."""
+    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    scale = (max_pixels / (picture.width * picture.height)) ** 0.5
+    if scale >= 1:
+        return picture
+    size = max(1, int(picture.width * scale)), max(1, int(picture.height * scale))
+    return picture.resize(size, Image.Resampling.LANCZOS)
+
+
+class RecaptionModule(lightning.LightningModule):
+    """Asks the captioner, and divides the unfinished units over ranks."""
+
+    def __init__(
+        self,
+        source: Source,
+        captioner: Captioner,
+        out: Path,
+        wanted: Mapping[str, Wanted],
+        batch_size: int,
+        num_workers: int,
+        max_pixels: int,
+    ) -> None:
+        super().__init__()
+        self.source, self.captioner, self.out, self.wanted = source, captioner, out, wanted
+        self.batch_size, self.num_workers, self.max_pixels = batch_size, num_workers, max_pixels
+        self.units: list[Unit] = []
+        """This rank's share."""
+
+    def predict_dataloader(self) -> DataLoader[PictureBatch]:
+        """Batches of this rank's units. Lightning lets no rank begin before all have looked which units are left."""
+        unfinished = [unit for unit in self.source.units() if not is_committed(self.out, unit.name)]
+        self.units = unfinished[self.trainer.global_rank :: self.trainer.world_size]
+        batches = PictureBatches(self.source, self.units, self.batch_size, self.max_pixels)
+        return DataLoader(batches, batch_size=None, num_workers=min(self.num_workers, len(self.units)))
+
+    def on_predict_start(self) -> None:
+        """Load the model, if there is anything to do."""
+        if self.units:
+            self.captioner.prepare(self.device)
+
+    def transfer_batch_to_device(self, batch: PictureBatch, device: torch.device, dataloader_idx: int) -> PictureBatch:
+        """The captioner moves what it needs."""
+        return batch
+
+    def predict_step(self, batch: PictureBatch) -> list[dict[str, Any]]:
+        """A row of `SCHEMA` for each picture."""
+        rows = [{"key": sample.key, "captions": list(sample.captions)} for sample in batch.samples]
+        for kind, wanted in self.wanted.items() if rows else ():
+            answers = self.captioner.answer(batch.images, wanted.prompt, wanted.tokens)
+            for row, answer in zip(rows, answers, strict=True):
+                row[kind], row[f"{kind}_problem"] = caption_of(answer, wanted)  # type: ignore[assignment]
+        return rows
+
+
+class CaptionWriter(BasePredictionWriter):
+    """Gathers rows by unit, commits a unit when its last batch has come, and at the end merges the manifest."""
+
+    def __init__(self, out: Path) -> None:
+        super().__init__(write_interval="batch")
+        self.out = out
+        self.drops: Counter[str] = Counter()
+        self._rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        self._progress: tqdm | None = None
+
+    def on_predict_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Open the progress bar: pictures of this rank's units, or units where their sizes are unknown."""
+        assert isinstance(pl_module, RecaptionModule)
+        self.by_picture = all(unit.count is not None for unit in pl_module.units)
+        total = sum(unit.count or 0 for unit in pl_module.units) if self.by_picture else len(pl_module.units)
+        self._progress = tqdm(
+            total=total,
+            unit=" pictures" if self.by_picture else " units",
+            desc="recaption",
+            disable=not (total and trainer.is_global_zero),
+            mininterval=0.1 if sys.stderr.isatty() else SECONDS_BETWEEN_LINES,
+        )
+
+    def write_on_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        prediction: list[dict[str, Any]],
+        batch_indices: Sequence[int] | None,
+        batch: PictureBatch,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Keep the batch's rows; commit the unit after its last batch."""
+        assert self._progress is not None
+        self._rows[batch.unit] += prediction
+        finished = len(prediction)
+        if batch.drops is not None:
+            write_captions(self.out, batch.unit, self._rows.pop(batch.unit), batch.drops)
+            self.drops += batch.drops
+            finished = batch.drops.total()
+        self._progress.update(finished if self.by_picture else int(batch.drops is not None))
+
+    def on_predict_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Wait for all ranks, then merge and say what came of it."""
+        assert self._progress is not None and isinstance(pl_module, RecaptionModule)
+        self._progress.close()
+        warn_of_drops(self.drops, f" on rank {trainer.global_rank}")
+        for reason, count in sorted(pl_module.captioner.retries.items()):
+            logger.warning("%d requests tried again on rank %d: %s", count, trainer.global_rank, reason)
+        trainer.strategy.barrier("recaptioned")
+        if trainer.is_global_zero:
+            remove_abandoned(self.out)
+            manifest = merge_manifest(self.out, [unit.name for unit in pl_module.source.units()])
+            problems: Counter[str] = Counter()
+            for unit in manifest["shards"]:
+                problems.update(unit["problems"])
+            for problem, count in sorted(problems.items()):
+                logger.warning("%d of %d captions not usable: %s", count, manifest["rows"], problem)
+            logger.info("captions of %d pictures in %s", manifest["rows"], self.out)
+        trainer.strategy.barrier("merged")
+
+
+def recaption(
+    *,
+    source: Source,
+    captioner: Captioner,
+    out: str,
+    long_prompt: str = LONG_PROMPT,
+    short_prompt: str = SHORT_PROMPT,
+    long_tokens: int = 256,
+    short_tokens: int = 64,
+    long_characters: int = 2000,
+    short_characters: int = 300,
+    max_pixels: int = 1024 * 1024,
+    batch_size: int = 8,
+    num_workers: int = 0,
+    accelerator: str = "auto",
+    devices: int = 1,
+    num_nodes: int = 1,
+    strategy: str = "auto",
+) -> None:
+    """Write a long and a short caption of every picture; run again after a stop, it goes on where it was.
+
+    Args:
+        source: Pictures and captions: ScenesSource, ImageFolderSource, WebDatasetSource, or a class path.
+        captioner: TransformersCaptioner, ServerCaptioner, or a class path.
+        out: Directory for the captions; RecaptionedSource reads it.
+        long_prompt: What is asked for the long caption.
+        short_prompt: What is asked for the short caption.
+        long_tokens: A long answer that has not ended by then is cut off, and no caption.
+        short_tokens: Likewise for short ones.
+        long_characters: A longer answer is no caption.
+        short_characters: Likewise for short ones.
+        max_pixels: Larger pictures are shrunk before they are looked at.
+        batch_size: Pictures looked at at once.
+        num_workers: Loader processes on each rank that read pictures; 0 reads in the same process.
+        accelerator: "cpu", "gpu" or "auto".
+        devices: Processes on each machine.
+        num_nodes: Machines.
+        strategy: Lightning's strategy; "auto" takes "ddp" for several processes.
+
+    Raises:
+        ValueError: numbers out of range, or a directory that holds captions made with other settings.
+    """
+    if min(long_tokens, short_tokens, long_characters, short_characters, max_pixels, batch_size) < 1:
+        raise ValueError("tokens, characters, max_pixels and batch_size are 1 or more.")
+    directory = Path(out)
+    settings = {
+        "format_version": FORMAT_VERSION,
+        "captioner": captioner.describe(),
+        "long": {"prompt": long_prompt, "tokens": long_tokens, "characters": long_characters},
+        "short": {"prompt": short_prompt, "tokens": short_tokens, "characters": short_characters},
+        "max_pixels": max_pixels,
+        "batch_size": batch_size,  # in reduced precision the batch may decide a word
+        "source": source.describe(),
+    }
+    claim_directory(directory, settings)
+    trainer = lightning.Trainer(
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=num_nodes,
+        strategy=strategy,
+        callbacks=[CaptionWriter(directory)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    wanted = {
+        "long": Wanted(long_prompt, long_tokens, long_characters),
+        "short": Wanted(short_prompt, short_tokens, short_characters),
+    }
+    module = RecaptionModule(source, captioner, directory, wanted, batch_size, num_workers, max_pixels)
+    with warnings.catch_warnings():
+        # Batches know their rows themselves, and processes take few units each.
+        warnings.filterwarnings("ignore", "Couldn't infer the batch indices.*")
+        warnings.filterwarnings("ignore", ".*does not have many workers.*")
+        trainer.predict(module, return_predictions=False)

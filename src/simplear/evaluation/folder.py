@@ -1,0 +1,75 @@
+"""Pictures of a folder in batches of one size, each named where it cannot be used.
+
+What measures a set of pictures must not leave any out in silence, so a broken one is an error here, where training
+drops and counts it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simplear.data.pictures import Drop, open_rgb, resize_and_crop
+from simplear.data.sources import PICTURE_SUFFIXES
+
+logger = logging.getLogger(__name__)
+
+READERS = min(8, os.cpu_count() or 1)
+"""Threads that decode; Pillow lets them run side by side."""
+
+
+def picture_files(folder: str | Path) -> list[Path]:
+    """All pictures below a folder, in the order of their paths. Raises FileNotFoundError where there is none."""
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"{folder} is no folder: give one that holds pictures.")
+    files = sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES)
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no picture ({', '.join(sorted(PICTURE_SUFFIXES))}).")
+    return files
+
+
+def picture_batches(
+    files: Sequence[Path], batch_size: int, size: tuple[int, int] | None = None
+) -> Iterator[tuple[Sequence[Path], NDArray[np.uint8]]]:
+    """Files and their pictures (B, H, W, 3) uint8, batch after batch; no more than one batch is held.
+
+    Args:
+        files: pictures.
+        batch_size: pictures at a time.
+        size: height and width; pictures of another size are resized and their middle is cut out (see
+            `simplear.data.pictures.resize_and_crop`), and a line says how many were smaller and so enlarged. If not
+            given, all must have the size of the first.
+
+    Raises ValueError, naming the file, for a picture that cannot be read or, where no size is given, has another size.
+    """
+    enlarged, resize = 0, size is not None
+    with ThreadPoolExecutor(READERS) as pool:
+        for start in range(0, len(files), batch_size):
+            part = files[start : start + batch_size]
+            pictures = []
+            for file, picture in zip(part, pool.map(_read, part), strict=True):
+                height, width = picture.shape[:2]
+                size = size or (height, width)
+                if not resize and (height, width) != size:
+                    raise ValueError(
+                        f"{file} has {height} × {width} pixels, {files[0]} {size[0]} × {size[1]}: name the height and "
+                        "width to which all are resized and cropped."
+                    )
+                enlarged += height < size[0] or width < size[1]
+                pictures.append(resize_and_crop(picture, *size))
+            yield part, np.stack(pictures)
+    if enlarged:
+        logger.warning("%d of %d pictures were smaller than %d × %d and enlarged", enlarged, len(files), *(size or ()))
+
+
+def _read(file: Path) -> NDArray[np.uint8]:
+    try:
+        return np.asarray(open_rgb(file))
+    except Drop as reason:
+        raise ValueError(f"{file}: {reason}. Replace it or move it away.") from reason

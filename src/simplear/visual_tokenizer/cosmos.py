@@ -1,0 +1,188 @@
+"""Cosmos DV8x16x16, the visual tokenizer of the paper, from the two TorchScript files that NVIDIA released.
+
+It is a video tokenizer: it takes (B, 3, T, H, W) and its first frame stands alone, so a picture is a video of one
+frame and gives one plane of codes. A code is the index of one of 8·8·8·5·5·5 = 64,000 points (FSQ), the first level
+counting fastest. The paper's release decodes its codes in the same way.
+
+TorchScript files are programs, so each is held against its SHA-256 before anything of it is loaded. What to expect
+is what the hub stated when it gave the file or what the user wrote into ``SHA256SUMS``; no hash stands in this code.
+
+Left out: the network as a module of our own with the weights of these files. NVIDIA's own code does that, but whether a
+second implementation gives the same codes can only be shown with the real weights.
+
+Sources: Cosmos World Foundation Model Platform (arXiv 2501.03575); NVIDIA's inference code (NVIDIA/Cosmos-Tokenizer,
+``video_lib.py`` for shapes and outputs, ``quantizers.py`` for the order of indices).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from simplear.hub import SHA256, sha256_of, stated_sha256
+from simplear.visual_tokenizer import protocol
+
+ENCODER_FILE, DECODER_FILE = "encoder.jit", "decoder.jit"
+FILES = (ENCODER_FILE, DECODER_FILE)
+SUMS_FILE = "SHA256SUMS"
+LEVELS = (8, 8, 8, 5, 5, 5)
+"""Of the finite scalar quantiser; their product is the codebook."""
+
+
+class CosmosTokenizer(nn.Module):
+    """Pictures of any size in multiples of 16 pixels; computes in the type of the files' weights.
+
+    Made by `from_directory`. In bfloat16, which the released files have, codes may differ between kinds of processors
+    where a value lies between two levels.
+    """
+
+    codebook_size = 64_000
+    downsample = 16
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, directory: Path, sha256: Mapping[str, str]) -> None:
+        """
+        Args:
+            encoder: of ``encoder.jit``: (B, 3, 1, H, W) in [-1, 1] → a tuple that begins with indices (B, 1, h, w).
+            decoder: of ``decoder.jit``: indices (B, 1, h, w) → (B, 3, 1, H, W).
+            directory: where the files are, to copy them from.
+            sha256: of each of the files, as verified.
+        """
+        super().__init__()
+        self.encoder, self.decoder, self.directory = encoder, decoder, directory
+        self.init_args = {"sha256": dict(sha256)}
+
+    @classmethod
+    def from_directory(cls, directory: Path, sha256: Mapping[str, str] | None = None) -> CosmosTokenizer:
+        """The tokenizer of a directory with ``encoder.jit`` and ``decoder.jit``, on CPU.
+
+        Args:
+            directory: as downloaded from the hub, or as `save_visual_tokenizer` wrote it.
+            sha256: of each file; None takes ``SHA256SUMS`` beside them (lines as sha256sum or
+                ``git lfs ls-files --long`` print them), or else what the hub stated when it gave them.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: no hash is known for a file, it has another, or it holds no TorchScript module; names the file.
+        """
+        expected = {name: _expected(directory / name, sha256) for name in FILES}
+        for name, digest in expected.items():
+            if (found := sha256_of(directory / name)) != digest:
+                raise ValueError(
+                    f"{directory / name} has SHA-256 {found[:12]}…, not the stated {digest[:12]}…: it is cut short, "
+                    "damaged or another file, and was not loaded. Download it again."
+                )
+        encoder, decoder = (_load(directory / name) for name in FILES)
+        return cls(encoder, decoder, directory, expected)
+
+    def save_files(self, directory: Path) -> None:
+        """Copy the two files to `directory`. Raises ValueError when one has changed since it was loaded."""
+        for name, digest in self.init_args["sha256"].items():
+            shutil.copyfile(self.directory / name, directory / name)
+            if sha256_of(directory / name) != digest:
+                raise ValueError(f"{self.directory / name} was changed since it was loaded: download it again.")
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over the hashes of the two files."""
+        return hashlib.sha256(json.dumps(self.init_args, sort_keys=True).encode()).hexdigest()
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Codes (B, H / 16, W / 16) int64 of pixels (B, 3, H, W) float in [-1, 1].
+
+        Raises ValueError when H or W is no multiple of 16, and, naming file and picture, when the encoder gives
+        anything but one code in ``[0, 64,000)`` for each patch.
+        """
+        protocol.require_whole_patches(pixels, self.downsample)
+        batch, _, height, width = pixels.shape
+        with torch.autocast(pixels.device.type, enabled=False):
+            output = self.encoder(pixels[:, :, None].to(_dtype(self.encoder)))
+        indices = output[0] if isinstance(output, tuple | list) else output
+        wanted = (batch, 1, height // self.downsample, width // self.downsample)
+        if tuple(indices.shape) != wanted or indices.is_floating_point():
+            raise ValueError(
+                f"{self.directory / ENCODER_FILE} gave {indices.dtype} of shape {tuple(indices.shape)} for pixels of "
+                f"shape {tuple(pixels.shape)}, not whole numbers of shape {wanted}: it is not the encoder of Cosmos "
+                "DV8x16x16."
+            )
+        codes = indices[:, 0].long()
+        outside = (codes < 0) | (codes >= self.codebook_size)
+        if outside.any():
+            picture, row, column = outside.nonzero()[0].tolist()
+            raise ValueError(
+                f"{self.directory / ENCODER_FILE} gave code {int(codes[picture, row, column])} for picture {picture} "
+                f"of the batch, at row {row}, column {column}: outside [0, {self.codebook_size}). It is not the "
+                "encoder of Cosmos DV8x16x16, or the picture has values that are no numbers."
+            )
+        return codes
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Pixels (B, 3, h · 16, w · 16) float32 in [-1, 1] of codes (B, h, w) integer.
+
+        Raises ValueError, with value and place, on a code outside ``[0, 64,000)``, and, naming the file, when the
+        decoder does not give one picture for each grid.
+        """
+        protocol.require_codes(codes, self.codebook_size)
+        batch, height, width = codes.shape
+        with torch.autocast(codes.device.type, enabled=False):
+            video = self.decoder(codes[:, None].long())
+        wanted = (batch, 3, 1, height * self.downsample, width * self.downsample)
+        if tuple(video.shape) != wanted:
+            raise ValueError(
+                f"{self.directory / DECODER_FILE} gave shape {tuple(video.shape)} for codes of shape "
+                f"{tuple(codes.shape)}, not {wanted}: it is not the decoder of Cosmos DV8x16x16."
+            )
+        return video[:, :, 0].float().clamp(-1, 1)
+
+
+def _expected(file: Path, given: Mapping[str, str] | None) -> str:
+    """The hash that the file must have."""
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{file} is missing: Cosmos DV8x16x16 is the two files {' and '.join(FILES)} of "
+            "nvidia/Cosmos-1.0-Tokenizer-DV8x16x16 on the hub."
+        )
+    if given is None and (sums := file.parent / SUMS_FILE).is_file():
+        given = _read_sums(sums)
+    digest = stated_sha256(file) if given is None else given.get(file.name)
+    if digest is None:
+        raise ValueError(
+            f"no SHA-256 is known for {file}, and a TorchScript file is a program: download it with `hf download "
+            f"--local-dir`, or write the hash that its page on the hub states into {file.parent / SUMS_FILE}, as a "
+            f"line `HASH  {file.name}` (in a git clone: git lfs ls-files --long > {SUMS_FILE})."
+        )
+    if not SHA256.fullmatch(digest):
+        raise ValueError(f"the SHA-256 given for {file} is {digest!r}, not 64 hexadecimal digits: copy it again.")
+    return digest
+
+
+def _read_sums(file: Path) -> dict[str, str]:
+    """Hashes by file name; between the two there may be a ``*`` or ``-``."""
+    words = [line.split() for line in file.read_text().splitlines()]
+    return {line[-1].lstrip("*"): line[0].lower() for line in words if len(line) > 1}
+
+
+def _load(file: Path) -> Any:
+    try:
+        with warnings.catch_warnings():
+            # PyTorch advises against TorchScript for new files; these are what was released.
+            warnings.filterwarnings("ignore", ".*torch.jit.load.*", FutureWarning)
+            return torch.jit.load(str(file), map_location="cpu").eval()
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"{file} is no TorchScript module that can be read: {str(error).splitlines()[0]} Download it again."
+        ) from error
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    """Of the module's weights; float32 where it has none."""
+    return next((weight.dtype for weight in module.parameters() if weight.is_floating_point()), torch.float32)
