@@ -35,6 +35,11 @@ OWN_VERBS = {
     "recaption": ("simplear.data", "recaption", "pictures → long and short captions by a vision-language model"),
     "tokenize": ("simplear.data", "tokenize", "pictures and captions → token shards"),
     "generate": ("simplear.generation", "generate", "checkpoint and prompts → images"),
+    "export": (
+        "simplear.export",
+        "export",
+        "training state or checkpoint → directory for transformers and vLLM, with a card",
+    ),
     "compare": ("simplear.evaluation", "compare", "two evaluated runs, REPORT:RUN each → paired differences"),
     "serve": ("simplear.serving", "serve", "checkpoints → OpenAI's image API over HTTP, with a page to draw on"),
     "demo": ("simplear.demo", "demo", "the whole story, small, on two cores"),
@@ -134,25 +139,31 @@ def run_lightning(arguments: Sequence[str]) -> None:
 
 def run_function(module: str, name: str, arguments: Sequence[str], program: str) -> None:
     """A verb that is a function: its signature and docstring are the command line and its help."""
-    from jsonargparse import ArgumentParser
-
-    class FunctionParser(_SuggestingParser, ArgumentParser):
-        pass
-
     try:
         function = getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:
         if error.name != "lightning":
             raise
         _fail(NO_LIGHTNING)
+    parser = function_parser(function, program)
+    with _errors_for_the_reader():
+        options = parser.instantiate(parser.parse_args(_spelled_out(arguments, function)))
+        options.pop("config", None)
+        function(**vars(options))
+
+
+def function_parser(function: Callable[..., Any], program: str) -> Any:
+    """jsonargparse's parser of a function's arguments."""
+    from jsonargparse import ArgumentParser
+
+    class FunctionParser(_SuggestingParser, ArgumentParser):
+        pass
+
     summary = (function.__doc__ or "").split("\n\n")[0]
     parser = FunctionParser(prog=program, description=summary, **PARSER_OPTIONS)
     parser.add_argument("--config", action="config", help="YAML with any of the options below; may be repeated")
     parser.add_function_arguments(function, as_positional=False)
-    with _errors_for_the_reader():
-        options = parser.instantiate_classes(parser.parse_args(_spelled_out(arguments, function)))
-        options.pop("config", None)
-        function(**vars(options))
+    return parser
 
 
 def _spelled_out(arguments: Sequence[str], function: Callable[..., Any]) -> list[str]:

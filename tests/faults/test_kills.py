@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import torch
 
-from simplear.callbacks.integrity import damage
 from simplear.data import TokenShards
 from simplear.data.shards import MANIFEST_FILE, TEMPORARY_MARK
 from simplear.language_model import load_checkpoint
+from simplear.states import damage
 from simplear.visual_tokenizer import load_visual_tokenizer
 from toys import write_pretraining, write_sft, write_visual_tokenizer_training
 

@@ -13,9 +13,9 @@ from lightning.pytorch import Trainer
 
 from simplear import demo
 from simplear.callbacks import HuggingFaceCheckpoint
-from simplear.callbacks.integrity import damage
 from simplear.cli import main
 from simplear.language_model import load_checkpoint
+from simplear.states import damage
 from toys import write_pretraining, write_sft, write_visual_tokenizer_training
 
 STAGES = ("visual_tokenizer", "pretrain", "sft")

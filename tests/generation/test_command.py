@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
+import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from simplear.cli import main
 from simplear.generation import SimpleARPipeline, generate
-from simplear.language_model import CheckpointSettings, GenerationDefaults, save_checkpoint
+from simplear.generation.png import file_name, read_metadata, write_png
+from simplear.language_model import CheckpointSettings, GenerationDefaults, checkpoint_hash, save_checkpoint
 from toys import model_config
 
 
@@ -48,6 +57,7 @@ def test_an_image_can_be_drawn_again_from_what_its_file_says(checkpoint, tmp_pat
     assert f"4 images in {tmp_path}" in capsys.readouterr().out
     made = [json.loads(Image.open(file).text["simplear"]) for file in files]
     assert [entry["seed"] for entry in made] == [7, 8, 9, 10]
+    assert {entry["checkpoint_hash"] for entry in made} == {checkpoint_hash(checkpoint)}
     settings = ("prompt_prefix", "negative_prompt", "guidance_scale", "do_sample", "temperature", "top_k", "top_p")
     assert [made[3][name] for name in settings] == ["a photo of ", "two", 2.0, True, 1.5, None, 0.9]
     pipe = SimpleARPipeline.from_pretrained(checkpoint, device="cpu")
@@ -102,3 +112,163 @@ def test_a_bad_file_is_named_and_nothing_drawn(checkpoint, tmp_path: Path, name,
 def test_no_images_of_a_prompt_is_an_error(checkpoint, tmp_path: Path):
     with pytest.raises(ValueError, match="num_images_per_prompt"):
         generate(checkpoint, out=str(tmp_path), prompt="one star", num_images_per_prompt=0)
+
+
+PROMPTS = ["a red circle", "one star", "two squares"]
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in directory.iterdir()}
+
+
+def draw(checkpoint: str, out: Path, prompts: Any = PROMPTS, **options: Any) -> None:
+    generate(checkpoint, out=str(out), prompt=prompts, **{"num_images_per_prompt": 2, "seed": 5, **options})
+
+
+@pytest.mark.parametrize("lost", [[0], [1, 4], [0, 1, 2, 3, 4]])
+def test_a_run_that_was_stopped_draws_what_is_missing_as_if_it_had_not_been(checkpoint, tmp_path, monkeypatch, lost):
+    """Whatever is missing: image k has seed + k. One image at a time, so that files are equal to the last byte."""
+    draw(checkpoint, tmp_path, batch_size=1)
+    whole = contents(tmp_path)
+    files = sorted(tmp_path.iterdir())
+    for index in lost:
+        files[index].unlink()
+    times = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+    asked: list[Any] = []
+    call = SimpleARPipeline.__call__
+    monkeypatch.setattr(
+        SimpleARPipeline, "__call__", lambda self, *a, **k: (asked.extend(k["seed"]), call(self, *a, **k))[1]
+    )
+    draw(checkpoint, tmp_path, batch_size=1)
+    assert contents(tmp_path) == whole and asked == [5 + index for index in lost]
+    assert all(file.stat().st_mtime_ns == time for file, time in times.items())
+
+
+def test_a_finished_run_draws_nothing_and_says_so(checkpoint, tmp_path, monkeypatch, capsys):
+    draw(checkpoint, tmp_path)
+    monkeypatch.delattr(SimpleARPipeline, "__call__")
+    draw(checkpoint, tmp_path)
+    assert "6 images in" in (said := capsys.readouterr().out) and "6 of them from before" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"guidance_scale": 3.0}, r"00000-a-red-circle-0\.png .*\(guidance_scale 2.0, now 3.0\).*--out"),
+        ({"seed": 6}, r"00000-a-red-circle-0\.png .*\(seed 5, now 6\)"),
+        ({"num_images_per_prompt": 3}, r"00001-one-star-0\.png .*\(seed 7, now 8\)"),
+        ({"height": 8, "width": 24}, r"size \[16, 16\], now \[8, 24\]"),
+        ({"engine": "jacobi", "engine_options": {"window": 2}}, r'engine "cached", now "jacobi"; engine_options \{\}'),
+        ({"prompts": ["four circles"], "temperature": 0.5}, r"00000-a-red-circle-0\.png .*temperature 1.0, now 0.5"),
+        ({"prompts": ["A red circle!"]}, r'prompt "a red circle", now "A red circle!"'),
+    ],
+)
+def test_other_settings_in_the_same_directory_are_refused(checkpoint, tmp_path: Path, change, words):
+    draw(checkpoint, tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=words):
+        draw(checkpoint, tmp_path, **change)
+    assert contents(tmp_path) == before
+
+
+def test_another_checkpoint_under_the_same_name_is_refused(checkpoint, tmp_path: Path):
+    copy = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint, copy)
+    draw(str(copy), tmp_path / "out")
+    assert read_metadata(tmp_path / "out" / "00001-one-star-1.png")["checkpoint_hash"] == checkpoint_hash(copy)
+    settings = copy / "simplear.json"
+    settings.write_text(settings.read_text() + "\n")
+    with pytest.raises(ValueError, match="checkpoint_hash"):
+        draw(str(copy), tmp_path / "out")
+
+
+def test_pictures_of_others_are_left_alone_and_never_taken_for_ones_own(checkpoint, tmp_path: Path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "holiday.png")
+    (tmp_path / "no-picture.png").write_bytes(b"\x89PNG")
+    before = contents(tmp_path)
+    draw(checkpoint, tmp_path, "a red circle")
+    draw(checkpoint, tmp_path, "one star")
+    assert len(contents(tmp_path)) == 6 and contents(tmp_path).items() > before.items()
+    Image.new("RGB", (4, 4)).save(tmp_path / "00000-two-squares-1.png")
+    with pytest.raises(ValueError, match=r"00000-two-squares-1\.png was not drawn by simplear"):
+        draw(checkpoint, tmp_path, "two squares")
+
+
+def test_a_run_that_ends_while_writing_leaves_whole_pictures_alone(checkpoint, tmp_path: Path, monkeypatch):
+    save = Image.Image.save
+
+    def half(self, path, **options):
+        save(self, path, **options)
+        if "-one-" in str(path):
+            Path(path).write_bytes(Path(path).read_bytes()[:-30])
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", half)
+    with pytest.raises(KeyboardInterrupt):
+        draw(checkpoint, tmp_path)
+    assert [file.name for file in sorted(tmp_path.iterdir())] == [
+        "00000-a-red-circle-0.png",
+        "00000-a-red-circle-1.png",
+    ]
+    assert all(np.asarray(Image.open(file)).shape == (16, 16, 3) for file in tmp_path.iterdir())
+
+
+def test_prompts_come_from_standard_input(checkpoint, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("one star\r\n\nzwei Größen\n".encode()), "ascii"))
+    main(["generate", checkpoint, "--prompts-file", "-", "--out", str(tmp_path)])
+    assert [read_metadata(file)["prompt"] for file in sorted(tmp_path.iterdir())] == ["one star", "zwei Größen"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n")))
+    with pytest.raises(ValueError, match="standard input is not UTF-8"):
+        generate(checkpoint, out=str(tmp_path), prompts_file="-")
+
+
+NASTY = [
+    "🦊" * 9,
+    "مرحبا",
+    "../../etc/passwd",
+    "a\0b",
+    "x" * 10_000,
+    "..",
+    "CON",
+    "a\u202eb",
+    "",
+    "\n",
+    "-",
+    "é/è\\:*?",
+]
+
+
+@pytest.mark.parametrize("prompt", NASTY, ids=lambda prompt: ascii(prompt[:12]))
+def test_file_names_are_safe_on_any_file_system(prompt, tmp_path: Path):
+    """Only letters, digits and hyphens, never a reserved name; the prompt itself comes back from the file."""
+    name = file_name(3, prompt, 1)
+    assert re.fullmatch(r"00003-([a-z0-9-]+-)?1\.png", name) and len(name) < 100
+    write_png(tmp_path / name, Image.new("RGB", (2, 2)), {"prompt": prompt})
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+    assert read_metadata(tmp_path / name) == {"prompt": prompt}
+
+
+@pytest.mark.long
+def test_a_killed_run_goes_on(checkpoint, tmp_path: Path):
+    arguments = [
+        sys.executable,
+        "-m",
+        "simplear.cli",
+        "generate",
+        checkpoint,
+        "--prompts-file",
+        str(tmp_path / "p.txt"),
+    ]
+    (tmp_path / "p.txt").write_text("".join(f"{number} stars\n" for number in range(200)))
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run([*arguments, "--out", str(whole)], check=True, capture_output=True)
+    for wanted in (1, 60, 130):
+        run = subprocess.Popen([*arguments, "--out", str(killed)], stderr=subprocess.DEVNULL)
+        while run.poll() is None and len(list(killed.glob("*.png"))) < wanted:
+            time.sleep(0.01)
+        run.kill()
+        run.wait()
+        found = {file.name: file.read_bytes() for file in killed.glob("*.png")}
+        assert wanted <= len(found) < 200 and found.items() <= contents(whole).items()
+    subprocess.run([*arguments, "--out", str(killed)], check=True, capture_output=True)
+    assert {name: data for name, data in contents(killed).items() if name.endswith(".png")} == contents(whole)

@@ -51,6 +51,17 @@ def test_no_window_is_code_by_code_and_a_sure_model_needs_few_passes():
     assert steps == [12, 7, 4, 2]
 
 
+def test_each_pass_says_how_many_codes_are_final():
+    """Drafts that are right make several final at once, which a place drawn on its own never does."""
+    for window, steps in ((0, 1), (3, None)):
+        seen = []
+        engine = JacobiEngine(language_model(), window, on_pass=seen.append)
+        _, stats = engine.generate(PROMPTS, NEGATIVES, GRID, SamplingSettings(), SEEDS)
+        assert len(seen) == stats.steps and seen[-1] == [12] * len(PROMPTS)
+        gains = [later - earlier for image in zip(*seen, strict=True) for earlier, later in itertools.pairwise(image)]
+        assert set(gains) == {steps} if steps else 1 < max(gains) <= 4 and min(gains) >= 0
+
+
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_an_image_does_not_depend_on_its_companions(settings):
     engine = JacobiEngine(language_model(), 3)

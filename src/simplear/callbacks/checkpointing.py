@@ -29,8 +29,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from simplear.atomic import require_replaceable, require_writable, sync, whole_file, writing
-from simplear.callbacks.integrity import damage
 from simplear.language_model import save_checkpoint
+from simplear.states import damage
 from simplear.visual_tokenizer import copy_visual_tokenizer
 
 logger = logging.getLogger(__name__)

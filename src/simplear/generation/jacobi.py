@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -44,6 +44,8 @@ class JacobiEngine:
             how many drafts were right so far in this engine; it changes no code, but by rounding.
         proposal: of places that were in no pass yet: their left or upper neighbour's code.
         compiled: run the step under `torch.compile`, as the compiled engine does, once for each window.
+        on_pass: called after each pass with how many codes of each image are final, to see where drafts were right: of
+            those that a pass makes final, all but the last were drafts.
     """
 
     def __init__(
@@ -52,10 +54,11 @@ class JacobiEngine:
         window: int | None = None,
         proposal: Proposal = "left",
         compiled: bool = False,
+        on_pass: Callable[[list[int]], None] | None = None,
     ) -> None:
         if window is not None and window < 0:
             raise ValueError(f"window {window} must be 0 or more; None chooses one.")
-        self.model, self.window, self.proposal = model, window, proposal
+        self.model, self.window, self.proposal, self.on_pass = model, window, proposal, on_pass
         self._choices: defaultdict[int, WindowChoice] = defaultdict(WindowChoice)  # by number of rows
         self._step = PreparedStep(model, compiled)
         self._settle, self._propose = self._step.prepare(settle), self._step.prepare(propose)
@@ -96,6 +99,8 @@ class JacobiEngine:
         while True:
             done, seen = self._settle(logits, images, sampling, noise, canvas, kept, done, seen, count)
             before, progress, passes = progress, done.tolist(), passes + 1
+            if self.on_pass is not None:
+                self.on_pass(progress)
             if passes > 1 and self.window is None:
                 seconds = time.perf_counter() - pass_began
                 choice.observe(window, seconds, min(progress) - min(before))

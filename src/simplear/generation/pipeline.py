@@ -204,17 +204,11 @@ class SimpleARPipeline:
         if output_type not in ("pil", "pt", "codes"):
             raise ValueError(f'output_type {output_type!r} is unknown: "pil", "pt" or "codes".')
         defaults = self.settings.generation
-        sampling = SamplingSettings(
-            guidance_scale=defaults.guidance_scale if guidance_scale is None else guidance_scale,
-            do_sample=do_sample,
-            temperature=defaults.temperature if temperature is None else temperature,
-            top_k=defaults.top_k if top_k is None else top_k,
-            top_p=defaults.top_p if top_p is None else top_p,
-        )
+        sampling = self.sampling_settings(guidance_scale, do_sample, temperature, top_k, top_p)
         pictures = _pictures(image, mask, len(prompts), height, width)
         if pictures:
             width, height = pictures[0][0].size
-        grid = self._grid(height, width)
+        grid = self.grid(height, width)
         prefix = defaults.prompt_prefix if prompt_prefix is None else prompt_prefix
         negative = defaults.negative_prompt if negative_prompt is None else negative_prompt
         negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
@@ -281,6 +275,27 @@ class SimpleARPipeline:
         width = getattr(self.engine, "tokens_a_pass", 1)
         raise out_of_memory(self.model, len(prompt_ids), longest, grid[0] * grid[1], rows, width)
 
+    def sampling_settings(
+        self,
+        guidance_scale: float | None = None,
+        do_sample: bool = True,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+    ) -> SamplingSettings:
+        """What a call with these arguments draws with, the checkpoint's defaults filled in.
+
+        Raises ValueError for a number outside its range.
+        """
+        defaults = self.settings.generation
+        return SamplingSettings(
+            guidance_scale=defaults.guidance_scale if guidance_scale is None else guidance_scale,
+            do_sample=do_sample,
+            temperature=defaults.temperature if temperature is None else temperature,
+            top_k=defaults.top_k if top_k is None else top_k,
+            top_p=defaults.top_p if top_p is None else top_p,
+        )
+
     def check_prompts(
         self,
         prompts: Sequence[str],
@@ -294,7 +309,7 @@ class SimpleARPipeline:
             Tokens of each, the two control tokens included.
         """
         prefix = self.settings.generation.prompt_prefix if prompt_prefix is None else prompt_prefix
-        return [len(ids) for ids in self._encode(prompts, "prompt", self._grid(height, width), prefix)]
+        return [len(ids) for ids in self._encode(prompts, "prompt", self.grid(height, width), prefix)]
 
     @torch.no_grad()
     def decode(self, codes: Tensor, batch_size: int = 32) -> Tensor:
@@ -313,7 +328,11 @@ class SimpleARPipeline:
         anew = torch.nn.functional.max_pool2d(masks[:, None].float(), downsample)[:, 0] > 0
         return torch.where(anew, -1, tokenizer.encode(pixels.to(self.device)).cpu())
 
-    def _grid(self, height: int | None, width: int | None) -> tuple[int, int]:
+    def grid(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """Rows and columns of codes of a picture of this size in pixels; None is the checkpoint's.
+
+        Raises ValueError for a size that is no whole number of codes, or more than the model has positions for.
+        """
         downsample = self.settings.downsample
         sides = []
         for name, pixels, default in zip(("height", "width"), (height, width), self.settings.grid, strict=True):

@@ -9,6 +9,7 @@ from simplear.language_model.checkpoint import (
     find_checkpoint,
     load_checkpoint,
     save_checkpoint,
+    write_checkpoint,
 )
 from simplear.language_model.loss import Normalizer, next_token_losses
 from simplear.language_model.model import LanguageModel, LanguageModelConfig, load_text_tokenizer
@@ -29,4 +30,5 @@ __all__ = [
     "next_token_losses",
     "save_checkpoint",
     "train_text_tokenizer",
+    "write_checkpoint",
 ]

@@ -1,6 +1,7 @@
 """The checkpoint: a Hugging Face directory, to stock transformers and vLLM a plain Qwen2, plus ``simplear.json``.
 
-    config.json  generation_config.json  model.safetensors  tokenizer.json  tokenizer_config.json
+    config.json  generation_config.json  tokenizer.json  tokenizer_config.json
+    model.safetensors      or model-00001-of-….safetensors and model.safetensors.index.json, which says what is where
     simplear.json          where codes begin, the grid, RoPE kind, defaults of generation, which visual tokenizer
     visual_tokenizer/      the visual tokenizer itself, where there is one to carry
 
@@ -40,6 +41,8 @@ from simplear.sequence import MAX_TEXT_TOKENS, SPECIAL_TOKENS, START_OF_IMAGE, T
 SETTINGS_FILE = "simplear.json"
 VISUAL_TOKENIZER_FOLDER = "visual_tokenizer"
 FORMAT_VERSION = 1
+MAX_SHARD_SIZE = "50GB"
+"""Of a weights file, where nothing else is asked for: transformers' own."""
 RELEASED_ARCHITECTURE = "SimpARForCausalLM"
 RELEASED_DOWNSAMPLE = 16
 RELEASED_VISUAL_TOKENIZER = "nvidia/Cosmos-1.0-Tokenizer-DV8x16x16"
@@ -133,19 +136,41 @@ def save_checkpoint(
 
     Raises OSError, naming the directory, when the disk takes no more.
     """
+    with whole_directory(directory) as partial:
+        write_checkpoint(partial, model, tokenizer, settings, state_dict=state_dict, visual_tokenizer=visual_tokenizer)
+
+
+def write_checkpoint(
+    directory: Path,
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: CheckpointSettings,
+    *,
+    state_dict: dict[str, Tensor] | None = None,
+    visual_tokenizer: str | Path | Callable[[Path], None] | None = None,
+    max_shard_size: str = MAX_SHARD_SIZE,
+) -> None:
+    """Fill an empty directory, for whoever puts more into it before it gets its name; else as `save_checkpoint`.
+
+    Args:
+        max_shard_size: of a weights file, as "5GB"; more weights than that are several files and an index.
+    """
     weights = model.state_dict() if state_dict is None else state_dict
     prefix = "decoder."
-    with whole_directory(directory) as partial:
-        model.decoder.save_pretrained(partial, state_dict={name.removeprefix(prefix): w for name, w in weights.items()})
-        tokenizer.save_pretrained(partial)
-        if visual_tokenizer is not None:
-            if callable(visual_tokenizer):
-                visual_tokenizer(partial / VISUAL_TOKENIZER_FOLDER)
-            else:
-                shutil.copytree(visual_tokenizer, partial / VISUAL_TOKENIZER_FOLDER)
-            settings = dataclasses.replace(settings, visual_tokenizer=VISUAL_TOKENIZER_FOLDER)
-        content = {"format_version": FORMAT_VERSION, **dataclasses.asdict(settings)}
-        (partial / SETTINGS_FILE).write_text(json.dumps(content, indent=2) + "\n")
+    model.decoder.save_pretrained(
+        directory,
+        state_dict={name.removeprefix(prefix): weight for name, weight in weights.items()},
+        max_shard_size=max_shard_size,
+    )
+    tokenizer.save_pretrained(directory)
+    if visual_tokenizer is not None:
+        if callable(visual_tokenizer):
+            visual_tokenizer(directory / VISUAL_TOKENIZER_FOLDER)
+        else:
+            shutil.copytree(visual_tokenizer, directory / VISUAL_TOKENIZER_FOLDER)
+        settings = dataclasses.replace(settings, visual_tokenizer=VISUAL_TOKENIZER_FOLDER)
+    content = {"format_version": FORMAT_VERSION, **dataclasses.asdict(settings)}
+    (directory / SETTINGS_FILE).write_text(json.dumps(content, indent=2) + "\n")
 
 
 def load_checkpoint(path: str | Path, *, dtype: torch.dtype | None = None, with_weights: bool = True) -> Checkpoint:
@@ -201,8 +226,8 @@ def load_checkpoint(path: str | Path, *, dtype: torch.dtype | None = None, with_
             decoder = decoder.type(dtype or config.dtype or torch.float32)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
-            f"cannot read the weights (model.safetensors) in {directory}: {error} Export or download the checkpoint "
-            "again."
+            f"cannot read the weights (model.safetensors or its parts) in {directory}: {error} Export or download the "
+            "checkpoint again."
         ) from error
     return Checkpoint(LanguageModel(decoder, layout).eval(), tokenizer, settings, directory)
 

@@ -6,8 +6,6 @@ import asyncio
 import base64
 import contextlib
 import dataclasses
-import io
-import json
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -16,11 +14,10 @@ from typing import Any
 
 from fastapi.responses import StreamingResponse
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from starlette.types import Receive, Scope, Send
 
 from simplear.generation import OutOfMemoryError
-from simplear.generation.command import METADATA_KEY
+from simplear.generation.png import png_bytes
 from simplear.serving.batcher import Drawing, Picture, QueueFullError, StoppedError
 from simplear.serving.gate import RETRY_ELSEWHERE
 from simplear.serving.schema import APIError, GeneratedImage, ImageEvent, ImageRequest, ImagesResponse, Usage
@@ -177,10 +174,7 @@ def png(image: Image.Image, height: int, made: dict[str, Any]) -> bytes:
         whole = Image.new("RGBA", (image.width, height))
         whole.paste(image)
         image = whole
-    information, file = PngInfo(), io.BytesIO()
-    information.add_itxt(METADATA_KEY, json.dumps(made, ensure_ascii=False))
-    image.save(file, "PNG", pnginfo=information)
-    return file.getvalue()
+    return png_bytes(image, made)
 
 
 def _as_answer(error: Exception) -> APIError:

@@ -1,0 +1,218 @@
+"""`simplear export`: a checkpoint to publish, from a training state or from a checkpoint directory.
+
+A state holds weights and no configuration. That, the text tokenizer and ``simplear.json`` come from a checkpoint
+directory of the same model: the one that training keeps beside each state, or one that is named. The directory is
+written under a temporary name and renamed when all of it is there; nothing in a state is run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from simplear.atomic import require_writable, whole_directory
+from simplear.evaluation import Cell, image_grid
+from simplear.export.card import CARD_FILE, SAMPLES_FILE, CardContent, model_card, read_card_inputs
+from simplear.generation import SimpleARPipeline
+from simplear.language_model import (
+    Checkpoint,
+    CheckpointError,
+    checkpoint_hash,
+    find_checkpoint,
+    load_checkpoint,
+    write_checkpoint,
+)
+from simplear.states import SHARDS_METADATA, damage, read_state
+from simplear.visual_tokenizer import VisualTokenizer, load_visual_tokenizer, save_visual_tokenizer
+
+MODULE = "language_model."
+"""Where a stage keeps its language model."""
+SHARD_SIZE = "5GB"
+"""What hubs and slow connections take well."""
+SIZE = r"[1-9]\d*(KB|MB|GB)"
+
+
+@dataclass
+class _Source:
+    checkpoint: Checkpoint
+    origin: str
+    """In words, for the card."""
+
+
+def export(
+    checkpoint: str,
+    *,
+    out: str,
+    like: str | None = None,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    max_shard_size: str = SHARD_SIZE,
+    visual_tokenizer: str | None = None,
+    prompt: str | list[str] | None = None,
+    report: str | None = None,
+    runs: list[str] | None = None,
+    data: list[str] | None = None,
+    training_config: str | None = None,
+    license: str | None = None,
+    base_model: str | None = None,
+) -> None:
+    """Write a directory that stock transformers and vLLM load as Qwen2, with a model card.
+
+    Args:
+        checkpoint: state of a language model's training (a .ckpt file, or a directory as FSDP2 writes it), or a
+            checkpoint directory or hub id.
+        out: directory to write; it must not exist.
+        like: checkpoint directory of the same model, whose configuration, text tokenizer and settings a state goes
+            with; if not given, the one beside the state (``last/`` for ``last.ckpt``).
+        dtype: of the weights; the source's if not given.
+        max_shard_size: of a weights file, such as 5GB or 500MB.
+        visual_tokenizer: directory or hub id of the one to put in; the checkpoint's own if not given.
+        prompt: captions to draw, an image each, for the card's picture; none if not given.
+        report: report.json of an evaluation, for the card's table.
+        runs: the report's runs to show, such as [sft]; all of them if not given.
+        data: directories of token shards that the model was trained on, for the card.
+        training_config: config.yaml of the training run, for the card.
+        license: of the weights, by the name that the Hugging Face hub uses, such as apache-2.0.
+        base_model: hub id of the model that training started from, for the card.
+
+    Raises:
+        ValueError: a state that is damaged, of another stage or of another model, or a report, a
+            configuration or a size that is none.
+        CheckpointError: no checkpoint to take the configuration from, or one that is damaged.
+        FileExistsError: there is something at ``out``.
+        OSError: the disk takes no more.
+    """
+    directory = Path(out)
+    if directory.exists():
+        raise FileExistsError(f"{directory} is there already: name another directory (--out), or remove that one.")
+    if not re.fullmatch(SIZE, max_shard_size):
+        raise ValueError(f"max_shard_size {max_shard_size!r} is no size: give a number and KB, MB or GB, such as 5GB.")
+    require_writable(directory.absolute().parent, "the checkpoint", "--out")
+    inputs = read_card_inputs(report, runs, data or [], training_config)
+    source = _source(checkpoint, like)
+    loaded = source.checkpoint
+    decoder = _visual_tokenizer(loaded, visual_tokenizer)
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
+    if prompts and decoder is None:
+        raise ValueError(
+            "the checkpoint carries no visual tokenizer to draw the card's picture with: name one "
+            "(--visual-tokenizer), or leave out --prompt."
+        )
+    if dtype is not None:
+        loaded.model.to(getattr(torch, dtype))
+    with whole_directory(directory) as unfinished:
+        write_checkpoint(
+            unfinished,
+            loaded.model,
+            loaded.tokenizer,
+            loaded.settings,
+            visual_tokenizer=None if decoder is None else partial(save_visual_tokenizer, decoder),
+            max_shard_size=max_shard_size,
+        )
+        if prompts:
+            _draw_samples(unfinished, prompts)
+        content = CardContent(
+            name=directory.name,
+            checkpoint=loaded,
+            checkpoint_hash=checkpoint_hash(unfinished),
+            origin=source.origin,
+            inputs=inputs,
+            prompts=prompts,
+            license=license,
+            base_model=base_model,
+        )
+        (unfinished / CARD_FILE).write_text(model_card(content))
+    files = sorted(directory.glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in files)
+    without = "" if decoder else "; no visual tokenizer: name one to draw with (--visual-tokenizer)"
+    print(f"{directory}: {len(files)} weights file{'s' * (len(files) > 1)}, {size / 2**20:,.1f} MiB{without}")
+
+
+def _source(path: str, like: str | None) -> _Source:
+    state = Path(path)
+    if state.is_file() or (state / SHARDS_METADATA).is_file():
+        return _from_state(state, like)
+    if like is not None:
+        raise ValueError(f"{path} is no training state, so it brings its own configuration: leave out --like.")
+    return _Source(load_checkpoint(find_checkpoint(path)), f"the checkpoint `{state.name}`")
+
+
+def _from_state(state: Path, like: str | None) -> _Source:
+    beside = state.with_suffix("") if state.suffix == ".ckpt" else None
+    configuration = Path(like) if like is not None else beside
+    if like is None and (configuration is None or not (configuration / "config.json").is_file()):
+        expected = f" ({configuration}, which training keeps beside it, is not there)" if configuration else ""
+        raise CheckpointError(
+            f"{state} has weights and no configuration{expected}: name a checkpoint directory of the same model "
+            "(--like), such as the one that the training began from."
+        )
+    assert configuration is not None
+    if (reason := damage(state)) is not None:
+        raise ValueError(
+            f"{state} is damaged or no training state ({reason}): fetch it again, or name another, such as "
+            "previous.ckpt."
+        )
+    try:
+        weights, rest = read_state(state, MODULE)
+    except Exception as error:  # of torch, pickle and zipfile
+        raise ValueError(f"{state} is no training state whose weights can be read safely: {error}") from error
+    if not weights:
+        raise ValueError(
+            f"{state} holds no language model, so it is the state of another stage: a visual tokenizer's training "
+            "writes its directory itself (export_dir)."
+        )
+    loaded = load_checkpoint(find_checkpoint(configuration), with_weights=False)
+    expected_weights = {name: weight.shape for name, weight in loaded.model.state_dict().items()}
+    wrong = sorted(
+        name
+        for name in expected_weights.keys() | weights.keys()
+        if name not in weights or expected_weights.get(name) != weights[name].shape
+    )
+    if wrong:
+        raise ValueError(
+            f"{state} and {configuration} are of different models: {len(wrong)} weights are missing or of another "
+            f"shape, the first is {wrong[0]}. Name another checkpoint directory (--like)."
+        )
+    loaded.model.load_state_dict(weights, assign=True)
+    loaded.model.decoder.tie_weights()
+    if rest.get("grid") is not None:
+        loaded.settings = dataclasses.replace(loaded.settings, grid=tuple(rest["grid"]))
+    return _Source(loaded, f"the training state `{state.name}` after {_steps(rest)} optimizer steps")
+
+
+def _steps(rest: Mapping[str, Any]) -> str:
+    return f"{rest['global_step']:,}" if "global_step" in rest else "an unknown number of"
+
+
+def _visual_tokenizer(loaded: Checkpoint, named: str | None) -> VisualTokenizer | None:
+    """The visual tokenizer to put in, None without; its fingerprint is in the settings then."""
+    source = loaded.default_visual_tokenizer if named is None else named
+    if source is None:
+        return None
+    try:
+        tokenizer: VisualTokenizer = load_visual_tokenizer(source)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{error} Name it with --visual-tokenizer.") from error
+    wanted = loaded.settings.visual_tokenizer_fingerprint
+    if wanted not in (None, tokenizer.fingerprint):
+        raise CheckpointError(
+            f"the visual tokenizer {source} has fingerprint {tokenizer.fingerprint[:12]}…, but the checkpoint learned "
+            f"the codes of {str(wanted)[:12]}…: name the one that belongs to it (--visual-tokenizer)."
+        )
+    loaded.settings = dataclasses.replace(loaded.settings, visual_tokenizer_fingerprint=tokenizer.fingerprint)
+    return tokenizer
+
+
+def _draw_samples(directory: Path, prompts: Sequence[str]) -> None:
+    """Draw with what has been written, so that the picture is the published checkpoint's own."""
+    drawn = SimpleARPipeline.from_pretrained(directory)(list(prompts), seed=0)
+    assert isinstance(drawn.images, list)
+    cells = [Cell(prompt, (image,)) for prompt, image in zip(prompts, drawn.images, strict=True)]
+    size = max(128, *(min(256, max(image.size)) for image in drawn.images))
+    image_grid({"": cells}, image_size=size).save(directory / SAMPLES_FILE)
