@@ -103,8 +103,8 @@ def test_loader_processes_do_not_change_the_shards(tmp_path: Path) -> None:
 class SlowSource(ScenesSource):
     """Leaves time to be killed."""
 
-    def read(self, unit: Unit, drops: Counter[str]) -> Iterator[Sample]:
-        for sample in super().read(unit, drops):
+    def candidates(self, unit: Unit, drops: Counter[str]) -> Iterator[Sample]:
+        for sample in super().candidates(unit, drops):
             time.sleep(0.01)
             yield sample
 
