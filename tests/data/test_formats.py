@@ -1,4 +1,4 @@
-"""Real pictures from files to codes: crops of photographs give the same rows in every format, filtered and tokenized."""
+"""Real pictures from files to codes: crops of photographs give the same rows in every format, filters included."""
 
 from __future__ import annotations
 

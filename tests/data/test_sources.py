@@ -166,6 +166,16 @@ class TestWebDataset:
         with pytest.raises(ValueError, match=r"cut.tar is damaged or cut short"):
             read_all(WebDatasetSource(str(tmp_path / "cut.tar")))
 
+    def test_cut_anywhere_a_tar_is_damaged(self, tmp_path: Path) -> None:
+        """Also between two members, or between the blocks that end it."""
+        write_tar(tmp_path / "x.tar", {f"{n}.{suffix}": png(n) for n in range(2) for suffix in ("png", "seg.png")})
+        whole = (tmp_path / "x.tar").read_bytes()
+        end = len(whole.rstrip(b"\0")) + tarfile.BLOCKSIZE
+        for length in range(0, end, 256):
+            (tmp_path / "x.tar").write_bytes(whole[:length])
+            with pytest.raises(ValueError, match=r"x\.tar is damaged or cut short"):
+                read_all(WebDatasetSource(str(tmp_path / "x.tar")))
+
     def test_columns_are_named_and_captions_may_be_missing(self, tmp_path: Path) -> None:
         entry = {"short": "s", "deep": {"long": ["l", " "]}, "masks": list(range(99)), "size": {"w": 4}}
         members = {"1.png": png(1), "1.json": json.dumps(entry).encode(), "2.png": png(2), "2.txt": b"beside"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from simplear.atomic import whole_file
+from simplear.data.shards import write_atomically
 
 FUNNEL_FILE = "drops.png"
 WIDTH, HEIGHT_OF_BAR, DOTS_PER_INCH = 8.0, 0.3, 120
@@ -54,7 +55,7 @@ def draw_funnel(directory: Path, manifest: Mapping[str, Any], filters: Sequence[
     for place, left in zip(places, lefts, strict=True):
         dropped = "" if place == 0 else f", {steps[place - 1][1]:,} dropped"
         axes.text(0, place, f" {left:,}{dropped}", va="center", fontsize="small")
-    path = directory / FUNNEL_FILE
-    with whole_file(path) as partial:
-        figure.savefig(partial, format="png")
-    return path
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    write_atomically(directory / FUNNEL_FILE, image.getvalue())
+    return directory / FUNNEL_FILE

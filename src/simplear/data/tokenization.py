@@ -112,7 +112,7 @@ class UnitBatch:
     dropped: list[Dropped] | None = None
     """Of the whole unit, in its last batch."""
     failure: Exception | None = None
-    """What stops the work; carried, for a loader process would wrap it in a trace of its own."""
+    """What stops the work; carried to the encoder, so that the batches before it, which may end a unit, are written."""
 
     def pin_memory(self) -> UnitBatch:
         """With pictures in memory from which a GPU copies beside its work."""
@@ -131,8 +131,6 @@ class UnitBatches(IterableDataset[UnitBatch]):
             try:
                 yield from self._batches(unit)
             except (ValueError, TypeError, OSError) as error:
-                if worker is None:
-                    raise
                 yield _last_batch(unit, failure=error)
                 return
 

@@ -134,5 +134,8 @@ def _groups(tar: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
                 members = {}
             key = f"{folder}/{stem}"
             members[suffix] = file.read()
+        # tarfile takes an archive that was cut between two members for a whole one.
+        if not opened.fileobj.read(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError("the blocks that end an archive are missing")
     if members:
         yield key.removeprefix("./").removeprefix("/"), members
