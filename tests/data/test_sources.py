@@ -15,6 +15,7 @@ from PIL import Image
 from corpora import Picture, write_parquet, write_token_files
 from simplear.data import (
     HuggingFaceSource,
+    ImageDataModule,
     ImageFolderSource,
     ScenesSource,
     Source,
@@ -293,6 +294,11 @@ class TestTokenFiles:
         assert [Path(s.key).name for s in samples] == [f"{n}.npy" for n in range(12)] and not drops
         assert all(s.codes is not None and (s.codes == grid).all() for s, grid in zip(samples, grids, strict=True))
         assert samples[3].captions == ["short 3", "long"]
+
+    def test_they_are_no_pictures(self, tmp_path: Path) -> None:
+        source = TokenFilesSource(str(write_token_files(tmp_path, [("0", np.ones((2, 2)), ["zero"])])))
+        with pytest.raises(ValueError, match=r"0\.npy' has codes and no picture: this needs a source of pictures"):
+            ImageDataModule(source, 1, 8, 8).setup("fit")
 
     def test_a_list_names_the_files(self, tmp_path: Path) -> None:
         write_token_files(tmp_path, [("7", np.ones((1, 2)), ["seven"])])

@@ -238,7 +238,7 @@ def test_several_processes_write_the_shards_of_one(tmp_path: Path, processes: in
     script = tmp_path / "several.py"
     script.write_text(PROCESSES)
     tests = Path(__file__).parent.parent
-    subprocess.run([sys.executable, script, tmp_path / "several", tests, str(processes)], check=True, timeout=240)
+    subprocess.run([sys.executable, script, tmp_path / "several", tests, str(processes)], check=True, timeout=900)
     filters: list[Filter] = [Column("tag", equals="counting")]
     one = run(ScenesSource(25, 16, rows_per_unit=5), tmp_path / "one", batch_size=2, filters=filters)
     assert hashes(tmp_path / "several") == one

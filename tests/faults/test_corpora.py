@@ -358,6 +358,9 @@ def test_codes_of_another_tokenizer_name_the_file(
     codes = write_token_files(tmp_path, [("0", grid, ["zero"]), ("1", outside, ["one"])])
     arguments = ["tokenize", "--source", "TokenFilesSource", "--source.path", str(codes), "--accelerator", "cpu"]
     arguments += ["--visual-tokenizer", tiny_visual_tokenizer, "--out", str(tmp_path / "out")]
+    assert f"{codes}/0.npy has the grid (2, 3), height and width ask for (2, 2)" in refused(
+        [*arguments[:-1], str(tmp_path / "sized"), "--height", "16", "--width", "16"], capsys
+    )
     printed = refused(arguments, capsys)
     assert f"{codes}/1.npy has the code 27 in row 1, column 2, outside [0, 27)" in printed
     np.save(codes / "1.npy", grid)

@@ -17,24 +17,26 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning
 import numpy as np
+import numpy.typing as npt
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from simplear.data.crops import CentreCrop, Crop
-from simplear.data.drops import Dropped, Drops, drop, merge_drops, write_unit_drops
+from simplear.data.drops import Dropped, merge_drops, write_unit_drops
 from simplear.data.filters import Filter, MinimumScore
 from simplear.data.funnel import draw_funnel
-from simplear.data.pictures import Drop, Pixels, warn_of_drops
+from simplear.data.pictures import warn_of_drops
+from simplear.data.preparation import Preparation, UnitBatch, UnitBatches
 from simplear.data.shards import (
     MAX_CODEBOOK_SIZE,
     TokenRow,
@@ -45,7 +47,6 @@ from simplear.data.shards import (
     write_shard,
 )
 from simplear.data.sources import Sample, Source, Unit
-from simplear.data.sources.base import NO_CAPTION, NO_PICTURE
 from simplear.visual_tokenizer import VisualTokenizer, load_visual_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -53,122 +54,12 @@ logger = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 10
 """Of progress, where there is no terminal to draw a bar on."""
 
-Int64 = np.typing.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Preparation:
-    """What happens to a sample before it is encoded."""
-
-    size: tuple[int, int] | None
-    """Height and width to crop to; None keeps each picture's own."""
-    downsample: int
-    codebook_size: int
-    crop: Crop = field(default_factory=CentreCrop)
-    filters: Sequence[Filter] = ()
-
-    def __call__(self, sample: Sample) -> Pixels | Int64:
-        """Pixels to encode, uint8 (H, W, 3), or the codes (h, w) that the sample has already.
-
-        Raises:
-            Drop: it is to be left out.
-            ValueError: codes outside the codebook; names the sample.
-        """
-        if not sample.captions:
-            raise Drop(NO_CAPTION)
-        for filter_ in self.filters:
-            filter_.check(sample)
-        if sample.codes is not None:
-            self._require_codes(sample.key, sample.codes)
-            return sample.codes
-        image = sample.image
-        pixels = np.asarray(image) if self.size is None else self.crop(image, sample.key, self.size, self.downsample)
-        if pixels.shape[0] % self.downsample or pixels.shape[1] % self.downsample:
-            raise Drop(f"sides are no multiples of {self.downsample}, and no height and width to crop to")
-        return pixels
-
-    def _require_codes(self, key: str, codes: Int64) -> None:
-        outside = np.argwhere((codes < 0) | (codes >= self.codebook_size))
-        if len(outside):
-            row, column = outside[0].tolist()
-            raise ValueError(
-                f"{key} has the code {codes[row, column]} in row {row}, column {column}, outside "
-                f"[0, {self.codebook_size}): it is of another visual tokenizer, or damaged. Name the tokenizer that "
-                "made it, or take the file out."
-            )
-
-
-@dataclass(frozen=True)
-class UnitBatch:
-    """Some pictures of one unit and one size; the last batch of a unit is empty."""
-
-    unit: str
-    images: Tensor
-    """(B, H, W, 3) uint8, or codes (B, h, w) int64 of pictures that are tokenized already."""
-    indices: list[int]
-    """Places of the samples in the unit."""
-    samples: list[Sample]
-    """Without their pictures."""
-    dropped: list[Dropped] | None = None
-    """Of the whole unit, in its last batch."""
-    failure: Exception | None = None
-    """What stops the work; carried to the encoder, so that the batches before it, which may end a unit, are written."""
-
-    def pin_memory(self) -> UnitBatch:
-        """With pictures in memory from which a GPU copies beside its work."""
-        return replace(self, images=self.images.pin_memory())
-
-
-class UnitBatches(IterableDataset[UnitBatch]):
-    """Batches of pictures of units, one unit after another in each loader process."""
-
-    def __init__(self, source: Source, units: Sequence[Unit], batch_size: int, preparation: Preparation) -> None:
-        self.source, self.units, self.batch_size, self.preparation = source, units, batch_size, preparation
-
-    def __iter__(self) -> Iterator[UnitBatch]:
-        worker = get_worker_info()
-        for unit in self.units if worker is None else self.units[worker.id :: worker.num_workers]:
-            try:
-                yield from self._batches(unit)
-            except (ValueError, TypeError, OSError) as error:
-                yield _last_batch(unit, failure=error)
-                return
-
-    def _batches(self, unit: Unit) -> Iterator[UnitBatch]:
-        drops, seen = Drops(), set[str]()
-        # Pictures that keep their own size, or get the grid nearest their shape, are gathered by size.
-        pending: dict[tuple[int, ...], list[tuple[int, Sample, Pixels | Int64]]] = {}
-        for index, sample in enumerate(self.source.candidates(unit, drops)):
-            try:
-                if sample.key in seen:
-                    raise Drop("duplicate key")
-                seen.add(sample.key)
-                prepared = self.preparation(sample)
-            except Drop as reason:
-                drop(drops, sample.key, reason)
-                continue
-            same_size = pending.setdefault(prepared.shape, [])
-            same_size.append((index, replace(sample, picture=NO_PICTURE, codes=None), prepared))
-            if len(same_size) == self.batch_size:
-                yield self._batch(unit, pending.pop(prepared.shape))
-        for rows in pending.values():
-            yield self._batch(unit, rows)
-        yield _last_batch(unit, drops.listed())
-
-    def _batch(self, unit: Unit, rows: list[tuple[int, Sample, Pixels | Int64]]) -> UnitBatch:
-        indices, samples, images = zip(*rows, strict=True)
-        return UnitBatch(unit.name, torch.from_numpy(np.stack(images)), list(indices), list(samples))
-
-
-def _last_batch(unit: Unit, dropped: list[Dropped] | None = None, failure: Exception | None = None) -> UnitBatch:
-    return UnitBatch(unit.name, torch.empty((0, 0, 0, 3), dtype=torch.uint8), [], [], dropped, failure)
-
 
 @dataclass(frozen=True)
 class Encoded:
     """Codes of a batch, and which of its pictures a score has left out."""
 
-    codes: np.typing.NDArray[np.uint16]
+    codes: npt.NDArray[np.uint16]
     """(K, h, w) of the pictures kept, in their order."""
     dropped: list[str | None]
     """For each picture of the batch the reason to drop it; None for the kept ones."""

@@ -44,7 +44,9 @@ class Sample:
 
     @cached_property
     def image(self) -> Image.Image | Pixels:
-        """RGB. Raises `Drop` when the picture cannot be decoded."""
+        """RGB. Raises `Drop` when the picture cannot be decoded, ValueError where there are codes in its place."""
+        if self.codes is not None:
+            raise ValueError(f"sample {self.key!r} has codes and no picture: this needs a source of pictures.")
         return self.picture.open() if isinstance(self.picture, PictureFile) else self.picture
 
     @cached_property
@@ -135,7 +137,7 @@ def decoded(samples: Iterator[Sample], drops: Counter[str]) -> Iterator[Sample]:
     """The samples whose pictures can be decoded; the others are counted."""
     for sample in samples:
         try:
-            _ = sample.image
+            _ = sample.codes is None and sample.image
         except Drop as reason:
             drop(drops, sample.key, reason)
         else:
