@@ -7,6 +7,7 @@ undisturbed run gives. Damaged pictures are in `test_pictures`, damaged shards i
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
 import signal
 import tarfile
@@ -21,12 +22,14 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 from torch.utils.data import get_worker_info
 
-from corpora import Picture, pictures, png, write_folder, write_tar, write_webdataset
+from corpora import Picture, pictures, png, write_folder, write_tar, write_token_files, write_webdataset
 from simplear.cli import main
 from simplear.data import (
+    CaptionLength,
     ImageFolderSource,
     Sample,
     Source,
@@ -43,7 +46,6 @@ from simplear.data.shards import MANIFEST_FILE, is_committed
 from simplear.sequence import START_OF_IMAGE, TEXT_TO_IMAGE
 
 from .conftest import FullDisk
-from .test_kills import finish, start
 
 SIDE = 16
 
@@ -327,21 +329,22 @@ def test_a_disk_that_fills_up_stops_the_work_which_then_goes_on(
     assert content(out) == content(tmp_path / "whole")
 
 
-def command(source: str, tokenizer: str, out: Path) -> list[str]:
-    arguments = ["tokenize", "--source", "WebDatasetSource", "--source.paths", source, "--height", str(SIDE)]
-    arguments += ["--width", str(SIDE), "--visual-tokenizer", tokenizer, "--accelerator", "cpu", "--out", str(out)]
-    return [*arguments, "--filters", "[{class_path: simplear.data.CaptionLength, init_args: {minimum: 10}}]"]
-
-
 def test_two_runs_at_once_in_one_directory_give_what_one_gives(tmp_path: Path, tiny_visual_tokenizer: str) -> None:
     for number in range(12):
         write_webdataset(tmp_path / f"{number:02d}.tar", pictures(12))
-    log, tars = tmp_path / "log", str(tmp_path / "*.tar")
-    finish(command(tars, tiny_visual_tokenizer, tmp_path / "whole"), log)
-    both = [start(command(tars, tiny_visual_tokenizer, tmp_path / "out"), log) for _ in range(2)]
+    source, filters = WebDatasetSource(str(tmp_path / "*.tar")), [CaptionLength(minimum=10)]
+    run(source, tmp_path / "whole", tiny_visual_tokenizer, filters=filters)
+
+    def child() -> None:
+        torch.set_num_threads(1)
+        run(source, tmp_path / "out", tiny_visual_tokenizer, filters=filters, batch_size=5)
+
+    both = [multiprocessing.get_context("fork").Process(target=child) for _ in range(2)]
+    for process in both:
+        process.start()
     for process in both:
         process.join()
-    assert [process.exitcode for process in both] == [0, 0], log.read_text()[-3000:]
+    assert [process.exitcode for process in both] == [0, 0]
     assert content(tmp_path / "out") == content(tmp_path / "whole")
     assert Counter(reason for _, reason in dropped(tmp_path / "out")) == {"caption under 10 characters": 120}
     assert not list((tmp_path / "out").rglob(".*"))
@@ -350,8 +353,6 @@ def test_two_runs_at_once_in_one_directory_give_what_one_gives(tmp_path: Path, t
 def test_codes_of_another_tokenizer_name_the_file(
     tmp_path: Path, tiny_visual_tokenizer: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from corpora import write_token_files
-
     grid = np.zeros((2, 3), np.int64)
     outside = grid.copy()
     outside[1, 2] = 27
