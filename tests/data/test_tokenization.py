@@ -19,9 +19,11 @@ import pytest
 import torch
 from PIL import Image
 
+from corpora import pictures, write_parquet
 from simplear.data import (
     Column,
     Filter,
+    HuggingFaceSource,
     ImageFolderSource,
     Sample,
     ScenesSource,
@@ -109,6 +111,19 @@ def test_loader_processes_do_not_change_the_shards(tmp_path: Path) -> None:
     alone = run(source, tmp_path / "alone", batch_size=2)
     assert len(alone) == 5
     assert run(source, tmp_path / "workers", batch_size=2, num_workers=2) == alone
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_loader_processes_do_not_share_out_a_stream(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """As `datasets` does by itself, so that all rows of a file but one process's would be missing."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    files = [str(write_parquet(tmp_path / f"{number}.parquet", pictures(20 + number))) for number in range(3)]
+    source = HuggingFaceSource("parquet", data_files=files, key="key", streaming=True)
+    alone = run(source, tmp_path / "alone")
+    assert len(TokenShards(tmp_path / "alone")) == 63
+    assert run(source, tmp_path / "workers", num_workers=workers) == alone
 
 
 class SlowSource(ScenesSource):

@@ -110,7 +110,10 @@ class HuggingFaceSource(IndexedSource):
         if not self.streaming:
             yield from super().candidates(unit, drops)
             return
-        for number, row in enumerate(self.rows.shard(self.rows.num_shards, unit.part)):
+        shard = self.rows.shard(self.rows.num_shards, unit.part)
+        # iter(shard) would share it out among PyTorch's loader processes, and all but one get nothing; larger batches
+        # fail where the columns of tars come in another order.
+        for number, row in enumerate(shard.iter(batch_size=1)):
             key = f"{unit.name}-{number:09d}"
             try:
                 yield self._sample(row, key)
