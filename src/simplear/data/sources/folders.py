@@ -60,18 +60,24 @@ class ImageFolderSource(IndexedSource):
     def key(self, index: int) -> str:
         return self._entries[index][0]
 
+    def entry(self, index: int) -> tuple[Path, list[str], dict[str, Any]]:
+        """File, captions and metadata of picture `index` of the sorted or listed paths; the picture is not opened.
+
+        Raises `Drop` for text that is none.
+        """
+        name, listed = self._entries[index]
+        file = self.path / valid_text(name)
+        if listed is not None:
+            return file, *captions_and_metadata(listed)
+        text = file.with_suffix(".txt")
+        return file, caption_lines(read_unchanged(text)) if text.exists() else [], {}
+
     def sample(self, index: int) -> Sample:
         """Picture `index` of the sorted or listed paths."""
-        name, entry = self._entries[index]
-        file = self.path / valid_text(name)
-        if entry is not None:
-            captions, metadata = captions_and_metadata(entry)
-        else:
-            text = file.with_suffix(".txt")
-            captions, metadata = caption_lines(read_unchanged(text)) if text.exists() else [], {}
+        file, captions, metadata = self.entry(index)
         if not captions and self.captions_required:
             raise Drop(NO_CAPTION)
-        return Sample(name, PictureFile(file), captions, metadata)
+        return Sample(self.key(index), PictureFile(file), captions, metadata)
 
     def describe(self) -> dict[str, Any]:
         names = {"path": str(self.path), "pictures": len(self), "rows_per_unit": self.rows_per_unit}
