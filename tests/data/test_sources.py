@@ -22,6 +22,7 @@ from simplear.data import (
     TokenFilesSource,
     WebDatasetSource,
 )
+from simplear.data.drops import Drops
 from simplear.data.sources import Sample
 
 
@@ -229,6 +230,9 @@ class TestHuggingFace:
         ]
         assert drops == {"not a picture": 1, "no caption": 1}
         json.dumps(source.describe())
+        named = Drops()
+        _ = [list(source.read(unit, named)) for unit in source.units()]
+        assert named.listed() == [("third", "not a picture"), ("fourth", "no caption")]
 
     def test_columns_by_name_and_files_by_path(self, tmp_path: Path, streaming: bool) -> None:
         (tmp_path / "pictures").mkdir()

@@ -135,7 +135,7 @@ class CaptionLength(Filter):
             raise Drop(self.long)
 
     def reasons(self) -> list[str]:
-        return [self.short, self.long]
+        return [self.short] if self.maximum is None else [self.short, self.long]
 
     def describe(self) -> dict[str, Any]:
         return {"class": "CaptionLength", "minimum": self.minimum, "maximum": self.maximum}
@@ -193,7 +193,15 @@ class Column(Filter):
             raise Drop(self.large)
 
     def reasons(self) -> list[str]:
-        return [self.absent, self.other, self.no_number, self.small, self.large]
+        numeric = self.minimum is not None or self.maximum is not None
+        asked = {
+            self.absent: self.missing == "drop",
+            self.other: self.equals is not None,
+            self.no_number: numeric,
+            self.small: self.minimum is not None,
+            self.large: self.maximum is not None,
+        }
+        return [reason for reason, possible in asked.items() if possible]
 
     def describe(self) -> dict[str, Any]:
         names = ("column", "minimum", "maximum", "equals", "missing")

@@ -102,9 +102,13 @@ class HuggingFaceSource(IndexedSource):
         shards = self.rows.num_shards
         return [Unit(f"{self.unit_prefix}-{number:05d}-of-{shards:05d}", number) for number in range(shards)]
 
+    def key(self, index: int) -> str:
+        return self._key(self.rows[index], super().key(index))
+
     def sample(self, index: int) -> Sample:
         """Row `index`."""
-        return self._sample(self.rows[index], self.key(index))
+        row = self.rows[index]
+        return self._sample(row, self._key(row, super().key(index)))
 
     def candidates(self, unit: Unit, drops: Counter[str]) -> Iterator[Sample]:
         if not self.streaming:
@@ -114,7 +118,7 @@ class HuggingFaceSource(IndexedSource):
         # iter(shard) would share it out among PyTorch's loader processes, and all but one get nothing; larger batches
         # fail where the columns of tars come in another order.
         for number, row in enumerate(shard.iter(batch_size=1)):
-            key = f"{unit.name}-{number:09d}"
+            key = self._key(row, f"{unit.name}-{number:09d}")
             try:
                 yield self._sample(row, key)
             except Drop as reason:
@@ -130,16 +134,25 @@ class HuggingFaceSource(IndexedSource):
             values = {name: row[name][0].as_py() for name in row.column_names}
         except UnicodeDecodeError as error:
             raise Drop("text is no valid Unicode") from error
-        if self.key_column is not None:
-            if (found := column(values, self.key_column)) is None:
-                raise Drop(f"no {self.key_column} to name it by")
-            key = valid_text(str(found))
+        if self.key_column is not None and column(values, self.key_column) is None:
+            raise Drop(f"no {self.key_column} to name it by")
         picture = next((found for name in self.images if (found := column(values, name)) is not None), None)
         others = {name: _json_value(value) for name, value in values.items() if name not in self.images}
         captions, metadata = captions_and_metadata(others, self.captions, self.metadata)
         if not captions and self.captions_required:
             raise Drop(NO_CAPTION)
-        return Sample(key, self._picture_file(picture), captions, metadata)
+        return Sample(valid_text(key), self._picture_file(picture), captions, metadata)
+
+    def _key(self, row: Any, number: str) -> str:
+        """Of the key column; the number where there is none, or none that is text."""
+        if self.key_column is None:
+            return number
+        top = self.key_column if self.key_column in row.column_names else self.key_column.partition(".")[0]
+        try:
+            found = column({top: row[top][0].as_py()}, self.key_column)
+        except UnicodeDecodeError:
+            return number
+        return number if found is None else str(found)
 
     def _picture_file(self, picture: Any) -> PictureFile:
         if isinstance(picture, Mapping):  # how `datasets` holds pictures: their bytes, or where they are
