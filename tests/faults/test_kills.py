@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from simplear.data import TokenShards
+from simplear.data.drops import DROPS_FILE
 from simplear.data.shards import MANIFEST_FILE, TEMPORARY_MARK
 from simplear.language_model import load_checkpoint
 from simplear.states import damage
@@ -147,6 +148,7 @@ def test_training_killed_a_few_times_is_bit_identical(make_config: Callable[[str
 def test_tokenization_killed_while_writing_ends_in_the_same_hashes(tmp_path: Path, tiny_visual_tokenizer: str) -> None:
     source = ["--source", "ScenesSource", "--source.count", "300", "--source.resolution", "16"]
     command = ["tokenize", *source, "--source.rows_per_unit", "3", "--visual-tokenizer", tiny_visual_tokenizer]
+    command += ["--filters", "[{class_path: simplear.data.Column, init_args: {column: tag, equals: counting}}]"]
     log, whole, out = tmp_path / "log", tmp_path / "whole", tmp_path / "killed"
     finish([*command, "--out", str(whole)], log)
     command += ["--out", str(out)]
@@ -156,5 +158,6 @@ def test_tokenization_killed_while_writing_ends_in_the_same_hashes(tmp_path: Pat
     finish(command, log)
     manifests = [json.loads((directory / MANIFEST_FILE).read_text()) for directory in (whole, out)]
     assert manifests[0] == manifests[1] and len(manifests[0]["shards"]) == 100
+    assert (whole / DROPS_FILE).read_bytes() == (out / DROPS_FILE).read_bytes()
     TokenShards(out).verify()
-    assert not list(out.glob(f".*{TEMPORARY_MARK}*"))
+    assert not list(out.rglob(f".*{TEMPORARY_MARK}*"))

@@ -1,25 +1,59 @@
-"""Sources of pictures and captions, recaptioning, token shards, the order of training data, and the two DataModules."""
+"""Sources of pictures and captions, filters, recaptioning, token shards, the order of training, the DataModules."""
 
 from simplear.data.captioners import Captioner, ServerCaptioner, TransformersCaptioner
 from simplear.data.captions import train_text_tokenizer_on
+from simplear.data.crops import AspectBuckets, CentreCrop, Crop, RandomCrop
+from simplear.data.filters import (
+    AspectRatio,
+    CaptionLength,
+    Column,
+    Filter,
+    Listed,
+    MinimumScore,
+    PixelLimit,
+    ShortEdge,
+)
 from simplear.data.images import ImageDataModule
 from simplear.data.recaptioned import RecaptionedSource
 from simplear.data.recaptioning import recaption
 from simplear.data.shards import TokenRow, TokenShards, merge_manifest, write_shard
-from simplear.data.sources import ImageFolderSource, Sample, ScenesSource, Source, Unit, WebDatasetSource
+from simplear.data.sources import (
+    HuggingFaceSource,
+    ImageFolderSource,
+    Sample,
+    ScenesSource,
+    Source,
+    TokenFilesSource,
+    Unit,
+    WebDatasetSource,
+)
 from simplear.data.tokenization import tokenize
 from simplear.data.tokens import TokenDataModule
 
 __all__ = [
+    "AspectBuckets",
+    "AspectRatio",
+    "CaptionLength",
     "Captioner",
+    "CentreCrop",
+    "Column",
+    "Crop",
+    "Filter",
+    "HuggingFaceSource",
     "ImageDataModule",
     "ImageFolderSource",
+    "Listed",
+    "MinimumScore",
+    "PixelLimit",
+    "RandomCrop",
     "RecaptionedSource",
     "Sample",
     "ScenesSource",
     "ServerCaptioner",
+    "ShortEdge",
     "Source",
     "TokenDataModule",
+    "TokenFilesSource",
     "TokenRow",
     "TokenShards",
     "TransformersCaptioner",

@@ -20,8 +20,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
+from simplear.data.drops import drop
 from simplear.data.shards import MANIFEST_FILE, write_atomically, write_json
 from simplear.data.sources import Sample, Source, Unit
+from simplear.data.sources.base import decoded
 
 FORMAT_VERSION = 1
 """Of the tables; raised when older code cannot read newer ones or the other way round."""
@@ -113,10 +115,14 @@ class RecaptionedSource(Source):
 
     def read(self, unit: Unit, drops: Counter[str]) -> Iterator[Sample]:
         """The unit's pictures with their new captions. Raises ValueError, naming the file, for a damaged table."""
+        return decoded(self.candidates(unit, drops), drops)
+
+    def candidates(self, unit: Unit, drops: Counter[str]) -> Iterator[Sample]:
+        """As `read`, before pictures are decoded."""
         rows = self._rows(unit)
-        for sample in self.source.read(unit, drops):
+        for sample in self.source.candidates(unit, drops):
             if not rows[sample.key]:
-                drops["no row in the captions"] += 1
+                drop(drops, sample.key, "no row in the captions")
                 continue
             row = rows[sample.key].popleft()
             captions = [row[kind] for kind in KINDS if row[kind] is not None]
@@ -124,7 +130,7 @@ class RecaptionedSource(Source):
             if captions:
                 yield replace(sample, captions=captions)
             else:
-                drops["no usable new caption"] += 1
+                drop(drops, sample.key, "no usable new caption")
 
     def _rows(self, unit: Unit) -> defaultdict[str, deque[dict[str, Any]]]:
         file = self.directory / f"{unit.name}.parquet"

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from simplear.data.captioners import Answer, Captioner
+from simplear.data.drops import drop
 from simplear.data.pictures import Drop, warn_of_drops
 from simplear.data.recaptioned import FORMAT_VERSION, write_captions
 from simplear.data.shards import claim_directory, is_committed, merge_manifest, remove_abandoned
@@ -102,7 +103,7 @@ class PictureBatches(IterableDataset[PictureBatch]):
                 try:
                     images.append(shrunk(sample.image, self.max_pixels))
                 except Drop as reason:
-                    drops[str(reason)] += 1
+                    drop(drops, sample.key, reason)
                     continue
                 samples.append(Sample(sample.key, np.empty((0, 0, 3), np.uint8), sample.captions))
                 if len(samples) == self.batch_size:

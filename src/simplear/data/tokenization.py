@@ -2,31 +2,41 @@
 
 Each rank takes its share of the units that have no committed shard yet; a prediction writer gathers the codes of a
 unit and commits it. Batches never reach over the end of a unit, so the shards do not depend on how many processes
-made them or on how often they were killed. When all units are committed, rank 0 merges the manifest.
+made them or on how often they were killed. When all units are committed, rank 0 merges the manifest, the list of what
+was left out and its picture.
 
 From a command line, a source is a class and its arguments: ``--source ScenesSource --source.count 1000
---source.resolution 64``; one of your own is named by its full class path.
+--source.resolution 64``; one of your own is named by its full class path. Filters and a crop are too. A source that has
+codes in place of pictures (`TokenFilesSource`) has them copied.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
+import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import lightning
 import numpy as np
+import numpy.typing as npt
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from simplear.data.pictures import Pixels, resize_and_crop, warn_of_drops
+from simplear.data.crops import CentreCrop, Crop
+from simplear.data.drops import Dropped, merge_drops, write_unit_drops
+from simplear.data.filters import Filter, MinimumScore
+from simplear.data.funnel import draw_funnel
+from simplear.data.pictures import warn_of_drops
+from simplear.data.preparation import Preparation, UnitBatch, UnitBatches
 from simplear.data.shards import (
     MAX_CODEBOOK_SIZE,
     TokenRow,
@@ -46,61 +56,13 @@ SECONDS_BETWEEN_LINES = 10
 
 
 @dataclass(frozen=True)
-class UnitBatch:
-    """Some pictures of one unit and one size; the last batch of a unit is empty."""
+class Encoded:
+    """Codes of a batch, and which of its pictures a score has left out."""
 
-    unit: str
-    images: Tensor
-    """(B, H, W, 3) uint8"""
-    indices: list[int]
-    """Places of the samples in the unit."""
-    samples: list[Sample]
-    """Without their pictures."""
-    drops: Counter[str] | None = None
-    """Of the whole unit, in its last batch."""
-
-
-class UnitBatches(IterableDataset[UnitBatch]):
-    """Batches of pictures of units, one unit after another in each loader process."""
-
-    def __init__(
-        self,
-        source: Source,
-        units: Sequence[Unit],
-        batch_size: int,
-        size: tuple[int, int] | None,
-        downsample: int,
-    ) -> None:
-        self.source, self.units, self.batch_size = source, units, batch_size
-        self.size, self.downsample = size, downsample
-
-    def __iter__(self) -> Iterator[UnitBatch]:
-        worker = get_worker_info()
-        for unit in self.units if worker is None else self.units[worker.id :: worker.num_workers]:
-            yield from self._batches(unit)
-
-    def _batches(self, unit: Unit) -> Iterator[UnitBatch]:
-        drops: Counter[str] = Counter()
-        # Pictures that keep their own size are gathered by size.
-        pending: dict[tuple[int, ...], list[tuple[int, Sample, Pixels]]] = {}
-        for index, sample in enumerate(self.source.read(unit, drops)):
-            image = sample.image
-            pixels = np.asarray(image) if self.size is None else resize_and_crop(image, *self.size)
-            if pixels.shape[0] % self.downsample or pixels.shape[1] % self.downsample:
-                drops[f"sides are no multiples of {self.downsample}, and no height and width to crop to"] += 1
-                continue
-            bare = Sample(sample.key, np.empty((0, 0, 3), np.uint8), sample.captions, sample.metadata)
-            same_size = pending.setdefault(pixels.shape, [])
-            same_size.append((index, bare, pixels))
-            if len(same_size) == self.batch_size:
-                yield self._batch(unit, pending.pop(pixels.shape))
-        for rows in pending.values():
-            yield self._batch(unit, rows)
-        yield UnitBatch(unit.name, torch.empty((0, 0, 0, 3), dtype=torch.uint8), [], [], drops)
-
-    def _batch(self, unit: Unit, rows: list[tuple[int, Sample, Pixels]]) -> UnitBatch:
-        indices, samples, images = zip(*rows, strict=True)
-        return UnitBatch(unit.name, torch.from_numpy(np.stack(images)), list(indices), list(samples))
+    codes: npt.NDArray[np.uint16]
+    """(K, h, w) of the pictures kept, in their order."""
+    dropped: list[str | None]
+    """For each picture of the batch the reason to drop it; None for the kept ones."""
 
 
 class TokenizeModule(lightning.LightningModule):
@@ -111,17 +73,26 @@ class TokenizeModule(lightning.LightningModule):
         source: Source,
         visual_tokenizer: VisualTokenizer,
         out: Path,
-        size: tuple[int, int] | None,
+        preparation: Preparation,
         batch_size: int,
         num_workers: int,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         self.source, self.visual_tokenizer, self.out = source, visual_tokenizer, out
-        self.size, self.batch_size, self.num_workers = size, batch_size, num_workers
+        self.preparation, self.batch_size, self.num_workers = preparation, batch_size, num_workers
+        self.encode = torch.compile(visual_tokenizer.encode) if compile else visual_tokenizer.encode
+        self.scores = [filter_ for filter_ in preparation.filters if isinstance(filter_, MinimumScore)]
         self.units: list[Unit] = []
         """This rank's share."""
         self.committed_before = 0
         """Units that need no work, of all ranks."""
+
+    def on_predict_start(self) -> None:
+        """Rewards that have weights read them now."""
+        for score in self.scores:
+            if hasattr(score.scorer, "to"):
+                score.scorer.to(self.device)
 
     def predict_dataloader(self) -> DataLoader[UnitBatch]:
         """Batches of this rank's units. Lightning lets no rank begin before all have looked which units are left."""
@@ -129,25 +100,59 @@ class TokenizeModule(lightning.LightningModule):
         unfinished = [unit for unit in units if not is_committed(self.out, unit.name)]
         self.committed_before = len(units) - len(unfinished)
         self.units = unfinished[self.trainer.global_rank :: self.trainer.world_size]
-        batches = UnitBatches(self.source, self.units, self.batch_size, self.size, self.visual_tokenizer.downsample)
-        return DataLoader(batches, batch_size=None, num_workers=min(self.num_workers, len(self.units)))
+        batches = UnitBatches(self.source, self.units, self.batch_size, self.preparation)
+        return DataLoader(
+            batches,
+            batch_size=None,
+            num_workers=min(self.num_workers, len(self.units)),
+            collate_fn=_as_made,
+            pin_memory=self.device.type == "cuda",
+        )
 
     def transfer_batch_to_device(self, batch: UnitBatch, device: torch.device, dataloader_idx: int) -> UnitBatch:
         """Pictures move to the device by themselves: captions and metadata need no walk through them."""
         return batch
 
-    def predict_step(self, batch: UnitBatch) -> np.ndarray:
-        """Codes (B, h, w) uint16 of the batch's pictures."""
+    def predict_step(self, batch: UnitBatch) -> Encoded:
+        """Codes of the batch's pictures, scored first where a filter asks for it."""
+        if batch.failure is not None:
+            raise batch.failure
         if not batch.samples:
-            return np.empty((0, 0, 0), np.uint16)
-        pixels = batch.images.to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        codes = self.visual_tokenizer.encode(pixels)
-        if int(codes.min()) < 0 or int(codes.max()) >= self.visual_tokenizer.codebook_size:
+            return Encoded(np.empty((0, 0, 0), np.uint16), [])
+        if batch.images.dtype == torch.int64:
+            return Encoded(batch.images.numpy().astype(np.uint16), [None] * len(batch.samples))
+        pixels = batch.images.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float()
+        pixels, dropped = self._scored(pixels, batch.samples)
+        if not len(pixels):
+            return Encoded(np.empty((0, 0, 0), np.uint16), dropped)
+        codes = self.encode(pixels / 127.5 - 1)
+        outside = ((codes < 0) | (codes >= self.visual_tokenizer.codebook_size)).flatten(1).any(1)
+        if outside.any():
+            kept = [sample for sample, reason in zip(batch.samples, dropped, strict=True) if reason is None]
+            first = kept[int(outside.nonzero()[0])]
             raise ValueError(
                 f"the visual tokenizer gave codes in [{int(codes.min())}, {int(codes.max())}] but states a codebook of "
-                f"{self.visual_tokenizer.codebook_size}."
+                f"{self.visual_tokenizer.codebook_size}; picture {first.key!r} of {batch.unit} is one."
             )
-        return codes.cpu().numpy().astype(np.uint16)
+        return Encoded(codes.cpu().numpy().astype(np.uint16), dropped)
+
+    def _scored(self, pixels: Tensor, samples: Sequence[Sample]) -> tuple[Tensor, list[str | None]]:
+        """The pictures (K, 3, H, W) in [0, 255] that every score keeps, and for each of the batch why it is not."""
+        dropped: list[str | None] = [None] * len(samples)
+        for score in self.scores:
+            places = [place for place, reason in enumerate(dropped) if reason is None]
+            if not places:
+                break
+            keep = score.keep(pixels / 255, [samples[place] for place in places])
+            for place, kept in zip(places, keep.tolist(), strict=True):
+                dropped[place] = None if kept else score.reason
+            pixels = pixels[keep]
+        return pixels, dropped
+
+
+def _as_made(batch: Any) -> Any:
+    """In place of PyTorch's conversion, which would walk through all metadata."""
+    return batch
 
 
 class ShardWriter(BasePredictionWriter):
@@ -158,8 +163,9 @@ class ShardWriter(BasePredictionWriter):
         self.out = out
         self.drops: Counter[str] = Counter()
         self._rows: dict[str, list[tuple[int, TokenRow]]] = {}
+        self._scored: dict[str, list[tuple[int, Dropped]]] = {}
         self._progress: tqdm | None = None
-        self._counts: dict[str, int] | None = None
+        self._pictures = 0
 
     def on_predict_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Open the progress bar: pictures of this rank's units, or units where their sizes are unknown."""
@@ -170,16 +176,17 @@ class ShardWriter(BasePredictionWriter):
         self._progress = tqdm(
             total=total,
             unit=noun,
-            desc="tokenize",
+            desc="tokenize" if trainer.world_size == 1 else f"tokenize (1 of {trainer.world_size} processes)",
             disable=not (total and trainer.is_global_zero),
             mininterval=0.1 if sys.stderr.isatty() else SECONDS_BETWEEN_LINES,
         )
+        self._began = time.monotonic()
 
     def write_on_batch_end(
         self,
         trainer: lightning.Trainer,
         pl_module: lightning.LightningModule,
-        prediction: np.ndarray,
+        prediction: Encoded,
         batch_indices: Sequence[int] | None,
         batch: UnitBatch,
         batch_idx: int,
@@ -187,17 +194,33 @@ class ShardWriter(BasePredictionWriter):
     ) -> None:
         """Keep the batch's rows; commit the unit after its last batch."""
         assert self._progress is not None
-        rows = self._rows.setdefault(batch.unit, [])
-        for index, sample, codes in zip(batch.indices, batch.samples, prediction, strict=True):
-            rows.append((index, TokenRow(sample.key, codes, sample.captions, sample.metadata, batch.unit)))
+        rows, scored = self._rows.setdefault(batch.unit, []), self._scored.setdefault(batch.unit, [])
+        codes = iter(prediction.codes)
+        for index, sample, reason in zip(batch.indices, batch.samples, prediction.dropped, strict=True):
+            if reason is None:
+                row = TokenRow(sample.key, next(codes), sample.captions, sample.metadata, batch.unit)
+                rows.append((index, row))
+            else:
+                scored.append((index, (sample.key, reason)))
         finished = len(batch.samples)
-        if batch.drops is not None:
-            rows.sort(key=lambda row: row[0])
-            write_shard(self.out, batch.unit, [row for _, row in rows], batch.drops)
-            del self._rows[batch.unit]
-            self.drops += batch.drops
-            finished = batch.drops.total()
-        self._progress.update(finished if self.by_picture else int(batch.drops is not None))
+        if batch.dropped is not None:
+            self._commit(batch.unit, batch.dropped)
+            finished = len(batch.dropped)
+        self._pictures += finished
+        if not self.by_picture:
+            rate = self._pictures / max(time.monotonic() - self._began, 1e-9)
+            self._progress.set_postfix_str(f"{rate:.3g} pictures/s", refresh=False)
+        self._progress.update(finished if self.by_picture else int(batch.dropped is not None))
+
+    def _commit(self, unit: str, dropped: list[Dropped]) -> None:
+        # Batches of several sizes overlap, so rows and scores come in another order than the source's.
+        rows = [row for _, row in sorted(self._rows.pop(unit), key=lambda placed: placed[0])]
+        scored = [entry for _, entry in sorted(self._scored.pop(unit), key=lambda placed: placed[0])]
+        dropped = [*dropped, *scored]
+        counts = Counter(reason for _, reason in dropped)
+        write_unit_drops(self.out, unit, dropped)
+        write_shard(self.out, unit, rows, counts)
+        self.drops += counts
 
     def on_predict_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Wait for all ranks, then merge."""
@@ -209,6 +232,11 @@ class ShardWriter(BasePredictionWriter):
             remove_abandoned(self.out)
             manifest = merge_manifest(self.out, [unit.name for unit in pl_module.source.units()])
             logger.info("%d rows in %s", manifest["rows"], self.out)
+            if any(shard["drops"] for shard in manifest["shards"]):
+                listed = merge_drops(self.out, manifest["shards"])
+                reasons = [filter_.reasons() for filter_ in pl_module.preparation.filters]
+                picture = draw_funnel(self.out, manifest, reasons)
+                logger.info("what was dropped, by key: %s; by reason: %s", listed, picture)
             if pl_module.committed_before:
                 # A source is known by its settings: pictures or captions that changed since are not seen.
                 logger.info(
@@ -226,8 +254,12 @@ def tokenize(
     out: str,
     height: int | None = None,
     width: int | None = None,
+    crop: Crop | None = None,
+    filters: list[Filter] | None = None,
     batch_size: int = 64,
     num_workers: int = 0,
+    bf16: bool = False,
+    compile: bool = False,
     accelerator: str = "auto",
     devices: int = 1,
     num_nodes: int = 1,
@@ -236,24 +268,34 @@ def tokenize(
     """Turn pictures into token shards; run again after a stop, it goes on where it was.
 
     Args:
-        source: Pictures and captions: ScenesSource, ImageFolderSource, WebDatasetSource, or a class path.
+        source: Pictures and captions: ScenesSource, ImageFolderSource, WebDatasetSource, HuggingFaceSource,
+            TokenFilesSource (which has codes), or a class path.
         visual_tokenizer: Directory of the visual tokenizer.
         out: Directory for the token shards.
         height: Pixels; pictures are resized and cropped to it. Without it each keeps its own size.
         width: Pixels; like height.
+        crop: CentreCrop (the default), RandomCrop, AspectBuckets (grids near each picture's shape, of about
+            height x width pixels), or a class path.
+        filters: What to leave out, in this order: ShortEdge, AspectRatio, PixelLimit, CaptionLength, Column, Listed,
+            MinimumScore, or class paths. Drops are counted by reason and listed in drops.parquet.
         batch_size: Pictures encoded at once.
-        num_workers: Loader processes on each rank that read and crop; 0 does it in the encoding process.
+        num_workers: Loader processes on each rank that read, filter, decode and crop; 0: the encoding process does.
+        bf16: Encode in mixed bfloat16. Some codes differ from those of full precision.
+        compile: Encode with torch.compile; takes minutes at first.
         accelerator: "cpu", "gpu" or "auto".
         devices: Processes on each machine.
         num_nodes: Machines.
         strategy: Lightning's strategy; "auto" takes "ddp" for several processes.
 
     Raises:
-        ValueError: sizes that the tokenizer cannot encode, a codebook too large for uint16, or a directory that holds
-            shards made with other settings.
+        ValueError: sizes that the tokenizer cannot encode, a codebook too large for uint16, a crop without a size,
+            codes outside the codebook, or a directory that holds shards made with other settings.
+        ChildProcessError: a loader process was killed.
     """
     tokenizer = load_visual_tokenizer(visual_tokenizer) if isinstance(visual_tokenizer, str) else visual_tokenizer
     size = _size(height, width, tokenizer.downsample)
+    if size is None and crop is not None:
+        raise ValueError(f"a {type(crop).__name__} needs height and width to crop to.")
     if tokenizer.codebook_size > MAX_CODEBOOK_SIZE:
         raise ValueError(f"{tokenizer.codebook_size} codes do not fit the {MAX_CODEBOOK_SIZE} of a token shard.")
     directory = Path(out)
@@ -265,24 +307,44 @@ def tokenize(
         "width": width,
         "source": source.describe(),
     }
+    # What is left at its default is not written, so that directories begun before there was a choice go on.
+    if crop is not None and not isinstance(crop, CentreCrop):
+        settings["crop"] = crop.describe()
+    if filters:
+        settings["filters"] = [filter_.describe() for filter_ in filters]
+    if bf16 or compile:
+        settings["encoder"] = {"bf16": bf16, "compile": compile}
     claim_directory(directory, settings)
     trainer = lightning.Trainer(
         accelerator=accelerator,
         devices=devices,
         num_nodes=num_nodes,
         strategy=strategy,
+        precision="bf16-mixed" if bf16 else "32-true",
         callbacks=[ShardWriter(directory)],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    module = TokenizeModule(source, tokenizer, directory, size, batch_size, num_workers)
+    preparation = Preparation(
+        size, tokenizer.downsample, tokenizer.codebook_size, crop or CentreCrop(), tuple(filters or ())
+    )
+    module = TokenizeModule(source, tokenizer, directory, preparation, batch_size, num_workers, compile)
     with warnings.catch_warnings():
         # Batches know their rows themselves, and processes take few units each.
         warnings.filterwarnings("ignore", "Couldn't infer the batch indices.*")
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
-        trainer.predict(module, return_predictions=False)
+        try:
+            trainer.predict(module, return_predictions=False)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise ChildProcessError(
+                f"a loader process was killed ({str(error).splitlines()[0]}): often memory has run out. Take fewer "
+                "num_workers or a smaller batch_size, or leave out huge pictures by PixelLimit, and run it again: "
+                f"{directory} goes on where it stopped."
+            ) from error
 
 
 def _size(height: int | None, width: int | None, downsample: int) -> tuple[int, int] | None:

@@ -1,0 +1,136 @@
+"""What happens to samples before they are encoded: filters, crop, and batches of one size, in loader processes.
+
+Whether a sample is used follows from the sample alone (and from the keys before it in its unit), so batches do not
+depend on who makes them. Nothing here knows of encoders or shards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from simplear.data.crops import CentreCrop, Crop
+from simplear.data.drops import Dropped, Drops, drop
+from simplear.data.filters import Filter
+from simplear.data.pictures import Drop, Pixels
+from simplear.data.sources import Sample, Source, Unit
+from simplear.data.sources.base import NO_CAPTION, NO_PICTURE
+
+Int64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What happens to a sample before it is encoded."""
+
+    size: tuple[int, int] | None
+    """Height and width to crop to; None keeps each picture's own."""
+    downsample: int
+    codebook_size: int
+    crop: Crop = field(default_factory=CentreCrop)
+    filters: Sequence[Filter] = ()
+
+    def __call__(self, sample: Sample) -> Pixels | Int64:
+        """Pixels to encode, uint8 (H, W, 3), or the codes (h, w) that the sample has already.
+
+        Raises:
+            Drop: it is to be left out.
+            ValueError: codes outside the codebook, or of another grid than height and width ask for; names the sample.
+        """
+        if not sample.captions:
+            raise Drop(NO_CAPTION)
+        for filter_ in self.filters:
+            filter_.check(sample)
+        if sample.codes is not None:
+            self._require_codes(sample.key, sample.codes)
+            return sample.codes
+        image = sample.image
+        pixels = np.asarray(image) if self.size is None else self.crop(image, sample.key, self.size, self.downsample)
+        if pixels.shape[0] % self.downsample or pixels.shape[1] % self.downsample:
+            raise Drop(f"sides are no multiples of {self.downsample}, and no height and width to crop to")
+        return pixels
+
+    def _require_codes(self, key: str, codes: Int64) -> None:
+        wanted = codes.shape if self.size is None else tuple(side // self.downsample for side in self.size)
+        if codes.shape != wanted:
+            raise ValueError(f"{key} has the grid {codes.shape}, height and width ask for {wanted}: leave them out.")
+        outside = np.argwhere((codes < 0) | (codes >= self.codebook_size))
+        if len(outside):
+            row, column = outside[0].tolist()
+            raise ValueError(
+                f"{key} has the code {codes[row, column]} in row {row}, column {column}, outside "
+                f"[0, {self.codebook_size}): it is of another visual tokenizer, or damaged. Name the tokenizer that "
+                "made it, or take the file out."
+            )
+
+
+@dataclass(frozen=True)
+class UnitBatch:
+    """Some pictures of one unit and one size; the last batch of a unit is empty."""
+
+    unit: str
+    images: Tensor
+    """(B, H, W, 3) uint8, or codes (B, h, w) int64 of pictures that are tokenized already."""
+    indices: list[int]
+    """Places of the samples in the unit."""
+    samples: list[Sample]
+    """Without their pictures."""
+    dropped: list[Dropped] | None = None
+    """Of the whole unit, in its last batch."""
+    failure: Exception | None = None
+    """What stops the work; carried to the encoder, so that the batches before it, which may end a unit, are written."""
+
+    def pin_memory(self) -> UnitBatch:
+        """With pictures in memory from which a GPU copies beside its work."""
+        return replace(self, images=self.images.pin_memory())
+
+
+class UnitBatches(IterableDataset[UnitBatch]):
+    """Batches of pictures of units, one unit after another in each loader process."""
+
+    def __init__(self, source: Source, units: Sequence[Unit], batch_size: int, preparation: Preparation) -> None:
+        self.source, self.units, self.batch_size, self.preparation = source, units, batch_size, preparation
+
+    def __iter__(self) -> Iterator[UnitBatch]:
+        worker = get_worker_info()
+        for unit in self.units if worker is None else self.units[worker.id :: worker.num_workers]:
+            try:
+                yield from self._batches(unit)
+            except (ValueError, TypeError, OSError) as error:
+                yield _last_batch(unit, failure=error)
+                return
+
+    def _batches(self, unit: Unit) -> Iterator[UnitBatch]:
+        drops, seen = Drops(), set[str]()
+        # Pictures that keep their own size, or get the grid nearest their shape, are gathered by size.
+        pending: dict[tuple[int, ...], list[tuple[int, Sample, Pixels | Int64]]] = {}
+        for index, sample in enumerate(self.source.candidates(unit, drops)):
+            try:
+                if sample.key in seen:
+                    raise Drop("duplicate key")
+                seen.add(sample.key)
+                prepared = self.preparation(sample)
+            except Drop as reason:
+                drop(drops, sample.key, reason)
+                continue
+            same_size = pending.setdefault(prepared.shape, [])
+            same_size.append((index, replace(sample, picture=NO_PICTURE, codes=None), prepared))
+            if len(same_size) == self.batch_size:
+                yield self._batch(unit, pending.pop(prepared.shape))
+        for rows in pending.values():
+            yield self._batch(unit, rows)
+        yield _last_batch(unit, drops.listed())
+
+    def _batch(self, unit: Unit, rows: list[tuple[int, Sample, Pixels | Int64]]) -> UnitBatch:
+        indices, samples, images = zip(*rows, strict=True)
+        return UnitBatch(unit.name, torch.from_numpy(np.stack(images)), list(indices), list(samples))
+
+
+def _last_batch(unit: Unit, dropped: list[Dropped] | None = None, failure: Exception | None = None) -> UnitBatch:
+    return UnitBatch(unit.name, torch.empty((0, 0, 0, 3), dtype=torch.uint8), [], [], dropped, failure)

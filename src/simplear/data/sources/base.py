@@ -1,0 +1,202 @@
+"""What a source of pictures and captions is, and the conventions that the sources share.
+
+A source is divided into units of work, which name the token shards made of them, so that any process can take any
+unit. What cannot be used is dropped and counted by reason. A source of one's own derives from `Source` and is named by
+its class path in YAML.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from simplear.data.drops import drop
+from simplear.data.pictures import Drop, PictureFile, Pixels
+
+PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+CAPTION_KEYS = ("captions", "caption", "text")
+"""Where metadata holds captions when nothing is said; the first that is there counts."""
+NO_CAPTION = "no caption"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture with its captions."""
+
+    key: str
+    """Names the sample within its source."""
+    picture: Image.Image | Pixels | PictureFile
+    """RGB, or a file that is decoded when the image is asked for."""
+    captions: Sequence[str]
+    """At least one, none empty, unless the source was told that captions are not required."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    codes: npt.NDArray[np.int64] | None = None
+    """(h, w), of a source whose pictures are tokenized already; then the picture is empty."""
+
+    @cached_property
+    def image(self) -> Image.Image | Pixels:
+        """RGB. Raises `Drop` when the picture cannot be decoded, ValueError where there are codes in its place."""
+        if self.codes is not None:
+            raise ValueError(f"sample {self.key!r} has codes and no picture: this needs a source of pictures.")
+        return self.picture.open() if isinstance(self.picture, PictureFile) else self.picture
+
+    @cached_property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels, from the header alone where there is one: before an orientation is applied.
+
+        Raises `Drop` as `image` does, and ValueError where there are codes in place of a picture.
+        """
+        if self.codes is not None:
+            raise ValueError(f"sample {self.key!r} has codes and no picture: filters by size cannot judge it.")
+        if isinstance(self.picture, np.ndarray):
+            return self.picture.shape[1], self.picture.shape[0]
+        return self.picture.size if isinstance(self.picture, Image.Image) else self.picture.size()
+
+
+NO_PICTURE: Pixels = np.empty((0, 0, 3), np.uint8)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of a source, as large as one token shard."""
+
+    name: str
+    """Unique in the source, safe as a file name."""
+    part: Any
+    """What the source needs to find it; picklable."""
+    count: int | None = None
+    """Samples in it, dropped ones included, where that is known beforehand."""
+
+
+class Source(ABC):
+    """Pictures and captions in units of work."""
+
+    @abstractmethod
+    def units(self) -> list[Unit]:
+        """All units, in an order that does not change."""
+
+    @abstractmethod
+    def read(self, unit: Unit, drops: Counter[str]) -> Iterator[Sample]:
+        """The unit's samples in their order; counts in `drops`, by reason, what is left out."""
+
+    def candidates(self, unit: Unit, drops: Counter[str]) -> Iterator[Sample]:
+        """As `read`, but pictures may be not decoded yet and prove unusable then (`Sample.image` raises `Drop`).
+
+        For whoever looks at captions, metadata and sizes first.
+        """
+        return self.read(unit, drops)
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Settings that decide what the samples are; JSON values, kept in the manifest."""
+
+
+class IndexedSource(Source):
+    """A source whose samples have numbers, in units of `rows_per_unit` of them."""
+
+    rows_per_unit: int
+    unit_prefix: str
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def sample(self, index: int) -> Sample:
+        """Sample `index`. Raises `Drop` when it cannot be used."""
+
+    def key(self, index: int) -> str:
+        """What names sample `index` also when it cannot be used."""
+        return f"{self.unit_prefix}-{index:09d}"
+
+    def units(self) -> list[Unit]:
+        starts = range(0, len(self), self.rows_per_unit)
+        parts = [range(start, min(start + self.rows_per_unit, len(self))) for start in starts]
+        return [Unit(f"{self.unit_prefix}-{part.start:09d}", part, len(part)) for part in parts]
+
+    def candidates(self, unit: Unit, drops: Counter[str]) -> Iterator[Sample]:
+        for index in unit.part:
+            try:
+                yield self.sample(index)
+            except Drop as reason:
+                drop(drops, self.key(index), reason)
+
+    def read(self, unit: Unit, drops: Counter[str]) -> Iterator[Sample]:
+        return decoded(self.candidates(unit, drops), drops)
+
+
+def decoded(samples: Iterator[Sample], drops: Counter[str]) -> Iterator[Sample]:
+    """The samples whose pictures can be decoded; the others are counted."""
+    for sample in samples:
+        try:
+            _ = sample.codes is None and sample.image
+        except Drop as reason:
+            drop(drops, sample.key, reason)
+        else:
+            yield sample
+
+
+def column(row: Mapping[str, Any], name: str) -> Any:
+    """The value of a column, None without one; "a.b" is b of the object a unless there is a column of that name."""
+    if name in row:
+        return row[name]
+    for part in name.split("."):
+        if not isinstance(row, Mapping) or part not in row:
+            return None
+        row = row[part]
+    return row
+
+
+def captions_and_metadata(
+    row: Mapping[str, Any], captions: Sequence[str] | None = None, metadata: Sequence[str] | None = None
+) -> tuple[list[str], dict[str, Any]]:
+    """Captions of a row of named values, and what is kept of the others.
+
+    Args:
+        row: JSON values.
+        captions: columns that hold captions (text or lists of text), all of which count; None: the first of
+            `CAPTION_KEYS` that is there.
+        metadata: columns to keep; None: all but the captions.
+
+    Raises `Drop` for captions that are no text, and for text that is no valid Unicode.
+    """
+    names = captions if captions is not None else [key for key in CAPTION_KEYS if key in row][:1]
+    texts: list[str] = []
+    for name in names:
+        found = column(row, name)
+        found = [found] if isinstance(found, str) else found or []
+        if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+            raise Drop("captions are no text")
+        texts += found
+    if metadata is None:
+        kept = {key: value for key, value in row.items() if key not in names}
+    else:
+        kept = {name: column(row, name) for name in metadata}
+    # JSON can spell half of a surrogate pair, which no file can hold.
+    valid_text(json.dumps([texts, kept], ensure_ascii=False))
+    return [text.strip() for text in texts if text.strip()], kept
+
+
+def valid_text(text: str) -> str:
+    """The text itself. Raises `Drop` for what UTF-8 cannot hold, such as file names in another encoding."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise Drop("text is no valid Unicode") from error
+    return text
+
+
+def caption_lines(content: bytes) -> list[str]:
+    """A caption a line. Raises `Drop` for what is no UTF-8."""
+    try:
+        return [line.strip() for line in content.decode("utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise Drop("text is no valid Unicode") from error

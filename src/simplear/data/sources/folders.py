@@ -1,0 +1,120 @@
+"""Folders of picture files."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from simplear.data.pictures import Drop, PictureFile, read_unchanged
+from simplear.data.sources.base import (
+    NO_CAPTION,
+    PICTURE_SUFFIXES,
+    IndexedSource,
+    Sample,
+    caption_lines,
+    captions_and_metadata,
+    valid_text,
+)
+
+
+class ImageFolderSource(IndexedSource):
+    """A folder of pictures, sub-folders included, in the order of their paths.
+
+    Captions stand in a .txt beside each picture, one a line; or in a ``metadata.jsonl`` at the top, which then says
+    which pictures there are: ``file_name``, and ``captions``, ``caption`` or ``text``; other keys become metadata.
+    """
+
+    unit_prefix = "images"
+
+    def __init__(self, path: str, *, rows_per_unit: int = 1000, captions_required: bool = True) -> None:
+        """
+        Args:
+            path: The folder. Links to folders are followed.
+            rows_per_unit: Pictures in one token shard.
+            captions_required: False keeps pictures without a caption, for recaptioning.
+
+        Raises:
+            FileNotFoundError: the folder is missing or holds no picture.
+            OSError: a folder in it cannot be read, or a link leads back to a folder above it.
+            ValueError: a line of metadata.jsonl is no object with a file_name.
+        """
+        self.path, self.rows_per_unit, self.captions_required = Path(path), rows_per_unit, captions_required
+        if not self.path.is_dir():
+            raise FileNotFoundError(f"{path} is no folder: give one that holds pictures.")
+        listing = self.path / "metadata.jsonl"
+        self._entries: list[tuple[str, dict[str, Any] | None]]
+        if listing.exists():
+            self._entries = _read_listing(listing)
+        else:
+            found = (file for file in files_below(self.path) if file.suffix.lower() in PICTURE_SUFFIXES)
+            self._entries = [(name, None) for name in sorted(file.relative_to(self.path).as_posix() for file in found)]
+        if not self._entries:
+            raise FileNotFoundError(f"{path} holds no picture ({', '.join(sorted(PICTURE_SUFFIXES))}).")
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def key(self, index: int) -> str:
+        return self._entries[index][0]
+
+    def entry(self, index: int) -> tuple[Path, list[str], dict[str, Any]]:
+        """File, captions and metadata of picture `index` of the sorted or listed paths; the picture is not opened.
+
+        Raises `Drop` for text that is none.
+        """
+        name, listed = self._entries[index]
+        file = self.path / valid_text(name)
+        if listed is not None:
+            return file, *captions_and_metadata(listed)
+        text = file.with_suffix(".txt")
+        return file, caption_lines(read_unchanged(text)) if text.exists() else [], {}
+
+    def sample(self, index: int) -> Sample:
+        """Picture `index` of the sorted or listed paths."""
+        file, captions, metadata = self.entry(index)
+        if not captions and self.captions_required:
+            raise Drop(NO_CAPTION)
+        return Sample(self.key(index), PictureFile(file), captions, metadata)
+
+    def describe(self) -> dict[str, Any]:
+        names = {"path": str(self.path), "pictures": len(self), "rows_per_unit": self.rows_per_unit}
+        return {"class": "ImageFolderSource", **names}
+
+
+def files_below(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path]:
+    """All files in a folder and those below it, links followed.
+
+    Raises OSError naming a folder that cannot be read, and a link that leads back to a folder above it.
+    """
+    try:
+        status = folder.stat()
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise OSError(
+            error.errno, f"{folder} cannot be read ({error.strerror}): make it readable, or take it out of the source."
+        ) from error
+    place = (status.st_dev, status.st_ino)
+    if place in above:
+        raise OSError(f"{folder} is a link to a folder above it, without end: remove the link.")
+    for entry in entries:
+        if entry.is_dir():
+            yield from files_below(folder / entry.name, (*above, place))
+        else:
+            yield folder / entry.name
+
+
+def _read_listing(listing: Path) -> list[tuple[str, dict[str, Any] | None]]:
+    entries: list[tuple[str, dict[str, Any] | None]] = []
+    with open(listing, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                entry = json.loads(line.decode())
+                entries.append((entry.pop("file_name"), entry))
+            except (ValueError, AttributeError, TypeError, KeyError) as error:
+                raise ValueError(
+                    f'{listing}, line {number} is no UTF-8 JSON object with a "file_name": {error}.'
+                ) from error
+    return entries

@@ -1,0 +1,106 @@
+"""Real pictures from files to codes: crops of photographs give the same rows in every format, filters included."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path, PurePath
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from corpora import Picture, png, write_folder, write_parquet, write_token_files, write_webdataset
+from photographs import CAPTIONS, photographs
+from simplear.data import (
+    Column,
+    Filter,
+    HuggingFaceSource,
+    ImageFolderSource,
+    ShortEdge,
+    Source,
+    TokenFilesSource,
+    TokenShards,
+    WebDatasetSource,
+    tokenize,
+)
+from simplear.data.drops import DROPS_FILE
+
+SIDE, SMALLEST, DARKEST = 64, 40, 40.0
+SIZE = 32
+
+
+def crops() -> list[Picture]:
+    """Every part of the photographs, also the narrow ones at their edges."""
+    found = []
+    for name, pixels in photographs().items():
+        for top in range(0, pixels.shape[0], SIDE):
+            for left in range(0, pixels.shape[1], SIDE):
+                part = pixels[top : top + SIDE, left : left + SIDE]
+                captions = [CAPTIONS[name], f"part of a photo of {CAPTIONS[name]}"]
+                key = f"{name}-{top:04d}-{left:04d}"
+                found.append(Picture(key, png(part), captions, {"brightness": float(part.mean())}))
+    return found
+
+
+def filters() -> list[Filter]:
+    return [ShortEdge(SMALLEST), Column("brightness", minimum=DARKEST)]
+
+
+Rows = dict[str, tuple[list[list[int]], list[str]]]
+
+
+def tokenized(
+    source: Source, out: Path, tokenizer: str, filters: list[Filter]
+) -> tuple[Rows, Counter[tuple[str, str]]]:
+    """Codes and captions by name, and the names and reasons of what is missing."""
+    tokenize(
+        source=source, visual_tokenizer=tokenizer, out=str(out), height=SIZE, width=SIZE, filters=filters,
+        accelerator="cpu",
+    )  # fmt: skip
+    shards = TokenShards(out)
+    shards.verify()
+    read = shards.read(np.arange(len(shards)))
+    names = [PurePath(key).stem for key in read.keys]
+    rows = dict(zip(names, zip(read.codes.tolist(), read.captions, strict=True), strict=True))
+    dropped = pq.read_table(out / DROPS_FILE).to_pylist() if (out / DROPS_FILE).exists() else []
+    return rows, Counter((PurePath(row["key"]).stem, row["reason"]) for row in dropped)
+
+
+@pytest.fixture(scope="module")
+def corpus() -> list[Picture]:
+    return crops()
+
+
+def test_every_format_gives_the_same_rows_and_drops(
+    corpus: list[Picture], tmp_path: Path, tiny_visual_tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    parquet = str(write_parquet(tmp_path / "x.parquet", corpus))
+    sources: dict[str, Source] = {
+        "folder": ImageFolderSource(str(write_folder(tmp_path / "pictures", corpus)), rows_per_unit=len(corpus)),
+        "tar": WebDatasetSource(str(write_webdataset(tmp_path / "x.tar", corpus))),
+        "parquet": HuggingFaceSource("parquet", data_files=parquet, key="key", rows_per_unit=len(corpus)),
+        "stream": HuggingFaceSource("parquet", data_files=parquet, key="key", streaming=True),
+    }
+    found = {
+        name: tokenized(source, tmp_path / name, tiny_visual_tokenizer, filters()) for name, source in sources.items()
+    }
+    rows, dropped = found["folder"]
+    assert all(other == (rows, dropped) for other in found.values())
+
+    # What the filters should have done, from the pictures themselves.
+    reasons = Counter(reason for _, reason in dropped.elements())
+    narrow = {p.name for p in corpus if min(sides(p)) < SMALLEST}
+    dark = {p.name for p in corpus if p.metadata["brightness"] < DARKEST} - narrow
+    assert reasons == {f"short edge under {SMALLEST} pixels": len(narrow), f"brightness under {DARKEST}": len(dark)}
+    assert rows.keys() == {p.name for p in corpus} - narrow - dark and narrow and dark and len(rows) > 300
+
+    # The paper's token files are the same codes already.
+    codes = write_token_files(tmp_path, [(name, np.array(grid), texts) for name, (grid, texts) in rows.items()])
+    copied = tokenized(TokenFilesSource(str(codes)), tmp_path / "copied", tiny_visual_tokenizer, [])
+    assert copied == (rows, Counter())
+
+
+def sides(picture: Picture) -> tuple[int, int]:
+    """Width and height from the PNG header itself."""
+    return int.from_bytes(picture.content[16:20], "big"), int.from_bytes(picture.content[20:24], "big")

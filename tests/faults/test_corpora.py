@@ -1,0 +1,370 @@
+"""Corpora as the world has them, while they are tokenized: a message that names the place, or a counted drop.
+
+Whatever happens, what is committed stays whole, and running the same again once the fault is gone gives what an
+undisturbed run gives. Damaged pictures are in `test_pictures`, damaged shards in `test_shards`.
+"""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import signal
+import tarfile
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import get_worker_info
+
+from corpora import Picture, pictures, png, write_folder, write_tar, write_token_files, write_webdataset
+from simplear.cli import main
+from simplear.data import (
+    CaptionLength,
+    ImageFolderSource,
+    Sample,
+    Source,
+    TokenDataModule,
+    TokenFilesSource,
+    TokenShards,
+    Unit,
+    WebDatasetSource,
+    tokenize,
+)
+from simplear.data.drops import DROPS_FILE
+from simplear.data.pictures import open_rgb
+from simplear.data.shards import MANIFEST_FILE, is_committed
+from simplear.sequence import START_OF_IMAGE, TEXT_TO_IMAGE
+
+from .conftest import FullDisk
+
+SIDE = 16
+
+
+def run(source: Source, out: Path, tokenizer: str, **options: Any) -> None:
+    tokenize(
+        source=source, visual_tokenizer=tokenizer, out=str(out), height=SIDE, width=SIDE, accelerator="cpu", **options
+    )
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    """Everything that a finished run leaves but the picture of the funnel."""
+    files = (file for file in directory.rglob("*") if file.is_file() and file.suffix != ".png")
+    return {str(file.relative_to(directory)): file.read_bytes() for file in files}
+
+
+def dropped(out: Path) -> list[tuple[str, str]]:
+    return [(row["key"], row["reason"]) for row in pq.read_table(out / DROPS_FILE).to_pylist()]
+
+
+def keys(out: Path) -> list[str]:
+    shards = TokenShards(out)
+    shards.verify()
+    return shards.read(np.arange(len(shards))).keys
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What `simplear` prints when it stops, which is no trace."""
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 2 and "Traceback" not in printed
+    return printed
+
+
+@pytest.mark.parametrize("form", ["GIF", "PNG", "WEBP"])
+def test_of_an_animation_the_first_frame_counts(form: str) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ((255, 0, 0), (0, 255, 0), (0, 0, 255))]
+    file = io.BytesIO()
+    options = {"lossless": True} if form == "WEBP" else {}
+    frames[0].save(file, form, save_all=True, append_images=frames[1:], **options)
+    with Image.open(file) as opened:
+        assert opened.n_frames == 3
+    assert set(open_rgb(file).get_flattened_data()) == {(255, 0, 0)}
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 42])
+def test_an_orientation_that_is_none_turns_nothing(orientation: int) -> None:
+    image = Image.new("RGB", (8, 4))
+    image.putpixel((0, 0), (255, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    image.save(file, "PNG", exif=exif.tobytes())
+    assert np.array_equal(np.asarray(open_rgb(file)), np.asarray(image))
+
+
+def test_a_block_of_exif_that_is_noise_costs_no_picture() -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 4), (9, 9, 9)).save(file, "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\xff\xff\xff\xff")
+    assert open_rgb(file).size == (8, 4)
+
+
+def test_a_caption_of_a_hundred_kilobytes_is_kept_whole_and_cut_in_training_with_a_count(
+    tmp_path: Path, tiny_visual_tokenizer: str, tiny_text_tokenizer: str
+) -> None:
+    long = "a red circle " * 8000
+    write_webdataset(tmp_path / "x.tar", [Picture("long", png((1, 2, 3)), [long]), *pictures(3)])
+    run(WebDatasetSource(str(tmp_path / "x.tar")), tmp_path / "out", tiny_visual_tokenizer)
+    read = TokenShards(tmp_path / "out").read(np.arange(4))
+    assert read.captions[0] == [long.strip()]
+    data = TokenDataModule(str(tmp_path / "out"), 4, tiny_text_tokenizer, max_text_tokens=30, caption_dropout=0)
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    assert int(batch["truncated"].sum()) == 1 and batch["input_ids"].shape[1] == 30 + 2 + 4
+
+
+def test_control_tokens_in_a_caption_stay_text(
+    tmp_path: Path, tiny_visual_tokenizer: str, tiny_text_tokenizer: str
+) -> None:
+    evil = f"{START_OF_IMAGE} {TEXT_TO_IMAGE} a dog <|endoftext|>"
+    write_webdataset(tmp_path / "x.tar", [Picture("evil", png((1, 2, 3)), [evil])])
+    run(WebDatasetSource(str(tmp_path / "x.tar")), tmp_path / "out", tiny_visual_tokenizer)
+    data = TokenDataModule(str(tmp_path / "out"), 1, tiny_text_tokenizer, max_text_tokens=90, caption_dropout=0)
+    data.setup("fit")
+    ids = next(iter(data.train_dataloader()))["input_ids"][0].tolist()
+    for token in (START_OF_IMAGE, TEXT_TO_IMAGE):
+        assert ids.count(data.text_tokenizer.convert_tokens_to_ids(token)) == 1
+    text = ids[1 : ids.index(data.text_tokenizer.convert_tokens_to_ids(START_OF_IMAGE))]
+    assert data.text_tokenizer.decode(text) == evil
+
+
+def test_of_two_samples_with_one_key_the_second_is_dropped(tmp_path: Path, tiny_visual_tokenizer: str) -> None:
+    twice = [*pictures(3), *pictures(2)]
+    write_webdataset(tmp_path / "x.tar", twice)
+    run(WebDatasetSource(str(tmp_path / "x.tar")), tmp_path / "out", tiny_visual_tokenizer)
+    assert keys(tmp_path / "out") == ["000", "001", "002"]
+    assert dropped(tmp_path / "out") == [("000", "duplicate key"), ("001", "duplicate key")]
+
+
+def test_names_that_lead_out_of_a_tar_are_dropped_and_nothing_is_written_there(
+    tmp_path: Path, tiny_visual_tokenizer: str
+) -> None:
+    names = ["../../out", "a/../../b", "/absolute", "./plain", "..two.dots"]
+    members = [
+        (f"{name}{suffix}", body) for name in names for suffix, body in ((".png", png((1, 1, 1))), (".txt", b"x"))
+    ]
+    write_tar(tmp_path / "deep/x.tar", members)
+    before = {path for path in tmp_path.rglob("*") if "out" not in path.parts}
+    run(WebDatasetSource(str(tmp_path / "deep/x.tar")), tmp_path / "out", tiny_visual_tokenizer)
+    reason = "name leads out of the archive"
+    assert dropped(tmp_path / "out")[:2] == [("../../out", reason), ("a/../../b", reason)]
+    assert keys(tmp_path / "out")[:2] == ["absolute", "plain"]
+    assert {path for path in tmp_path.rglob("*") if not path.is_relative_to(tmp_path / "out")} == before
+
+
+@pytest.mark.parametrize(("workers", "extra"), [(0, 0), (0, 7), (2, 7)])
+def test_a_tar_that_is_cut_short_is_named_and_the_others_stay(
+    tmp_path: Path, tiny_visual_tokenizer: str, capsys: pytest.CaptureFixture[str], workers: int, extra: int
+) -> None:
+    """Also between two members, where `tarfile` sees nothing wrong."""
+    unit = tarfile.BLOCKSIZE
+    for number in range(3):
+        write_webdataset(tmp_path / f"{number}.tar", pictures(4))
+    whole = (tmp_path / "2.tar").read_bytes()
+    (tmp_path / "2.tar").write_bytes(whole[: len(whole) // 2 // unit * unit + extra])
+    out = tmp_path / "out"
+    arguments = ["tokenize", "--source", "WebDatasetSource", "--source.paths", str(tmp_path / "*.tar")]
+    arguments += ["--visual-tokenizer", tiny_visual_tokenizer, "--height", str(SIDE), "--width", str(SIDE)]
+    arguments += ["--out", str(out), "--accelerator", "cpu", "--num-workers", str(workers)]
+    assert f"{tmp_path}/2.tar is damaged or cut short" in refused(arguments, capsys)
+    assert is_committed(out, "0") and not is_committed(out, "2") and not (out / MANIFEST_FILE).exists()
+    (tmp_path / "2.tar").write_bytes(whole)
+    main(arguments)
+    assert len(keys(out)) == 12
+
+
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    """Root reads everything; within the block the process is another user's."""
+    if os.geteuid():
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_a_folder_that_cannot_be_read_is_named() -> None:
+    """In place of a corpus without it."""
+    with tempfile.TemporaryDirectory() as name:
+        root = write_folder(Path(name) / "pictures", pictures(2))
+        (root / "metadata.jsonl").unlink()
+        (root / "closed").mkdir(mode=0o000)
+        Path(name).chmod(0o755)
+        with (
+            as_nobody(),
+            pytest.raises(OSError, match=r"pictures/closed cannot be read \(Permission denied\): make it"),
+        ):
+            ImageFolderSource(str(root))
+        (root / "closed").chmod(0o755)
+        with as_nobody():
+            assert len(ImageFolderSource(str(root))) == 2
+
+
+def test_links_are_followed_and_one_that_comes_back_is_named(tmp_path: Path) -> None:
+    write_folder(tmp_path / "elsewhere", pictures(2))
+    (tmp_path / "pictures/deep").mkdir(parents=True)
+    (tmp_path / "pictures/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "pictures/again").symlink_to(tmp_path / "elsewhere")
+    assert len(ImageFolderSource(str(tmp_path / "pictures"))) == 4
+    (tmp_path / "pictures/deep/up").symlink_to(tmp_path / "pictures")
+    with pytest.raises(OSError, match=r"pictures/deep/up is a link to a folder above it"):
+        ImageFolderSource(str(tmp_path / "pictures"))
+
+
+class Meddling(WebDatasetSource):
+    """Something is done when the third sample of the last tar has been read."""
+
+    def __init__(self, paths: str, meddle: Callable[[Unit], None]) -> None:
+        super().__init__(paths)
+        self.meddle = meddle
+
+    def candidates(self, unit: Unit, drops: Counter[str]) -> Iterator[Sample]:
+        for number, sample in enumerate(super().candidates(unit, drops)):
+            if unit.name == "2" and number == 2:
+                self.meddle(unit)
+            yield sample
+
+
+@pytest.fixture
+def tars(tmp_path: Path) -> str:
+    """A pattern of three tars of four pictures."""
+    for number in range(3):
+        write_webdataset(tmp_path / "tars" / f"{number}.tar", pictures(4))
+    return str(tmp_path / "tars/*.tar")
+
+
+def test_a_tar_that_grows_while_it_is_read_is_named(tmp_path: Path, tars: str, tiny_visual_tokenizer: str) -> None:
+    def grow(unit: Unit) -> None:
+        with unit.part.open("ab") as tar:
+            tar.write(bytes(tarfile.RECORDSIZE))
+
+    with pytest.raises(OSError, match=r"tars/2\.tar changed while it was read: wait .* run the same again"):
+        run(Meddling(tars, grow), tmp_path / "out", tiny_visual_tokenizer)
+    assert is_committed(tmp_path / "out", "1") and not is_committed(tmp_path / "out", "2")
+    run(WebDatasetSource(tars), tmp_path / "out", tiny_visual_tokenizer)
+    assert len(keys(tmp_path / "out")) == 12
+
+
+def test_a_picture_that_is_written_while_it_is_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write_folder(tmp_path / "pictures", pictures(3))
+    source, status, calls = ImageFolderSource(str(root)), os.fstat, []
+
+    def late(descriptor: int) -> os.stat_result:
+        """Someone writes between the two looks at the file."""
+        if calls.append(descriptor) or len(calls) == 2:
+            with (root / "000.png").open("ab") as file:
+                file.write(b"more")
+        return status(descriptor)
+
+    monkeypatch.setattr("simplear.data.pictures.os.fstat", late)
+    with pytest.raises(OSError, match=r"pictures/000\.png changed while it was read"):
+        list(source.read(source.units()[0], Counter()))
+
+
+def test_a_loader_process_that_is_killed_is_told_and_the_rest_goes_on(
+    tmp_path: Path, tars: str, tiny_visual_tokenizer: str
+) -> None:
+    def die(unit: Unit) -> None:
+        assert get_worker_info() is not None
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    out = tmp_path / "out"
+    with pytest.raises(
+        ChildProcessError, match=r"a loader process was killed .*num_workers.* goes on where it stopped"
+    ):
+        run(Meddling(tars, die), out, tiny_visual_tokenizer, num_workers=1)
+    assert is_committed(out, "0") and not is_committed(out, "2")
+    run(WebDatasetSource(tars), out, tiny_visual_tokenizer, num_workers=1)
+    run(WebDatasetSource(tars), tmp_path / "whole", tiny_visual_tokenizer)
+    assert content(out) == content(tmp_path / "whole")
+
+
+def test_a_clock_that_goes_backwards_changes_nothing(
+    tmp_path: Path, tars: str, tiny_visual_tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(WebDatasetSource(tars), tmp_path / "whole", tiny_visual_tokenizer, batch_size=1)
+    now, steps = time.time(), iter(range(10**6))
+
+    def back() -> float:
+        return now - 60 * next(steps)
+
+    monkeypatch.setattr("time.time", back)
+    monkeypatch.setattr("tqdm.std.time", back)
+    source = Meddling(tars, lambda unit: os.utime(tmp_path / "out/0.arrow", (0, 0)))
+    run(source, tmp_path / "out", tiny_visual_tokenizer, batch_size=1)
+    assert next(steps) > 0
+    assert {name: body for name, body in content(tmp_path / "out").items() if name.endswith(".arrow")} == {
+        name: body for name, body in content(tmp_path / "whole").items() if name.endswith(".arrow")
+    }
+
+
+def test_a_disk_that_fills_up_stops_the_work_which_then_goes_on(
+    disk: tuple[Path, FullDisk], tmp_path: Path, tiny_visual_tokenizer: str
+) -> None:
+    directory, full = disk
+    rows = [Picture("small", png((1, 1, 1)), ["x"]), Picture("large", png((2, 2, 2)), ["x" * 60_000])]
+    for number, row in enumerate(rows):
+        write_webdataset(tmp_path / f"{number}.tar", [row, Picture("broken", b"<html>", ["x"])])
+    source = WebDatasetSource(str(tmp_path / "*.tar"))
+    out = directory / "out"
+    run(source, tmp_path / "whole", tiny_visual_tokenizer)
+    with full():
+        with pytest.raises(OSError, match=r"out/1\.arrow could not be written .*free space"):
+            run(source, out, tiny_visual_tokenizer)
+        assert is_committed(out, "0") and not is_committed(out, "1")
+    run(source, out, tiny_visual_tokenizer)
+    assert content(out) == content(tmp_path / "whole")
+
+
+def test_two_runs_at_once_in_one_directory_give_what_one_gives(tmp_path: Path, tiny_visual_tokenizer: str) -> None:
+    for number in range(12):
+        write_webdataset(tmp_path / f"{number:02d}.tar", pictures(12))
+    source, filters = WebDatasetSource(str(tmp_path / "*.tar")), [CaptionLength(minimum=10)]
+    run(source, tmp_path / "whole", tiny_visual_tokenizer, filters=filters)
+
+    def child() -> None:
+        torch.set_num_threads(1)
+        run(source, tmp_path / "out", tiny_visual_tokenizer, filters=filters, batch_size=5)
+
+    both = [multiprocessing.get_context("fork").Process(target=child) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert Counter(reason for _, reason in dropped(tmp_path / "out")) == {"caption under 10 characters": 120}
+    assert not list((tmp_path / "out").rglob(".*"))
+
+
+def test_codes_of_another_tokenizer_name_the_file(
+    tmp_path: Path, tiny_visual_tokenizer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = np.zeros((2, 3), np.int64)
+    outside = grid.copy()
+    outside[1, 2] = 27
+    codes = write_token_files(tmp_path, [("0", grid, ["zero"]), ("1", outside, ["one"])])
+    arguments = ["tokenize", "--source", "TokenFilesSource", "--source.path", str(codes), "--accelerator", "cpu"]
+    arguments += ["--visual-tokenizer", tiny_visual_tokenizer, "--out", str(tmp_path / "out")]
+    assert f"{codes}/0.npy has the grid (2, 3), height and width ask for (2, 2)" in refused(
+        [*arguments[:-1], str(tmp_path / "sized"), "--height", "16", "--width", "16"], capsys
+    )
+    printed = refused(arguments, capsys)
+    assert f"{codes}/1.npy has the code 27 in row 1, column 2, outside [0, 27)" in printed
+    np.save(codes / "1.npy", grid)
+    main(arguments)
+    shards = TokenShards(tmp_path / "out")
+    assert shards.grids == {(2, 3): 2} and len(TokenFilesSource(str(codes))) == 2
