@@ -12,6 +12,8 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import itertools
+import json
 import logging
 import os
 import re
@@ -35,6 +37,15 @@ OWN_VERBS = {
     "demo": ("simplear.demo", "demo", "the whole story, small, on two cores"),
 }
 BENCHMARKS = {"scenes": ("simplear.evaluation", "evaluate_scenes", "accuracy on drawn scenes by an exact detector")}
+DATA_VERBS = {
+    "verify": ("simplear.data.inspection", "verify"),
+    "repair": ("simplear.data.repair", "repair"),
+    "show": ("simplear.data.overview", "show"),
+    "merge": ("simplear.data.joining", "merge"),
+    "text": ("simplear.data.texts", "write_texts"),
+}
+POSITIONAL, POSITIONAL_LISTS = ("checkpoint", "directory"), ("directories", "files")
+"""First parameters of verbs that may be given without their name, one word or all words up to the first option."""
 PARSER_MODE = "omegaconf+"
 PARSER_OPTIONS: dict[str, Any] = {"parser_mode": PARSER_MODE, "allow_abbrev": False}
 """argparse would take ``--trainer.max_step`` for any option that begins so."""
@@ -72,8 +83,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _fail(f"simplear evaluate: name a benchmark, one of {', '.join(BENCHMARKS)}.")
         _quieten()
         run_function(*BENCHMARKS[benchmark][:2], arguments[2:], program=f"simplear evaluate {benchmark}")
+    elif verb == "data":
+        action = arguments[1] if len(arguments) > 1 else ""
+        if action not in DATA_VERBS:
+            _fail(f"simplear data: say what to do, one of {', '.join(DATA_VERBS)}.")
+        _quieten()
+        run_function(*DATA_VERBS[action], arguments[2:], program=f"simplear data {action}")
     else:
-        nearest = difflib.get_close_matches(verb, [*LIGHTNING_VERBS, *OWN_VERBS, "evaluate"], n=1)
+        nearest = difflib.get_close_matches(verb, [*LIGHTNING_VERBS, *OWN_VERBS, "evaluate", "data"], n=1)
         _fail(
             f"simplear: no verb {verb!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else "; see simplear --help.")
         )
@@ -133,10 +150,14 @@ def run_function(module: str, name: str, arguments: Sequence[str], program: str)
 
 
 def _spelled_out(arguments: Sequence[str], function: Callable[..., Any]) -> list[str]:
-    """``CKPT --prompts-file F`` → ``--checkpoint CKPT --prompts_file F``."""
+    """``CKPT --prompts-file F`` → ``--checkpoint CKPT --prompts_file F``; ``A B`` → ``--directories [A, B]``."""
     spelled = [re.sub(r"^--[\w.-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in arguments]
-    if "checkpoint" in inspect.signature(function).parameters and spelled and not spelled[0].startswith("-"):
-        spelled.insert(0, "--checkpoint")
+    first = next(iter(inspect.signature(function).parameters), "")
+    words = list(itertools.takewhile(lambda word: not word.startswith("-"), spelled))
+    if words and first in POSITIONAL_LISTS:
+        return [f"--{first}", json.dumps(words), *spelled[len(words) :]]
+    if words and first in POSITIONAL:
+        spelled.insert(0, f"--{first}")
     return spelled
 
 
@@ -224,6 +245,7 @@ def _quieten() -> None:
 
 def _overview() -> str:
     verbs = {**LIGHTNING_VERBS, **{verb: entry[2] for verb, entry in OWN_VERBS.items()}}
+    verbs["data"] = f"token shards: simplear data {'|'.join(DATA_VERBS)} DIR"
     verbs["evaluate"] = f"checkpoint → report: simplear evaluate {'|'.join(BENCHMARKS)} CKPT --out DIR"
     lines = [f"  {verb:<22}{text}" for verb, text in verbs.items()]
     return "\n".join(["usage: simplear VERB [options]", "", *lines, "", "simplear VERB --help explains a verb."])
