@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from simplear.data import TokenDataModule
-from simplear.data.mixing import MixedOrder, apportion
+from simplear.data.mixing import Apportionment, MixedOrder
 from simplear.data.order import DataOrder, MicroBatchSampler
 
 from .conftest import make_rows, write_rows
@@ -33,23 +33,24 @@ def test_apportioning_is_a_schedule(weights: tuple[float, ...]) -> None:
     """One more item goes to one part alone, and no part is ever far from its share."""
     exact = [Fraction(str(weight)) for weight in weights]
     shares = [weight / sum(exact) for weight in exact]
-    before = apportion(0, shares)
+    apportion = Apportionment(exact)
+    before = apportion(0)
     assert before == [0] * len(weights)
     for count in range(1, 2000):
-        parts = apportion(count, shares)
+        parts = apportion(count)
         assert sum(parts) == count
         assert sorted(np.subtract(parts, before)) == [0] * (len(parts) - 1) + [1]
         assert all(abs(part - share * count) <= len(weights) / 2 for part, share in zip(parts, shares, strict=True))
         before = parts
-    far = apportion(10**12, shares)
+    far = apportion(10**12)
     assert all(abs(part - share * 10**12) <= len(weights) / 2 for part, share in zip(far, shares, strict=True))
 
 
 def test_rounding_each_share_of_a_batch_by_itself_would_not_do() -> None:
     """The wrong variant: a share of a hundredth would never be drawn from in batches of 24."""
-    shares = [Fraction(99, 100), Fraction(1, 100)]
-    alone = [apportion(BATCH, shares)[1] for _ in range(100)]
-    ends = [apportion(number * BATCH, shares)[1] for number in range(101)]
+    apportion = Apportionment([Fraction(99, 100), Fraction(1, 100)])
+    alone = [apportion(BATCH)[1] for _ in range(100)]
+    ends = [apportion(number * BATCH)[1] for number in range(101)]
     assert sum(alone) == 0 and ends[-1] == 24 and max(np.diff(ends)) == 1
 
 

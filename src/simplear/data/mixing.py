@@ -22,26 +22,34 @@ from functools import cached_property
 
 import numpy as np
 
-from simplear.data.order import ROW_ORDER, GlobalBatch, Int64, permutation
+from simplear.data.order import ROW_ORDER, GlobalBatch, Int64, permutation, permute_each
 
 
-def apportion(count: int, shares: Sequence[Fraction]) -> list[int]:
-    """Divide a count by shares: set by set the nearest whole number of what is left.
+class Apportionment:
+    """Divides counts by shares: part by part the nearest whole number of what is left.
 
     Each part grows with the count, by 0 or 1, which is what makes it a schedule: item n belongs to the part that grows
     from n to n + 1. A part differs from its exact share by at most half the number of parts.
-
-    Args:
-        count: items to divide, 0 or more.
-        shares: of each part, above 0; they sum to 1.
     """
-    parts, rest = [], Fraction(1)
-    for share in shares[:-1]:
-        part = math.floor(count * share / rest + Fraction(1, 2))
-        parts.append(part)
-        count -= part
-        rest -= share
-    return [*parts, count]
+
+    def __init__(self, shares: Sequence[Fraction]) -> None:
+        """
+        Args:
+            shares: of each part, above 0; they are taken relative to their sum.
+        """
+        rest, self._ratios = sum(shares, Fraction()), []
+        for share in shares[:-1]:
+            self._ratios.append((share / rest).as_integer_ratio())
+            rest -= share
+
+    def __call__(self, count: int) -> list[int]:
+        """Parts of a count of 0 or more, in whole numbers that sum to it."""
+        parts = []
+        for numerator, denominator in self._ratios:
+            part = (2 * count * numerator + denominator) // (2 * denominator)
+            parts.append(part)
+            count -= part
+        return [*parts, count]
 
 
 @dataclass(frozen=True)
@@ -102,39 +110,47 @@ class MixedOrder:
         """None: a pass that ends within a batch is followed by the next."""
         return 0
 
+    @cached_property
+    def _members(self) -> list[list[int]]:
+        """Of each bucket, the sets that have rows in it."""
+        return [[index for index, rows in enumerate(of_bucket) if rows] for of_bucket in self.rows]
+
+    @cached_property
+    def _parts(self) -> list[Apportionment]:
+        """Of each bucket, its rows among its members."""
+        return [
+            Apportionment([shares[index] for index in members])
+            for shares, members in zip(self._shares_in_buckets, self._members, strict=True)
+        ]
+
+    @cached_property
+    def _buckets(self) -> Apportionment:
+        return Apportionment([sum(shares, Fraction()) for shares in self._shares_in_buckets])
+
     def __getitem__(self, number: int) -> GlobalBatch:
         """Global batch `number`, counted from the beginning of the first epoch."""
-        bucket, place = self._bucket(number)
-        of_bucket = self._shares_in_buckets[bucket]
-        members = [index for index, share in enumerate(of_bucket) if share]
-        shares = [of_bucket[index] / sum(of_bucket) for index in members]
-        first = apportion(place * self.global_batch_size, shares)
-        last = apportion((place + 1) * self.global_batch_size, shares)
-        starts = np.cumsum([0, *self.rows[bucket]])
-        positions, passes, places = [], [], []
-        for index, begin, end in zip(members, first, last, strict=True):
-            turn, row = np.divmod(np.arange(begin, end), self.rows[bucket][index])
-            positions.append(starts[index] + self._permuted(row, turn, bucket, index))
-            passes.append(turn)
-            places.append((np.arange(end - begin) + 0.5) / max(end - begin, 1))
+        before, after = self._buckets(number), self._buckets(number + 1)
+        bucket = next(place for place in range(len(before)) if after[place] > before[place])
+        members, parts = self._members[bucket], self._parts[bucket]
+        first = np.array(parts(before[bucket] * self.global_batch_size), np.int64)
+        counts = np.array(parts((before[bucket] + 1) * self.global_batch_size), np.int64) - first
         # Rows of all sets evenly through the batch, so that each rank's part of it has its shares too.
-        spread = np.argsort(np.concatenate(places), kind="stable")
-        return GlobalBatch(np.concatenate(passes)[spread], bucket, np.concatenate(positions)[spread])
+        which = np.repeat(np.arange(len(members)), counts)
+        place = np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)
+        spread = np.argsort((place + 0.5) / counts[which], kind="stable")
+        which, place = which[spread], place[spread]
+        sizes = np.array([self.rows[bucket][index] for index in members])
+        passes, rows = np.divmod(first[which] + place, sizes[which])
+        starts = np.cumsum([0, *self.rows[bucket]])[members]
+        return GlobalBatch(passes, bucket, starts[which] + self._permuted(rows, passes, which, bucket))
 
-    def _bucket(self, number: int) -> tuple[int, int]:
-        """The bucket of a batch, and how many batches before it are of that bucket."""
-        filled = [index for index, shares in enumerate(self._shares_in_buckets) if sum(shares)]
-        shares = [sum(self._shares_in_buckets[index], Fraction()) for index in filled]
-        before, after = apportion(number, shares), apportion(number + 1, shares)
-        grown = next(place for place in range(len(filled)) if after[place] > before[place])
-        return filled[grown], before[grown]
-
-    def _permuted(self, rows: Int64, turns: Int64, bucket: int, index: int) -> Int64:
+    def _permuted(self, rows: Int64, passes: Int64, which: Int64, bucket: int) -> Int64:
         if not self.shuffle:
             return rows
-        permuted = np.empty_like(rows)
-        for turn in np.unique(turns).tolist():
-            here = turns == turn
-            permute = permutation(self.rows[bucket][index], self.seed, turn, ROW_ORDER, bucket, index)
-            permuted[here] = permute(rows[here])
-        return permuted
+        turns, inverse = np.unique(np.stack([which, passes]), axis=1, return_inverse=True)
+        members = self._members[bucket]
+        permutations = [
+            permutation(self.rows[bucket][members[place]], self.seed, turn, ROW_ORDER, bucket, members[place])
+            for place, turn in turns.T.tolist()
+        ]
+        return permute_each(permutations, inverse.reshape(-1), rows)
