@@ -147,10 +147,10 @@ class MixedOrder:
     def _permuted(self, rows: Int64, passes: Int64, which: Int64, bucket: int) -> Int64:
         if not self.shuffle:
             return rows
-        turns, inverse = np.unique(np.stack([which, passes]), axis=1, return_inverse=True)
         members = self._members[bucket]
+        numbers, inverse = np.unique(passes * len(members) + which, return_inverse=True)
         permutations = [
             permutation(self.rows[bucket][members[place]], self.seed, turn, ROW_ORDER, bucket, members[place])
-            for place, turn in turns.T.tolist()
+            for turn, place in (divmod(number, len(members)) for number in numbers.tolist())
         ]
-        return permute_each(permutations, inverse.reshape(-1), rows)
+        return permute_each(permutations, inverse, rows)

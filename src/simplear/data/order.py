@@ -80,14 +80,14 @@ def permute_each(permutations: Sequence[Permutation], which: Int64, positions: I
     """
     sizes = np.array([one.size for one in permutations], np.uint64)[which]
     half_bits = np.array([one.half_bits for one in permutations], np.uint64)[which]
-    keys = [np.concatenate(of_round)[which] for of_round in zip(*(one.round_keys for one in permutations), strict=True)]
+    keys = np.stack([np.concatenate(one.round_keys) for one in permutations], axis=1)[:, which]
     values = _network(positions.astype(np.uint64), half_bits, keys)
     while (outside := values >= sizes).any():
-        values[outside] = _network(values[outside], half_bits[outside], [key[outside] for key in keys])
+        values[outside] = _network(values[outside], half_bits[outside], keys[:, outside])
     return values.astype(np.int64)
 
 
-def _network(values: UInt64, half_bits: np.uint64 | UInt64, round_keys: Sequence[UInt64]) -> UInt64:
+def _network(values: UInt64, half_bits: np.uint64 | UInt64, round_keys: Sequence[UInt64] | UInt64) -> UInt64:
     mask = (np.uint64(1) << half_bits) - np.uint64(1)
     left, right = values >> half_bits, values & mask
     for key in round_keys:
