@@ -74,10 +74,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     made.add_argument("--startup-rows", type=int, nargs=2, default=[1_000_000, 10_000_000])
     made.add_argument("--shard-rows", type=int, default=100_000, help="rows of each shard, for the start-up")
     made.add_argument("--mix-batches", type=int, default=24, help="read in each round, for the mix")
-    made.add_argument("--pictures", type=int, default=96, help="to tokenize")
+    made.add_argument("--pictures", type=int, default=48, help="to tokenize")
     made.add_argument("--picture-size", type=int, default=256, help="pixels along each side, for tokenizing")
     made.add_argument("--encoder-channels", type=int, default=512)
-    made.add_argument("--tokenize-rounds", type=int, default=3)
+    made.add_argument("--tokenize-rounds", type=int, default=5)
     made.add_argument("--directory", help="for the temporary files; the system's by default")
     chosen = made.parse_args(argv)
     if chosen.quick:
