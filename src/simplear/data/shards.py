@@ -13,6 +13,7 @@ or of the order of training.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -651,6 +652,12 @@ def _map_table(path: Path) -> pa.Table:
         with pa.ipc.open_stream(pa.py_buffer(mapped.numpy())) as stream:
             return stream.read_all()
     except (pa.ArrowException, OSError, RuntimeError) as error:  # RuntimeError is how PyTorch cannot map
+        if os.strerror(errno.ENOMEM) in str(error):
+            raise OSError(
+                errno.ENOMEM,
+                f"{path} could not be mapped ({os.strerror(errno.ENOMEM)}): this process maps too many shards. Raise the "
+                "system's vm.max_map_count above their number, or tokenize in larger units.",
+            ) from error
         raise ValueError(f"{path} is no readable Arrow stream ({error}): {DAMAGED}.") from error
 
 
