@@ -294,6 +294,21 @@ def test_abandoned_temporaries_go_and_those_in_use_stay(shards: Path) -> None:
     assert not dead.exists() and alive.exists()
 
 
+def test_two_runs_that_make_one_set_at_once(tmp_path: Path) -> None:
+    """They may both make a unit; what is there is whole at any time, and in the end what one run makes."""
+    write_units(tmp_path / "one", "cab")
+    for turn in range(5):
+        directory = tmp_path / f"both{turn}"
+        processes = []
+        for _ in range(2):
+            processes.append(os.fork())
+            if processes[-1] == 0:
+                write_units(directory, "cab")
+                os._exit(0)
+        assert [os.waitpid(process, 0)[1] for process in processes] == [0, 0]
+        assert content(directory) == content(tmp_path / "one") and not examine(directory).problems
+
+
 def test_two_repairs_at_once(shards: Path) -> None:
     with sole_keeper(shards), pytest.raises(ValueError, match=r"another process repairs .* wait until it ends"):
         repair(str(shards))

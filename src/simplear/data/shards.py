@@ -655,8 +655,8 @@ def _map_table(path: Path) -> pa.Table:
         if os.strerror(errno.ENOMEM) in str(error):
             raise OSError(
                 errno.ENOMEM,
-                f"{path} could not be mapped ({os.strerror(errno.ENOMEM)}): this process maps too many shards. Raise the "
-                "system's vm.max_map_count above their number, or tokenize in larger units.",
+                f"{path} could not be mapped ({os.strerror(errno.ENOMEM)}): this process maps too many shards. Raise "
+                "the system's vm.max_map_count above their number, or tokenize in larger units.",
             ) from error
         raise ValueError(f"{path} is no readable Arrow stream ({error}): {DAMAGED}.") from error
 
