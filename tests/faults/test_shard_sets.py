@@ -92,7 +92,7 @@ def edit(file: Path, **changes: Any) -> None:
 def test_a_whole_set_has_no_problem(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["data", "verify", str(shards)])
     assert f"{shards}: 3 whole shards, 18 rows; 0 problems" in capsys.readouterr().out
-    assert examine(shards, workers=2).whole == set("abc")
+    assert examine(shards).whole == set("abc")
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -481,7 +481,7 @@ def test_a_repair_killed_at_every_step_loses_nothing(tmp_path: Path) -> None:
     assert last > 12
 
 
-@pytest.mark.parametrize("copy", [False, True])
+@pytest.mark.parametrize("copy", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_a_merge_killed_at_every_step_is_run_again_and_finishes(tmp_path: Path, copy: bool) -> None:
     sets = [tmp_path / "one", tmp_path / "two"]
     write_units(sets[0], "ab", source={"seed": 1})

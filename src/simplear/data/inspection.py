@@ -270,8 +270,9 @@ def _check_all(
                 yield name, check(sidecar)
                 bar.update(sizes[name])
             return
-        # Forked from a server without threads: this process has some.
+        # Forked from a server without threads, for this process has some; the server imports once for all workers.
         context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
         with ProcessPoolExecutor(workers, context) as pool:
             running = {pool.submit(check, sidecar): name for name, sidecar in sidecars.items()}
             for done in as_completed(running):
