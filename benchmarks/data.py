@@ -1,4 +1,4 @@
-"""Token shards against one ``.npy`` and one ``.txt`` a sample, and starting up on a large corpus.
+"""Token shards against one ``.npy`` and one ``.txt`` a sample, mixing, memory, starting up, and making the shards.
 
 Pairs: what `TokenDataModule`'s dataset does for a micro-batch up to the text tokenizer (numbers of rows, codes as
 int64, the epoch's caption, keys and metadata) against `np.load` and `open` of the same samples, both by random access
@@ -7,15 +7,27 @@ with the files in the page cache. `datasets` on the same shards stands beside th
 Start-up: `TokenDataModule.setup` and its first batch over rows of 64 codes, with the same number of rows in each shard.
 The shards of a directory are copies of one, for opening reads no rows; each is a file of its own on disk.
 
+Mixing: batches of the same rows as one set and as four with weights, the order's arithmetic included, before the text
+tokenizer. Memory: what the process holds by itself (`RssAnon`; mapped pages of the files are the system's to take back)
+after a tenth of an epoch of whole training batches and at its end, in a process of its own.
+
+Tokenizing: all of `simplear tokenize` on a tar of JPEGs, from opening it to the manifest, against the same encoder on
+the same pixels in memory. The encoder has the shape that `configs/paper/visual_tokenizer.yaml` gives it.
+
     python benchmarks/data.py            # some minutes and 3 GB of temporary files, removed afterwards
 """
 
 from __future__ import annotations
 
 import argparse
+import io
+import itertools
 import json
+import os
 import shutil
+import tarfile
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,16 +35,30 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from PIL import Image
 
-from measure import Runs, alternate, claim, median, parser, publish, ratios
-from simplear.data import TokenDataModule, TokenRow, TokenShards, merge_manifest, write_shard
-from simplear.data.order import Int64, MicroBatch
+from measure import Runs, alternate, claim, median, parser, publish, ratios, resident_anonymous
+from simplear.data import (
+    TokenDataModule,
+    TokenRow,
+    TokenShards,
+    WebDatasetSource,
+    merge_manifest,
+    tokenize,
+    write_shard,
+)
+from simplear.data.order import Int64, MicroBatch, MicroBatchSampler
+from simplear.data.pictures import resize_and_crop
 from simplear.data.shards import claim_directory, write_json
 from simplear.data.tokens import TokenBatches
 from simplear.language_model import train_text_tokenizer
+from simplear.visual_tokenizer import FSQAutoencoder
 
 CODEBOOK = 64_000
 SMALL_GRID = (8, 8)
+MIX = [0.5, 0.3, 0.15, 0.05]
+"""Weights of the sets of a mix."""
+TOKENIZE_BATCH = 16
 WORDS = ["a", "photo", "of", "one", "red", "apple", "beside", "two", "blue", "cups", "under", "morning", "light"]
 
 Pairs = tuple[torch.Tensor, list[str]]
@@ -47,11 +73,18 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     made.add_argument("--rounds", type=int, default=11)
     made.add_argument("--startup-rows", type=int, nargs=2, default=[1_000_000, 10_000_000])
     made.add_argument("--shard-rows", type=int, default=100_000, help="rows of each shard, for the start-up")
+    made.add_argument("--mix-batches", type=int, default=24, help="read in each round, for the mix")
+    made.add_argument("--pictures", type=int, default=48, help="to tokenize")
+    made.add_argument("--picture-size", type=int, default=256, help="pixels along each side, for tokenizing")
+    made.add_argument("--encoder-channels", type=int, default=512)
+    made.add_argument("--tokenize-rounds", type=int, default=5)
     made.add_argument("--directory", help="for the temporary files; the system's by default")
     chosen = made.parse_args(argv)
     if chosen.quick:
         chosen.samples, chosen.grid, chosen.batch_size, chosen.batches, chosen.rounds = 64, 4, 8, 2, 3
         chosen.startup_rows, chosen.shard_rows = [2_000, 20_000], 1_000
+        chosen.mix_batches, chosen.pictures, chosen.picture_size = 4, 8, 32
+        chosen.encoder_channels, chosen.tokenize_rounds = 16, 1
     return chosen
 
 
@@ -161,6 +194,92 @@ def measure_pairs(settings: argparse.Namespace, directory: Path, tokenizer: Path
     }
 
 
+def measure_mix(settings: argparse.Namespace, directory: Path, tokenizer: Path) -> Runs:
+    """Seconds to read as many batches of one set, and of four that hold as many rows."""
+    grid = (settings.grid, settings.grid)
+    one = write_shards(directory / "one", settings.samples, grid, settings.samples // 4, different=True)
+    sets = []
+    for number in range(len(MIX)):
+        part = directory / f"mix{number}"
+        claim_directory(part, json.loads((one / "settings.json").read_text()))
+        name = f"unit{number:05d}"
+        for suffix in (".arrow", ".json"):
+            (part / f"{name}{suffix}").hardlink_to(one / f"{name}{suffix}")
+        merge_manifest(part, [name])
+        sets.append(str(part))
+    variants: dict[str, Callable[[], object]] = {}
+    for name, paths, weights in (("one set", str(one), None), ("mix", sets, MIX)):
+        module = TokenDataModule(paths, settings.batch_size, str(tokenizer), weights=weights)
+        module.setup("fit")
+        batches = module.training
+        assert isinstance(batches, TokenBatches)
+        sampler = MicroBatchSampler(batches.order(settings.batch_size, 0, True, "rows"), endless=True)
+
+        def read_batches(batches: TokenBatches = batches, sampler: MicroBatchSampler = sampler) -> None:
+            for micro_batch in itertools.islice(sampler, settings.mix_batches):
+                batches.read(micro_batch)
+
+        variants[name] = read_batches
+    return alternate(variants, settings.rounds, "mix", balance=True)
+
+
+def measure_memory(settings: argparse.Namespace, directory: Path, tokenizer: Path) -> list[int]:
+    """Bytes that a process holds by itself after each tenth of an epoch of whole training batches."""
+    process = os.fork()  # so that nothing of the other measurements is given back meanwhile
+    held_file = directory / "held.json"
+    if process == 0:
+        torch.set_num_threads(1)
+        loader = data_module(directory / "one", tokenizer, settings.batch_size).train_dataloader()
+        every = max(len(loader) // 10, 1)
+        held = [resident_anonymous() for number, _ in enumerate(loader, start=1) if number % every == 0]
+        held_file.write_text(json.dumps(held))
+        os._exit(0)
+    if os.waitpid(process, 0)[1] != 0:
+        raise RuntimeError("the process whose memory was measured failed.")
+    return json.loads(held_file.read_text())
+
+
+def measure_tokenizing(settings: argparse.Namespace, directory: Path) -> Runs:
+    """Seconds of `simplear tokenize` and of its encoder alone, for the same pictures."""
+    size, count = settings.picture_size, settings.pictures
+    torch.manual_seed(0)
+    encoder = FSQAutoencoder([8, 8, 8, 5, 5, 5], 16, encoder_channels=settings.encoder_channels, encoder_blocks=4,
+                             encoder_kernel=3, decoder_channels=8, refine_channels=4)  # fmt: skip
+    encoder.eval()
+    random = np.random.default_rng(0)
+    tar = directory / "pictures.tar"
+    with tarfile.open(tar, "w") as opened:
+        for number in range(count):
+            # Smooth noise, a quarter larger than it is cropped to: JPEGs of usual size and decoding time.
+            noise = random.integers(0, 256, (size // 16, size // 16, 3), dtype=np.uint8)
+            picture = Image.fromarray(noise).resize((size * 5 // 4, size * 5 // 4), Image.Resampling.BICUBIC)
+            content = io.BytesIO()
+            picture.save(content, "JPEG", quality=92)
+            for name, data in ((f"{number:06d}.jpg", content.getvalue()), (f"{number:06d}.txt", b"a caption")):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                opened.addfile(member, io.BytesIO(data))
+    source = WebDatasetSource(str(tar))
+    samples = list(source.read(source.units()[0], Counter()))
+    pictures = torch.from_numpy(np.stack([resize_and_crop(sample.image, size, size) for sample in samples]))
+
+    def encode() -> None:
+        with torch.inference_mode():
+            for part in pictures.split(TOKENIZE_BATCH):
+                # Channels last, as pictures come: on CPUs the encoder is faster so.
+                encoder.encode(part.permute(0, 3, 1, 2).float() / 127.5 - 1)
+
+    def tokenize_all() -> None:
+        out = directory / "tokenized"
+        tokenize(
+            source=source, visual_tokenizer=encoder, out=str(out), height=size, width=size, batch_size=TOKENIZE_BATCH,
+            num_workers=1, accelerator="cpu",
+        )  # fmt: skip
+        shutil.rmtree(out)
+
+    return alternate({"encoder alone": encode, "tokenize": tokenize_all}, settings.tokenize_rounds, "tokenize")
+
+
 def measure_startup(settings: argparse.Namespace, directory: Path, tokenizer: Path) -> tuple[Runs, float]:
     """Seconds to open each corpus and to its first batch, and bytes a row of 64 codes."""
     small, large = settings.startup_rows
@@ -189,6 +308,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         tokenizer = directory / "text_tokenizer"
         train_text_tokenizer((caption(number) for number in range(1000)), 400, tokenizer)
         pairs, sizes = measure_pairs(settings, directory, tokenizer)
+        mix = measure_mix(settings, directory, tokenizer)
+        memory = measure_memory(settings, directory, tokenizer)
+        tokenizing = measure_tokenizing(settings, directory)
         startup, small_size = measure_startup(settings, directory, tokenizer)
     small, large = settings.startup_rows
     codes = settings.grid**2
@@ -201,6 +323,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         *(
             claim(f"the same, {way} over .npy + .txt", ratios(pairs, "files", way))
             for way in ("datasets, row by row", "datasets, by batch")
+        ),
+        claim(
+            f"pairs a second, mix of {len(MIX)} sets over one set",
+            ratios(mix, "one set", "mix"),
+            (">=", 0.9),
+        ),
+        claim(
+            "memory held at the end of an epoch over that after its first tenth",
+            [memory[-1] / memory[0]],
+            ("<=", 1.05),
+            note=f"{memory[0] / 2**20:.0f} and {memory[-1] / 2**20:.0f} MiB",
+        ),
+        claim(
+            "pictures a second, simplear tokenize over its encoder alone",
+            ratios(tokenizing, "encoder alone", "tokenize"),
+            (">=", 0.9),
+            note=f"{settings.pictures} JPEGs to {settings.picture_size} px",
         ),
         claim(
             f"start-up with its first batch, {large:,} rows over {small:,}",
@@ -217,6 +356,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     read = settings.batches * settings.batch_size
     details: dict[str, Any] = {
         "pairs_a_second": {way: read / median(runs) for way, runs in pairs.items()},
+        "mix_seconds_a_batch": {way: median(runs) / settings.mix_batches for way, runs in mix.items()},
+        "memory_bytes": memory,
+        "seconds_a_picture": {way: median(runs) / settings.pictures for way, runs in tokenizing.items()},
         "startup_seconds": {way: median(runs) for way, runs in startup.items()},
         "bytes_a_sample": {**sizes, "shards_of_64_codes": small_size},
     }

@@ -98,6 +98,14 @@ def _status(key: str) -> int:
     return int(lines[key].removesuffix("kB")) * 1024
 
 
+def resident_anonymous() -> int:
+    """Bytes resident now that are this process's own, no file's; what was freed is given back first (Linux alone)."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    return _status("RssAnon")
+
+
 def median(runs: Sequence[Run], attribute: str = "seconds") -> float:
     """Median over the rounds of "seconds" or "peak_bytes"."""
     return statistics.median(getattr(run, attribute) for run in runs)

@@ -74,6 +74,13 @@ def test_parameter_counts_before_and_after_growth(size: str, before: int, after:
     assert isinstance(grown, Qwen2Rope2DForCausalLM) == (rope == "2d")
 
 
+def test_texts_beside_the_images_of_pretraining() -> None:
+    composed = compose("paper/pretrain", "paper/0.5b", "paper/texts")
+    data, plain = composed.datamodule, compose("paper/pretrain", "paper/0.5b").datamodule
+    assert data.paths[:1] == plain.paths and data.weights == [0.9, 0.1] and plain.weights is None
+    assert len(data.validation_paths) == 2 and composed.model.objective.text_only_loss_weight == 1
+
+
 @pytest.mark.parametrize("size", ["0.5b", "1.5b"])
 @pytest.mark.parametrize(("stage", "pixels", "codes"), [("pretrain", 512, 1_024), ("sft", 1024, 4_096)])
 def test_sequences_fit(size: str, stage: str, pixels: int, codes: int) -> None:

@@ -59,6 +59,13 @@ BENCHMARKS = {
         "rFID, PSNR, SSIM, use of the codebook",
     ),
 }
+DATA_VERBS = {
+    "verify": ("simplear.data.inspection", "verify"),
+    "repair": ("simplear.data.repair", "repair"),
+    "show": ("simplear.data.overview", "show"),
+    "merge": ("simplear.data.joining", "merge"),
+    "text": ("simplear.data.texts", "write_texts"),
+}
 PARSER_MODE = "omegaconf+"
 PARSER_OPTIONS: dict[str, Any] = {"parser_mode": PARSER_MODE, "allow_abbrev": False}
 """argparse would take ``--trainer.max_step`` for any option that begins so."""
@@ -97,8 +104,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _fail(f"simplear evaluate: name a benchmark, one of {', '.join(BENCHMARKS)}.")
         _quieten()
         run_function(*BENCHMARKS[benchmark][:2], arguments[2:], program=f"simplear evaluate {benchmark}")
+    elif verb == "data":
+        action = arguments[1] if len(arguments) > 1 else ""
+        if action not in DATA_VERBS:
+            _fail(f"simplear data: say what to do, one of {', '.join(DATA_VERBS)}.")
+        _quieten()
+        run_function(*DATA_VERBS[action], arguments[2:], program=f"simplear data {action}")
     else:
-        nearest = difflib.get_close_matches(verb, [*LIGHTNING_VERBS, *OWN_VERBS, "evaluate"], n=1)
+        nearest = difflib.get_close_matches(verb, [*LIGHTNING_VERBS, *OWN_VERBS, "evaluate", "data"], n=1)
         _fail(
             f"simplear: no verb {verb!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else "; see simplear --help.")
         )
@@ -167,19 +180,18 @@ def function_parser(function: Callable[..., Any], program: str) -> Any:
 
 
 def _spelled_out(arguments: Sequence[str], function: Callable[..., Any]) -> list[str]:
-    """``CKPT --prompts-file F`` → ``--checkpoint CKPT --prompts_file F``: words in front go by their place, what
-    is left over to the last one where that takes a list.
+    """``CKPT --prompts-file F`` → ``--checkpoint CKPT --prompts_file F``: words in front go by their place; a first
+    parameter that is a list takes them all.
     """
     spelled = [re.sub(r"^--[\w.-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in arguments]
     parameters = inspect.signature(function).parameters.values()
     by_place = [parameter for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
     words = list(itertools.takewhile(lambda word: not word.startswith("-"), spelled))
+    if words and by_place and str(by_place[0].annotation).startswith("list["):
+        return [f"--{by_place[0].name}", json.dumps(words), *spelled[len(words) :]]
     front = words[: len(by_place)]
-    rest = spelled[len(front) :]
-    if len(front) == len(by_place) > 0 and str(by_place[-1].annotation).startswith("list["):
-        front[-1], rest = json.dumps(words[len(front) - 1 :]), spelled[len(words) :]
     named = [word for place, value in zip(by_place, front, strict=False) for word in (f"--{place.name}", value)]
-    return [*named, *rest]
+    return [*named, *spelled[len(front) :]]
 
 
 class _SuggestingParser:
@@ -266,6 +278,7 @@ def _quieten() -> None:
 
 def _overview() -> str:
     verbs = {**LIGHTNING_VERBS, **{verb: entry[2] for verb, entry in OWN_VERBS.items()}}
+    verbs["data"] = f"token shards: simplear data {'|'.join(DATA_VERBS)} DIR"
     verbs["evaluate"] = f"checkpoint → report: simplear evaluate {'|'.join(BENCHMARKS)} CKPT --out DIR"
     lines = [f"  {verb:<22}{text}" for verb, text in verbs.items()]
     return "\n".join(["usage: simplear VERB [options]", "", *lines, "", "simplear VERB --help explains a verb."])

@@ -150,6 +150,22 @@ def training_batch(caption_ids: Sequence[Sequence[int]], codes: Tensor, layout: 
     """
     image_ids = layout.ids_of_codes(codes.flatten(1))
     rows = [torch.cat([prompt_sequence(ids, layout), image]) for ids, image in zip(caption_ids, image_ids, strict=True)]
+    return _right_padded(rows, layout)
+
+
+def text_batch(text_ids: Sequence[Sequence[int]], layout: TokenLayout) -> dict[str, Tensor]:
+    """One right-padded batch of texts without images: plain text, as a language model reads it, no control token.
+
+    Args:
+        text_ids: B texts as ids, none empty.
+
+    Returns:
+        as `training_batch`; the first token of a text, which nothing precedes, is not predicted.
+    """
+    return _right_padded([torch.tensor(ids, dtype=torch.long) for ids in text_ids], layout)
+
+
+def _right_padded(rows: list[Tensor], layout: TokenLayout) -> dict[str, Tensor]:
     input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=layout.padding_id)
     lengths = torch.tensor([len(row) for row in rows])
     attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()

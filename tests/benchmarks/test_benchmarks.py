@@ -37,7 +37,11 @@ def test_data(tmp_path: Path) -> None:
     before = set(tmp_path.iterdir())
     result = run("data", tmp_path / "data.json")
     assert result["claims"][0]["bar"] == ">= 20"
+    assert [row["bar"] for row in result["claims"][3:6]] == [">= 0.9", "<= 1.05", ">= 0.9"]
     details = result["details"]
+    assert details["mix_seconds_a_batch"].keys() == {"one set", "mix"}
+    assert len(details["memory_bytes"]) >= 8 and min(details["memory_bytes"]) > 2**20
+    assert details["seconds_a_picture"].keys() == {"encoder alone", "tokenize"}
     assert details["pairs_a_second"].keys() == {"shards", "files", "datasets, row by row", "datasets, by batch"}
     sizes = details["bytes_a_sample"]
     # 16 codes of two bytes and some text; a file takes at least a block on disk, and there are two a sample.

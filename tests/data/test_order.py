@@ -12,6 +12,7 @@ from simplear.data.order import (
     MicroBatchSampler,
     Permutation,
     micro_batch_size,
+    permute_each,
     uniforms,
 )
 
@@ -20,6 +21,14 @@ from simplear.data.order import (
 def test_permutation_is_one(size: int) -> None:
     for key in range(3):
         assert sorted(Permutation(size, key)(np.arange(size)).tolist()) == list(range(size))
+
+
+def test_several_permutations_at_once_are_each_by_itself() -> None:
+    permutations = [Permutation(size, 7, size) for size in (1, 5, 1000, 43_000_000)]
+    which = np.arange(400) % 4
+    positions = np.array([permutations[one].size * n // 400 for n, one in enumerate(which)])
+    expected = [permutations[one](positions[n : n + 1])[0] for n, one in enumerate(which)]
+    assert permute_each(permutations, which, positions).tolist() == expected
 
 
 def test_permutations_are_as_even_as_chance() -> None:

@@ -149,6 +149,16 @@ class TestFaults:
         with pytest.raises(ValueError, match=r"b.arrow is no readable"):
             TokenShards(directory).read(np.array([5]))
 
+    def test_more_shards_than_a_process_may_map(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Nothing is wrong with the file then, and nobody must be told to delete it."""
+
+        def refuse(*_: object, **__: object) -> None:
+            raise RuntimeError("unable to mmap 100 bytes from file <b.arrow>: Cannot allocate memory (12)")
+
+        monkeypatch.setattr("torch.from_file", refuse)
+        with pytest.raises(OSError, match=r"b\.arrow could not be mapped .* vm\.max_map_count"):
+            TokenShards(directory).read(np.array([5]))
+
     def test_code_outside_the_codebook(self, tmp_path: Path) -> None:
         rows = make_rows(3, (2, 2))
         rows[1].codes[0, 1] = 256

@@ -90,9 +90,11 @@ def parse(arguments: list[str]) -> None:
         return
     if verb == "evaluate":
         verb, rest, table = rest[0], rest[1:], cli.BENCHMARKS
+    elif verb == "data":
+        verb, rest, table = rest[0], rest[1:], cli.DATA_VERBS
     else:
         table = cli.OWN_VERBS
-    module, name, _ = table[verb]
+    module, name = table[verb][:2]
     function = getattr(importlib.import_module(module), name)
     cli.function_parser(function, f"simplear {verb}").parse_args(cli._spelled_out(rest, function))
 
@@ -114,7 +116,11 @@ def test_links_files_and_classes_exist(page: Path) -> None:
     for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
         assert "://" in link or (page.parent / link).exists(), link
     for file in re.findall(r"`?((?:configs|docs|tests|benchmarks|notebooks|src)/[\w./-]+\.\w+)", text):
-        assert (ROOT / file).exists() or (page.parent / file).exists(), file
+        module, _, name = file.partition(".test_")  # data.md names tests as module.function
+        if name:
+            assert f"def test_{name}(" in (ROOT / f"{module}.py").read_text(), file
+        else:
+            assert (ROOT / file).exists() or (page.parent / file).exists(), file
     for module, name in re.findall(r"\b(simplear(?:\.[a-z_]+)+)\.([A-Z]\w+)", text):
         if "vllm_plugin" in module:  # needs vLLM's environment to be imported
             source = ROOT / "src" / f"{module.replace('.', '/')}.py"

@@ -22,7 +22,7 @@ import torch
 from lightning.pytorch.loops.progress import _ProcessedTracker
 from torch.utils.data import DataLoader, Dataset
 
-from simplear.data.order import DataOrder, MicroBatch, MicroBatchSampler
+from simplear.data.order import DataOrder, MicroBatch, MicroBatchSampler, Order
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,14 @@ class BatchDataset(Dataset[dict[str, Any]], ABC):
 
     bucket_sizes: tuple[int, ...]
     """Rows of each bucket; rows of one bucket have one shape."""
+
+    def order(self, global_batch_size: int, seed: int, shuffle: bool, noun: str) -> Order:
+        """All global batches; arguments as those of `DataOrder`."""
+        return DataOrder(self.bucket_sizes, global_batch_size, seed, shuffle, noun)
+
+    def order_settings(self) -> dict[str, Any]:
+        """What the order is made of beside seed, batch size and shuffling; JSON values."""
+        return {"rows": list(self.bucket_sizes)}
 
     @abstractmethod
     def make_batch(self, micro_batch: MicroBatch) -> dict[str, Any]:
@@ -131,14 +139,16 @@ class OrderedDataModule(lightning.LightningDataModule):
         return batch
 
     def _order_settings(self) -> dict[str, Any]:
-        rows = list(self.training.bucket_sizes) if self.training is not None else []
-        return {"seed": self.seed, "global_batch_size": self.global_batch_size, "shuffle": self.shuffle, "rows": rows}
+        rows = {"rows": []} if self.training is None else self.training.order_settings()
+        return {"seed": self.seed, "global_batch_size": self.global_batch_size, "shuffle": self.shuffle, **rows}
 
     def _require_same_order(self, restored: dict[str, Any]) -> None:
-        for key, value in self._order_settings().items():
-            if restored[key] != value:
+        settings = self._order_settings()
+        others = {key: restored.get(key) for key in (*settings, "weights")}
+        for key, value in others.items():
+            if value != (now := settings.get(key)):
                 raise ValueError(
-                    f"the run to resume had {key} = {restored[key]}, now it is {value}, so its position in the data "
+                    f"the run to resume had {key} = {value}, now it is {now}, so its position in the data "
                     f"means nothing: set it back, or start a new run from the exported checkpoint."
                 )
 
@@ -153,7 +163,7 @@ class OrderedDataModule(lightning.LightningDataModule):
 
     def _sampler(self, dataset: BatchDataset, shuffle: bool, accumulation: int, endless: bool) -> MicroBatchSampler:
         noun = "training rows" if dataset is self.training else "validation rows"
-        order = DataOrder(dataset.bucket_sizes, self.global_batch_size, self.seed, shuffle, noun)
+        order = dataset.order(self.global_batch_size, self.seed, shuffle, noun)
         if order.rows_left_out and (self.trainer is None or self.trainer.is_global_zero):
             logger.info(
                 "%d of %d %s fill no global batch of %d and are left out of an epoch",

@@ -63,6 +63,13 @@ def write_unit_drops(directory: Path, unit: str, dropped: Sequence[Dropped]) -> 
     write_atomically(path, buffer.getvalue())
 
 
+def copy_unit_drops(source: Path, unit: str, target: Path, name: str) -> None:
+    """Write a unit's list of another directory into this one, where it is called ``name``."""
+    path = source / UNITS_DIRECTORY / f"{unit}.parquet"
+    listed = pq.read_table(path).to_pylist() if path.exists() else []
+    write_unit_drops(target, name, [(row["key"], row["reason"]) for row in listed])
+
+
 def merge_drops(directory: Path, shards: Iterable[Mapping[str, Any]]) -> Path:
     """Write ``drops.parquet`` (unit, key, reason): a row for each sample that is in no shard.
 

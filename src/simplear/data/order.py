@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,9 @@ from simplear.hashing import UInt64, mix
 
 Int64 = npt.NDArray[np.int64]
 
+Epoch = int | Int64
+"""Times that rows were passed through before: one number, or one for each row (B,) where sets are mixed."""
+
 FEISTEL_ROUNDS = 6
 """Four rounds of a Feistel network are a strong pseudo-random permutation (Luby and Rackoff); two more for tiny
 halves."""
@@ -32,15 +35,16 @@ halves."""
 ROW_ORDER, BATCH_ORDER, CAPTION, PREFIX, DROPOUT = range(5)
 
 
-def _key(*words: int) -> UInt64:
-    """One 64-bit key (an array of length 1, whose arithmetic wraps silently) from several integers."""
+def _key(*words: Epoch) -> UInt64:
+    """64-bit keys from several integers: an array of length 1, whose arithmetic wraps silently, or as many as rows."""
     key = np.zeros(1, dtype=np.uint64)
     for word in words:
-        key = mix(key ^ np.array([word % 2**64], dtype=np.uint64))
+        bits = word.astype(np.uint64) if isinstance(word, np.ndarray) else np.array([word % 2**64], dtype=np.uint64)
+        key = mix(key ^ bits)
     return key
 
 
-def uniforms(seed: int, epoch: int, rows: Int64, purpose: int) -> npt.NDArray[np.float64]:
+def uniforms(seed: int, epoch: Epoch, rows: Int64, purpose: int) -> npt.NDArray[np.float64]:
     """One number in [0, 1) for each row, a pure function of (seed, epoch, row, purpose), shape (B,)."""
     bits = mix(_key(seed, epoch, purpose) ^ mix(rows.astype(np.uint64)))
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
@@ -55,38 +59,79 @@ class Permutation:
 
     def __init__(self, size: int, *key: int) -> None:
         self.size = size
-        self._half_bits = np.uint64((max(size - 1, 1).bit_length() + 1) // 2)
-        self._round_keys = [_key(*key, turn) for turn in range(FEISTEL_ROUNDS)]
+        self.half_bits = np.uint64((max(size - 1, 1).bit_length() + 1) // 2)
+        self.round_keys = [_key(*key, turn) for turn in range(FEISTEL_ROUNDS)]
 
     def __call__(self, positions: Int64) -> Int64:
         """Images of positions, each in ``[0, size)``, shape (B,)."""
-        values = self._network(positions.astype(np.uint64))
+        values = _network(positions.astype(np.uint64), self.half_bits, self.round_keys)
         while (outside := values >= self.size).any():
-            values[outside] = self._network(values[outside])
+            values[outside] = _network(values[outside], self.half_bits, self.round_keys)
         return values.astype(np.int64)
 
-    def _network(self, values: UInt64) -> UInt64:
-        mask = (np.uint64(1) << self._half_bits) - np.uint64(1)
-        left, right = values >> self._half_bits, values & mask
-        for key in self._round_keys:
-            left, right = right, left ^ (mix(right ^ key) & mask)
-        return (left << self._half_bits) | right
+
+def permute_each(permutations: Sequence[Permutation], which: Int64, positions: Int64) -> Int64:
+    """Images of positions (B,), each under one of several permutations; as fast as under one.
+
+    Args:
+        permutations: what to choose among.
+        which: (B,) the number of each position's permutation.
+        positions: (B,), each in ``[0, size)`` of its permutation.
+    """
+    sizes = np.array([one.size for one in permutations], np.uint64)[which]
+    half_bits = np.array([one.half_bits for one in permutations], np.uint64)[which]
+    keys = np.stack([np.concatenate(one.round_keys) for one in permutations], axis=1)[:, which]
+    values = _network(positions.astype(np.uint64), half_bits, keys)
+    while (outside := values >= sizes).any():
+        values[outside] = _network(values[outside], half_bits[outside], keys[:, outside])
+    return values.astype(np.int64)
 
 
-@lru_cache(maxsize=64)
-def _permutation(size: int, *key: int) -> Permutation:
-    """Consecutive batches share their epoch's permutations."""
+def _network(values: UInt64, half_bits: np.uint64 | UInt64, round_keys: Sequence[UInt64] | UInt64) -> UInt64:
+    mask = (np.uint64(1) << half_bits) - np.uint64(1)
+    left, right = values >> half_bits, values & mask
+    for key in round_keys:
+        left, right = right, left ^ (mix(right ^ key) & mask)
+    return (left << half_bits) | right
+
+
+@lru_cache(maxsize=256)
+def permutation(size: int, *key: int) -> Permutation:
+    """As `Permutation`; consecutive batches share their epoch's."""
     return Permutation(size, *key)
 
 
 class GlobalBatch(NamedTuple):
     """One optimizer step's rows, before ranks and accumulation divide them."""
 
-    epoch: int
+    epoch: Epoch
     bucket: int
     """Which of the buckets the rows are of."""
     positions: Int64
     """(global_batch_size,) positions within the bucket."""
+
+
+class Order(Protocol):
+    """Global batches by their number: all that a sampler asks for."""
+
+    @property
+    def global_batch_size(self) -> int:
+        """Rows of a batch over all ranks and accumulated micro-batches."""
+        ...
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Whole global batches in an epoch."""
+        ...
+
+    @property
+    def rows_left_out(self) -> int:
+        """Rows that an epoch does not see."""
+        ...
+
+    def __getitem__(self, number: int) -> GlobalBatch:
+        """Global batch `number`, counted from the beginning of the first epoch."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -133,12 +178,12 @@ class DataOrder:
         """Global batch `number`, counted from the beginning of the first epoch."""
         epoch, index = divmod(number, self.batches_per_epoch)
         if self.shuffle:
-            index = int(_permutation(self.batches_per_epoch, self.seed, epoch, BATCH_ORDER)(np.array([index]))[0])
+            index = int(permutation(self.batches_per_epoch, self.seed, epoch, BATCH_ORDER)(np.array([index]))[0])
         bucket = int(np.searchsorted(self._ends, index, side="right"))
         first = (index - (int(self._ends[bucket - 1]) if bucket else 0)) * self.global_batch_size
         positions = np.arange(first, first + self.global_batch_size)
         if self.shuffle:
-            positions = _permutation(self.bucket_sizes[bucket], self.seed, epoch, ROW_ORDER, bucket)(positions)
+            positions = permutation(self.bucket_sizes[bucket], self.seed, epoch, ROW_ORDER, bucket)(positions)
         return GlobalBatch(epoch, bucket, positions)
 
 
@@ -158,7 +203,7 @@ class MicroBatch(NamedTuple):
 
     number: int
     """Micro-batches of this rank before this one, over all epochs."""
-    epoch: int
+    epoch: Epoch
     bucket: int
     positions: Int64
 
@@ -174,7 +219,7 @@ class MicroBatchSampler(DistributedSampler[MicroBatch]):
 
     def __init__(
         self,
-        order: DataOrder,
+        order: Order,
         *,
         rank: int = 0,
         world_size: int = 1,
@@ -209,8 +254,9 @@ class MicroBatchSampler(DistributedSampler[MicroBatch]):
             batch = self.order[number]
             for step in range(self.accumulation):
                 first = (step * self.world_size + self.rank) * self.size
-                positions = batch.positions[first : first + self.size]
-                yield MicroBatch(number * self.accumulation + step, batch.epoch, batch.bucket, positions)
+                part = slice(first, first + self.size)
+                epoch = batch.epoch[part] if isinstance(batch.epoch, np.ndarray) else batch.epoch
+                yield MicroBatch(number * self.accumulation + step, epoch, batch.bucket, batch.positions[part])
             number += 1
 
     def set_epoch(self, epoch: int) -> None:
@@ -218,7 +264,7 @@ class MicroBatchSampler(DistributedSampler[MicroBatch]):
 
 
 def choose_captions(
-    captions: Sequence[Sequence[str]], seed: int, epoch: int, rows: Int64, purpose: int = CAPTION
+    captions: Sequence[Sequence[str]], seed: int, epoch: Epoch, rows: Int64, purpose: int = CAPTION
 ) -> list[str]:
     """One of each row's captions (or prefixes), drawn anew each epoch."""
     draws = uniforms(seed, epoch, rows, purpose)

@@ -13,8 +13,10 @@ or of the order of training.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import logging
 import os
 import socket
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,6 +32,8 @@ from xxhash import xxh3_64_intdigest
 
 from simplear import atomic
 from simplear.atomic import whole_file
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 3
 """Raised when a shard, sidecar or manifest changes so that older code cannot read it or this code not the older."""
@@ -57,7 +61,10 @@ TEXT_END = "\0"
 """Between the texts of a row where they are read as one; a text may still have one inside."""
 
 DAMAGED = "delete it and run the same `simplear tokenize` again"
-"""What to do about a damaged shard."""
+"""What to do about a damaged shard; `simplear data repair` sets all that are damaged aside."""
+
+SETTINGS_DIGITS = 16
+"""Of the SHA-256 of a directory's settings, as each sidecar holds it."""
 
 _HOST = socket.gethostname()
 
@@ -86,9 +93,14 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
 
     Raises OSError, naming the file, when the disk takes no more.
     """
-    temporary = path.with_name(f".{path.name}{TEMPORARY_MARK}{_HOST}-{os.getpid()}")
+    temporary = temporary_name(path)
     with whole_file(path, temporary):
         temporary.write_bytes(content)
+
+
+def temporary_name(path: Path) -> Path:
+    """Where this process writes what shall get the name `path`; `remove_abandoned` knows whose it was."""
+    return path.with_name(f".{path.name}{TEMPORARY_MARK}{_HOST}-{os.getpid()}")
 
 
 def remove_abandoned(directory: Path) -> None:
@@ -178,14 +190,21 @@ def write_shard(directory: Path, name: str, rows: Sequence[TokenRow], drops: Map
         "grids": dict(sorted(grids.items())),
         "drops": dict(sorted((drops or {}).items())),
     }
+    if (directory / SETTINGS_FILE).exists():
+        sidecar["settings"] = settings_digest(read_json(directory / SETTINGS_FILE))
     write_atomically(directory / f"{name}.arrow", content)
     write_json(directory / f"{name}.json", sidecar)
+
+
+def settings_digest(settings: Mapping[str, Any]) -> str:
+    """Names the settings of a directory; a shard whose sidecar has another one was made for another directory."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:SETTINGS_DIGITS]
 
 
 def is_committed(directory: Path, name: str) -> bool:
     """Whether a unit's shard is there with its sidecar and has the size that the sidecar states."""
     try:
-        sidecar = _read_json(directory / f"{name}.json")
+        sidecar = read_json(directory / f"{name}.json")
         return (directory / sidecar["file"]).stat().st_size == sidecar["bytes"]
     except FileNotFoundError:
         return False
@@ -207,24 +226,85 @@ def claim_directory(directory: Path, settings: Mapping[str, Any]) -> None:
 def merge_manifest(directory: Path, names: Iterable[str]) -> dict[str, Any]:
     """Write and return ``manifest.json`` from ``settings.json`` and the sidecars of the named units, in their order.
 
-    Raises ValueError naming the first unit that is not committed.
+    Raises ValueError naming the first unit that is not committed, or that was made for another directory.
     """
+    settings = read_json(directory / SETTINGS_FILE)
     shards = []
     for name in names:
         if not is_committed(directory, name):
             raise ValueError(f"unit {name} in {directory} is not finished: run the same tokenization again.")
-        shards.append(_read_json(directory / f"{name}.json"))
-    settings = _read_json(directory / SETTINGS_FILE)
-    manifest = {**settings, "rows": sum(shard["rows"] for shard in shards), "shards": shards}
+        sidecar = read_json(directory / f"{name}.json")
+        if is_foreign(sidecar, settings):
+            raise ValueError(
+                f"{directory / sidecar['file']} was made for another directory, of other settings: run `simplear data "
+                "repair` on this one, which sets it aside, and then the same tokenization again."
+            )
+        shards.append(sidecar)
+    return write_manifest(directory, settings, shards)
+
+
+def is_foreign(sidecar: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+    """Whether a sidecar says that its shard was made under other settings; those written before it said so do not."""
+    return sidecar.get("settings") not in (None, settings_digest(settings))
+
+
+def write_manifest(
+    directory: Path, settings: Mapping[str, Any], shards: Sequence[Mapping[str, Any]], missing: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Write and return ``manifest.json``.
+
+    Args:
+        directory: of the shards.
+        settings: what ``settings.json`` holds.
+        shards: sidecars, in the order of the rows.
+        missing: units that belong to the set and have no whole shard.
+    """
+    manifest = {**settings, "rows": sum(shard["rows"] for shard in shards), "shards": list(shards)}
+    if missing:
+        manifest["missing"] = list(missing)
     write_json(directory / MANIFEST_FILE, manifest)
     return manifest
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """An object of JSON. Raises ValueError, naming the file, for one that is cut short or no object."""
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:  # no JSON, or no UTF-8
         raise ValueError(f"{path} is no JSON ({error}): delete it and tokenize again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is no JSON object: delete it and tokenize again.")
+    return content
+
+
+def require_version(path: Path, content: Mapping[str, Any]) -> None:
+    """Raises ValueError, naming the file, for settings or a manifest of another format version."""
+    if (version := content.get("format_version")) != FORMAT_VERSION:
+        newer = isinstance(version, int) and version > FORMAT_VERSION
+        remedy = "update simplear" if newer else "remove the directory and tokenize again"
+        raise ValueError(f"{path} has format version {version}, this code reads {FORMAT_VERSION}: {remedy}.")
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a finished directory.
+
+    Raises:
+        FileNotFoundError: directory or manifest is missing.
+        ValueError: no JSON, or of another version.
+    """
+    path = directory / MANIFEST_FILE
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            f"no token shards at {directory}: make them with `simplear tokenize` (the demo's: make tokenize)."
+        )
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is missing, so not all shards are written: run the same `simplear tokenize` again; "
+            "it goes on where it stopped."
+        )
+    manifest = read_json(path)
+    require_version(path, manifest)
+    return manifest
 
 
 def read_prompts(path: Path) -> list[TokenRow]:
@@ -265,13 +345,17 @@ class Rows:
 
 
 @dataclass
-class _Shard:
+class Shard:
+    """One file of rows, as a manifest or a sidecar states it."""
+
     path: Path
     rows: int
     grids: dict[Grid, int]
     sha256: str = ""
     size: int = 0
     """Bytes of the file."""
+    path_number: int = 0
+    """Which of the paths it belongs to."""
     table: pa.Table | None = None
     """Prompts alone are held; files are mapped when first read."""
 
@@ -293,47 +377,51 @@ class TokenShards:
                 of different visual tokenizers.
         """
         self.fingerprint: str | None = None
-        """Of the visual tokenizer; None when there are prompts alone."""
+        """Of the visual tokenizer; None when there are prompts or texts alone."""
         self.codebook_size: int | None = None
-        """None when there are prompts alone."""
+        """None when there are prompts or texts alone."""
         self.downsample: int | None = None
-        """Pixels per code along each side; None when there are prompts alone."""
-        self._shards: list[_Shard] = []
-        self._columns: dict[int, _Columns] = {}
-        for path in [Path(paths)] if isinstance(paths, str | Path) else map(Path, paths):
+        """Pixels per code along each side; None when there are prompts or texts alone."""
+        self.holds_texts = False
+        """Whether a directory holds texts without images, which name no visual tokenizer."""
+        self.holds_prompts = False
+        """Whether a path is a file of prompts."""
+        self._shards: list[Shard] = []
+        self._columns: dict[int, Columns] = {}
+        self.paths = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
+        for number, path in enumerate(self.paths):
+            first = len(self._shards)
             if path.suffix == ".jsonl":
                 rows = read_prompts(path)
-                self._shards.append(_Shard(path, len(rows), {(0, 0): len(rows)}, table=rows_table(rows)))
+                self.holds_prompts = True
+                self._shards.append(Shard(path, len(rows), {(0, 0): len(rows)}, table=rows_table(rows)))
             else:
                 self._add_directory(path)
+            for shard in self._shards[first:]:
+                shard.path_number = number
         self._shards = [shard for shard in self._shards if shard.rows]
         self._starts = np.cumsum([0, *(shard.rows for shard in self._shards)])
 
     def _add_directory(self, directory: Path) -> None:
-        manifest_path = directory / MANIFEST_FILE
-        if not directory.is_dir():
-            raise FileNotFoundError(
-                f"no token shards at {directory}: make them with `simplear tokenize` (the demo's: make tokenize)."
+        manifest = read_manifest(directory)
+        if manifest.get("missing"):
+            logger.warning(
+                "%s lacks %d shards that were set aside as damaged, the first is %s: make them anew, or train without",
+                directory,
+                len(manifest["missing"]),
+                manifest["missing"][0],
             )
-        if not manifest_path.exists():
-            raise FileNotFoundError(
-                f"{manifest_path} is missing, so not all shards are written: run the same `simplear tokenize` again; "
-                "it goes on where it stopped."
-            )
-        manifest = _read_json(manifest_path)
-        if (version := manifest["format_version"]) != FORMAT_VERSION:
-            remedy = "update simplear" if version > FORMAT_VERSION else "remove the directory and tokenize again"
-            raise ValueError(
-                f"{manifest_path} has format version {version}, this code reads {FORMAT_VERSION}: {remedy}."
-            )
-        if self.fingerprint not in (None, manifest["visual_tokenizer"]):
+        if manifest["visual_tokenizer"] is None:
+            self.holds_texts = True
+        elif self.fingerprint not in (None, manifest["visual_tokenizer"]):
             raise ValueError(
                 f"{directory} was made with the visual tokenizer {manifest['visual_tokenizer'][:12]}…, the directories "
                 f"before it with {str(self.fingerprint)[:12]}…: codes of two tokenizers do not mix; tokenize one again."
             )
-        self.fingerprint = manifest["visual_tokenizer"]
-        self.codebook_size = manifest["codebook_size"]
-        self.downsample = manifest["downsample"]
+        else:
+            self.fingerprint = manifest["visual_tokenizer"]
+            self.codebook_size = manifest["codebook_size"]
+            self.downsample = manifest["downsample"]
         for entry in manifest["shards"]:
             path = directory / entry["file"]
             if not path.exists():
@@ -343,8 +431,7 @@ class TokenShards:
                     f"{path} has {size} bytes instead of {entry['bytes']}: it is cut short or changed; run the same "
                     "`simplear tokenize` again to write it."
                 )
-            grids = {_grid(name): count for name, count in entry["grids"].items()}
-            self._shards.append(_Shard(path, entry["rows"], grids, entry["sha256"], entry["bytes"]))
+            self._shards.append(stated_shard(directory, entry))
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -361,6 +448,13 @@ class TokenShards:
             for grid, count in shard.grids.items():
                 counts[grid] = counts.get(grid, 0) + count
         return dict(sorted(counts.items()))
+
+    def rows_by_path(self, grid: Grid) -> list[int]:
+        """Rows of a grid in each of `paths`; a bucket has them in this order."""
+        counts = [0] * len(self.paths)
+        for shard in self._shards:
+            counts[shard.path_number] += shard.grids.get(grid, 0)
+        return counts
 
     def bucket(self, grid: Grid) -> Bucket:
         """The rows of one grid; reads heights and widths of shards of mixed grids alone."""
@@ -431,9 +525,9 @@ class TokenShards:
                         f"{shard.path} has SHA-256 {digest[:12]}…, its sidecar {shard.sha256[:12]}…: {DAMAGED}."
                     )
 
-    def _open(self, index: int) -> _Columns:
+    def _open(self, index: int) -> Columns:
         if index not in self._columns:
-            self._columns[index] = _Columns(self._shards[index])
+            self._columns[index] = Columns(self._shards[index])
         return self._columns[index]
 
 
@@ -461,19 +555,19 @@ class Bucket:
         return self.starts[shards] + local
 
 
-class _Columns:
+class Columns:
     """Columns of a table as views into its buffers.
 
     Rows are slices of memory views, which stay inside them whatever the offsets say: pyarrow itself follows damaged
     lengths and offsets out of the file. (Single elements of a memory view are also half the price of numpy's.)
     """
 
-    def __init__(self, shard: _Shard) -> None:
+    def __init__(self, shard: Shard) -> None:
         """Raises ValueError, naming the file, when it does not hold the shard's rows."""
         self._path, rows = shard.path, shard.rows
         table = _map_table(shard.path) if shard.table is None else shard.table
         if table.schema != SCHEMA or table.num_rows != rows or table["key"].num_chunks != 1:
-            raise _damaged(self._path, f"{table.num_rows} rows instead of {rows}, or other columns")
+            raise Damage(self._path, f"{table.num_rows} rows instead of {rows}, or other columns")
         # Of each column and its children: validity, which nothing here uses, and then offsets or values.
         buffers = {name: table[name].chunk(0).buffers() for name in SCHEMA.names}
         try:
@@ -486,7 +580,7 @@ class _Columns:
             self._heights, self._widths = self.height.data, self.width.data
             self._checksums = np.frombuffer(buffers["checksum"][1], np.uint64, rows).data
         except (ValueError, TypeError) as error:
-            raise _damaged(self._path, error) from error
+            raise Damage(self._path, error) from error
 
     def row(self, index: int) -> tuple[Grid, memoryview, str, list[str], str]:
         """Grid, codes in raster order, key, captions and metadata.
@@ -504,20 +598,24 @@ class _Columns:
                 texts.append(caption_bytes[captions[caption] : captions[caption + 1]])
             texts.append(metadata_bytes[metadata[index] : metadata[index + 1]])
         except (ValueError, IndexError) as error:
-            raise _damaged(f"{self._path}, row {index}", error) from error
+            raise Damage(f"{self._path}, row {index}", error) from error
         joined = TEXT_END.encode().join(texts)
         checksum = row_checksum(codes, grid, joined)
         if checksum != self._checksums[index]:
             wrong = f"checksum {checksum:016x} instead of {self._checksums[index]:016x}"
-            raise _damaged(f"{self._path}, row {index}", wrong)
+            raise Damage(f"{self._path}, row {index}", wrong)
         decoded = joined.decode().split(TEXT_END)  # half the time of decoding one by one
         if len(decoded) != len(texts):
             decoded = [str(text, "utf-8") for text in texts]
         return grid, codes, decoded[0], decoded[1:-1], decoded[-1]
 
 
-def _damaged(what: object, why: object) -> ValueError:
-    return ValueError(f"{what} is damaged ({why}): {DAMAGED}.")
+class Damage(ValueError):
+    """A shard, or a row of one, that is not as it was written."""
+
+    def __init__(self, what: object, why: object) -> None:
+        super().__init__(f"{what} is damaged ({why}): {DAMAGED}.")
+        self.why = str(why)
 
 
 Texts = tuple[memoryview, memoryview]
@@ -536,7 +634,19 @@ def _map_table(path: Path) -> pa.Table:
         with pa.ipc.open_stream(pa.py_buffer(mapped.numpy())) as stream:
             return stream.read_all()
     except (pa.ArrowException, OSError, RuntimeError) as error:  # RuntimeError is how PyTorch cannot map
+        if os.strerror(errno.ENOMEM) in str(error):
+            raise OSError(
+                errno.ENOMEM,
+                f"{path} could not be mapped ({os.strerror(errno.ENOMEM)}): this process maps too many shards. Raise "
+                "the system's vm.max_map_count above their number, or tokenize in larger units.",
+            ) from error
         raise ValueError(f"{path} is no readable Arrow stream ({error}): {DAMAGED}.") from error
+
+
+def stated_shard(directory: Path, sidecar: Mapping[str, Any]) -> Shard:
+    """The shard of a sidecar or of an entry of a manifest, not opened yet."""
+    grids = {_grid(name): count for name, count in sidecar["grids"].items()}
+    return Shard(directory / sidecar["file"], sidecar["rows"], grids, sidecar["sha256"], sidecar["bytes"])
 
 
 def _grid(name: str) -> Grid:

@@ -1,7 +1,8 @@
 """Token shards as training batches for language-model stages and for GRPO.
 
 Captions are chosen, prefixed and dropped anew each epoch by pure functions of (seed, epoch, row); sequences are built
-by `simplear.sequence`. A ``.jsonl`` of prompts among the paths gives rows with an empty grid, for GRPO.
+by `simplear.sequence`. A ``.jsonl`` of prompts among the paths gives rows with an empty grid, for GRPO; a set of texts,
+which `simplear data text` writes, gives rows without images, whose batches are plain text.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from simplear.data.datamodule import BatchDataset, OrderedDataModule
-from simplear.data.order import DROPOUT, PREFIX, MicroBatch, choose_captions, uniforms
+from simplear.data.mixing import MixedOrder
+from simplear.data.order import DROPOUT, PREFIX, MicroBatch, Order, choose_captions, uniforms
 from simplear.data.shards import Rows, TokenShards
 from simplear.language_model import load_text_tokenizer
 from simplear.sequence import (
@@ -27,6 +30,7 @@ from simplear.sequence import (
     TokenLayout,
     add_special_tokens,
     encode_captions,
+    text_batch,
     token_layout,
     training_batch,
     training_caption,
@@ -52,12 +56,31 @@ class TokenBatches(BatchDataset):
         caption_dropout: float,
         caption_prefixes: Sequence[str],
         max_text_tokens: int,
+        weights: Sequence[float] | None = None,
     ) -> None:
         self.shards, self.tokenizer, self.layout, self.seed = shards, tokenizer, layout, seed
         self.caption_dropout, self.caption_prefixes = caption_dropout, list(caption_prefixes) or [""]
         self.max_text_tokens = max_text_tokens
         self.buckets = [shards.bucket(grid) for grid in shards.grids]
         self.bucket_sizes = tuple(len(bucket) for bucket in self.buckets)
+        self.weights = None if weights is None or len(weights) == 1 else tuple(map(float, weights))
+
+    def order(self, global_batch_size: int, seed: int, shuffle: bool, noun: str) -> Order:
+        """Of one set or unweighted ones the plain order; else each batch has rows of all sets, by their weights."""
+        if self.weights is None:
+            return super().order(global_batch_size, seed, shuffle, noun)
+        return MixedOrder(self.rows_by_path, self.weights, global_batch_size, seed, shuffle)
+
+    def order_settings(self) -> dict[str, Any]:
+        """Also the weights and the rows of each set, where sets are mixed."""
+        if self.weights is None:
+            return super().order_settings()
+        return {"rows": [list(rows) for rows in self.rows_by_path], "weights": list(self.weights)}
+
+    @property
+    def rows_by_path(self) -> tuple[tuple[int, ...], ...]:
+        """Of each bucket, the rows of each path."""
+        return tuple(tuple(self.shards.rows_by_path(grid)) for grid in self.shards.grids)
 
     def read(self, micro_batch: MicroBatch) -> tuple[Rows, Tensor, list[str]]:
         """The rows at these positions, their codes (B, h, w) int64, and the caption that the epoch draws for each."""
@@ -70,6 +93,9 @@ class TokenBatches(BatchDataset):
         """See `TokenDataModule`; ``truncated`` (B,) bool comes on top."""
         read, codes, captions = self.read(micro_batch)
         epoch, rows = micro_batch.epoch, read.numbers
+        if self.shards.holds_texts and not codes.numel():
+            cut = [truncate(ids, self.max_text_tokens) for ids in encode_captions(self.tokenizer, captions)]
+            return self._batch(read, codes, captions, cut, np.zeros(len(rows), bool), plain_text=True)
         prefixes = choose_captions([self.caption_prefixes] * len(rows), self.seed, epoch, rows, purpose=PREFIX)
         draws = uniforms(self.seed, epoch, rows, DROPOUT)
         texts = [
@@ -77,10 +103,24 @@ class TokenBatches(BatchDataset):
             for caption, prefix, draw in zip(captions, prefixes, draws, strict=True)
         ]
         cut = [truncate(ids, self.max_text_tokens) for ids in encode_captions(self.tokenizer, texts)]
+        return self._batch(read, codes, captions, cut, draws < self.caption_dropout, plain_text=False)
+
+    def _batch(
+        self,
+        read: Rows,
+        codes: Tensor,
+        captions: list[str],
+        cut: list[tuple[list[int], bool]],
+        dropped: npt.NDArray[np.bool_],
+        *,
+        plain_text: bool,
+    ) -> dict[str, Any]:
+        ids = [ids for ids, _ in cut]
+        sequences = text_batch(ids, self.layout) if plain_text else training_batch(ids, codes, self.layout)
         return {
             "codes": codes,
-            **training_batch([ids for ids, _ in cut], codes, self.layout),
-            "dropped": torch.from_numpy(draws < self.caption_dropout),
+            **sequences,
+            "dropped": torch.from_numpy(dropped),
             "truncated": torch.tensor([was_cut for _, was_cut in cut]),
             "captions": captions,
             "metadata": read.metadata,
@@ -94,7 +134,12 @@ class TokenDataModule(OrderedDataModule):
     A batch, of one grid (h, w), is a dictionary of ``codes`` (B, h, w) int64; ``input_ids``, ``labels`` and
     ``attention_mask`` (B, L) int64 as `simplear.sequence.training_batch` makes them; ``dropped`` (B,) bool: the caption
     was left out; ``captions``: the chosen ones, without prefix and whether dropped or not; ``metadata``: dictionaries;
-    ``keys``. B is the global batch size divided by ranks and accumulation.
+    ``keys``. B is the global batch size divided by ranks and accumulation. Rows of a set of texts have batches of their
+    own, grid (0, 0): plain text without prefix, dropout or control tokens.
+
+    Without `weights` an epoch passes through all rows of all paths once. With them each global batch has rows of all
+    paths by their shares, exactly but for rounding, and an epoch ends when the last path was passed through
+    (`simplear.data.mixing`).
 
     Validation and test take the rows in their order, captions never dropped; rows that fill no global batch are left
     out, with a line that says how many.
@@ -106,6 +151,7 @@ class TokenDataModule(OrderedDataModule):
         global_batch_size: int,
         tokenizer: str,
         *,
+        weights: list[float] | None = None,
         validation_paths: str | list[str] | None = None,
         codebook_size: int | None = None,
         caption_dropout: float = 0.1,
@@ -118,9 +164,11 @@ class TokenDataModule(OrderedDataModule):
     ) -> None:
         """
         Args:
-            paths: Directories of token shards, or .jsonl files with a "prompt" in each line.
+            paths: Directories of token shards, of images or of texts, or .jsonl files with a "prompt" in each line.
             global_batch_size: Images of one optimizer step, over all ranks and accumulated micro-batches.
             tokenizer: Directory or hub id of the text tokenizer; missing special tokens are appended in memory.
+            weights: Share of each of the paths among the training samples, as numbers in any unit; by default all
+                rows count alike.
             validation_paths: Token shards or prompts for validation and test; none by default.
             codebook_size: Number of image codes; needed with prompts alone, else the shards say it.
             caption_dropout: Probability that a training caption is empty, for classifier-free guidance.
@@ -135,7 +183,10 @@ class TokenDataModule(OrderedDataModule):
         super().__init__(global_batch_size, seed, num_workers, shuffle)
         if not 0 <= caption_dropout <= 1:
             raise ValueError(f"caption_dropout {caption_dropout} is no probability.")
-        self.paths, self.validation_paths = paths, validation_paths
+        count = 1 if isinstance(paths, str) else len(paths)
+        if weights is not None and len(weights) != count:
+            raise ValueError(f"{len(weights)} weights for {count} paths: give one for each, in their order.")
+        self.paths, self.validation_paths, self.weights = paths, validation_paths, weights
         self.tokenizer_path, self.codebook_size = tokenizer, codebook_size
         self.caption_dropout, self.caption_prefixes = caption_dropout, caption_prefixes
         self.max_text_tokens = max_text_tokens
@@ -148,8 +199,14 @@ class TokenDataModule(OrderedDataModule):
         """Captions of training batches that were cut on this rank, so far."""
 
     @property
+    def holds_texts(self) -> bool:
+        """Whether there are texts without images among the rows; after setup."""
+        batches = [data for data in (self.training, self.validation) if isinstance(data, TokenBatches)]
+        return any(data.shards.holds_texts for data in batches)
+
+    @property
     def grids(self) -> list[tuple[int, int]]:
-        """Grids (h, w) of training and validation rows, sorted; after setup. Prompts have (0, 0)."""
+        """Grids (h, w) of training and validation rows, sorted; after setup. Prompts and texts have (0, 0)."""
         batches = [data for data in (self.training, self.validation) if isinstance(data, TokenBatches)]
         return sorted({grid for data in batches for grid in data.shards.grids})
 
@@ -164,11 +221,18 @@ class TokenDataModule(OrderedDataModule):
         training = TokenShards(self.paths) if stage in (None, "fit") else None
         validation = TokenShards(self.validation_paths) if self.validation_paths else None
         for shards in (training, validation):
-            if shards is not None and shards.fingerprint is not None:
+            if shards is None:
+                continue
+            if shards.holds_texts and shards.holds_prompts:
+                raise ValueError(
+                    "prompts (.jsonl) and texts without images cannot be in one set of paths: prompts are for GRPO, "
+                    "texts for pretraining and fine-tuning."
+                )
+            if shards.fingerprint is not None:
                 self._require_same_tokenizer(shards)
-                self._verify(shards)
+            self._verify(shards)
         if self.codebook_size is None:
-            raise ValueError("prompts alone do not say the number of image codes: give codebook_size.")
+            raise ValueError("prompts or texts alone do not say the number of image codes: give codebook_size.")
         self.text_tokenizer = load_text_tokenizer(self.tokenizer_path)
         vocabulary = self.text_tokenizer.get_vocab()
         if TEXT_TO_IMAGE in vocabulary and START_OF_IMAGE in vocabulary:
@@ -178,7 +242,7 @@ class TokenDataModule(OrderedDataModule):
         else:
             add_special_tokens(self.text_tokenizer)
         self.layout = token_layout(self.text_tokenizer, self.codebook_size)
-        self.training = None if training is None else self._batches(training, self.caption_dropout)
+        self.training = None if training is None else self._batches(training, self.caption_dropout, self.weights)
         self.validation = None if validation is None else self._batches(validation, 0.0)
 
     def teardown(self, stage: str) -> None:
@@ -213,7 +277,9 @@ class TokenDataModule(OrderedDataModule):
         if self.verify or (self.verify is None and shards.size <= VERIFIED_AT_START):
             shards.verify(*((0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)))
 
-    def _batches(self, shards: TokenShards, caption_dropout: float) -> TokenBatches:
+    def _batches(
+        self, shards: TokenShards, caption_dropout: float, weights: Sequence[float] | None = None
+    ) -> TokenBatches:
         return TokenBatches(
             shards,
             self.text_tokenizer,
@@ -222,4 +288,5 @@ class TokenDataModule(OrderedDataModule):
             caption_dropout=caption_dropout,
             caption_prefixes=self.caption_prefixes,
             max_text_tokens=self.max_text_tokens,
+            weights=weights,
         )

@@ -129,8 +129,13 @@ class LanguageModel(nn.Module):
         return log_probs, token_entropy(states, weight, chunk_rows).view_as(log_probs)
 
     def training_positions(self, input_ids: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Positions of right-padded sequences (B, L): (1, L) for 1-D RoPE, (2, B, L) for 2-D."""
+        """Positions of right-padded sequences (B, L): (1, L) for 1-D RoPE, (2, B, L) for 2-D.
+
+        Without codes, grid (0, 0), all tokens are text, and both kinds are the same positions.
+        """
         length = input_ids.shape[1]
+        if self.rope == "2d" and grid == (0, 0):
+            return torch.arange(length, device=input_ids.device).expand(2, len(input_ids), -1)
         if self.rope == "2d":
             return positions_2d(text_lengths(input_ids, self.layout), length, grid[1])
         return torch.arange(length, device=input_ids.device)[None]

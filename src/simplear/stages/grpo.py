@@ -180,6 +180,11 @@ class GRPOModule(LanguageModelModule):
                 f"--data.init_args.caption_dropout {data.caption_dropout}: the reward of an image drawn from an empty "
                 "caption says nothing about the caption; set it to 0."
             )
+        if isinstance(data, TokenDataModule) and data.holds_texts:
+            raise ValueError(
+                "the paths of the data hold texts without images, which are no prompts: give token shards of images, "
+                "or a .jsonl of prompts."
+            )
         if self.visual_tokenizer_path is None:
             raise ValueError(
                 "the reward reads pictures, which takes a visual tokenizer, and the checkpoint carries none: name its "

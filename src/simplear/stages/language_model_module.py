@@ -166,7 +166,9 @@ class LanguageModelModule(OptimizedModule):
     def checkpoint_settings(self) -> CheckpointSettings:
         """What ``simplear.json`` says of the model as trained here; the grid is the last training batch's."""
         if self.grid is None:
-            raise RuntimeError("no batch has been seen yet, so the grid of the checkpoint is not known.")
+            raise RuntimeError(
+                "no batch has been seen yet that has images, so the grid of the checkpoint is not known."
+            )
         data = getattr(self.trainer, "datamodule", None)
         layout = self.language_model.layout
         return CheckpointSettings(

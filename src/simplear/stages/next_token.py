@@ -10,14 +10,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from torchmetrics import MeanMetric
 
 from simplear.language_model import Normalizer
+from simplear.sequence import text_target_mask
 from simplear.stages.language_model_module import LanguageModelModule
 
 
 @dataclass(frozen=True)
 class NextTokenObjective:
-    """The training loss: image loss + ``text_loss_weight`` × text loss."""
+    """The training loss: image loss + ``text_loss_weight`` × text loss, of captions.
+
+    A batch of texts without images has ``text_only_loss_weight`` × text loss.
+    """
 
     normalizer: Normalizer = "by_modality"
     """by_modality: image targets over image ids, text targets over text ids; full: one softmax over all ids."""
@@ -25,6 +30,16 @@ class NextTokenObjective:
     """0 is the paper's Eq. 1, 1 is what its release trains with."""
     chunk_rows: int | None = None
     """Rows of logits held in memory at once; None holds them all. Same loss, less memory."""
+    text_only_loss_weight: float = 1.0
+    """Of the text loss on batches of texts without images, which have no other; how many there are is the data's."""
+
+
+class Perplexity(MeanMetric):
+    """exp of a mean loss in nats, weighted by tokens."""
+
+    def compute(self) -> Tensor:
+        """Over all updates on all ranks."""
+        return super().compute().exp()
 
 
 class NextTokenModule(LanguageModelModule):
@@ -38,6 +53,8 @@ class NextTokenModule(LanguageModelModule):
     def __init__(self, objective: NextTokenObjective = NextTokenObjective(), **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.objective = objective
+        # Of held-out texts without images: exp of the mean loss of a token, over all batches and ranks.
+        self.text_perplexity = Perplexity()
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         """Loss of one micro-batch, mean over its samples."""
@@ -53,6 +70,8 @@ class NextTokenModule(LanguageModelModule):
 
     def _loss(self, batch: dict[str, Any], name: str) -> Tensor:
         height, width = batch["codes"].shape[1:]
+        if height * width == 0:
+            return self._text_only_loss(batch, name)
         if name == "train" or self.grid is None:
             self.grid = (height, width)
         image_loss, text_loss = self.language_model(
@@ -72,3 +91,29 @@ class NextTokenModule(LanguageModelModule):
             values, on_step=training, on_epoch=not training, sync_dist=not training, batch_size=len(image_loss)
         )
         return loss
+
+    def _text_only_loss(self, batch: dict[str, Any], name: str) -> Tensor:
+        """Loss of a batch of texts, logged apart from that of images."""
+        labels = batch["labels"]
+        _, losses = self.language_model(
+            batch["input_ids"],
+            labels,
+            (0, 0),
+            normalizer=self.objective.normalizer,
+            with_text=True,
+            chunk_rows=self.objective.chunk_rows,
+        )
+        training = name == "train"
+        self.log(
+            f"{name}/text_only_loss",
+            losses.detach().mean(),
+            on_step=training,
+            on_epoch=not training,
+            sync_dist=not training,
+            batch_size=len(losses),
+        )
+        if not training:
+            tokens = text_target_mask(labels[:, 1:], self.language_model.layout).sum(dim=1)
+            self.text_perplexity.update(losses.detach(), tokens)
+            self.log(f"{name}/text_perplexity", self.text_perplexity, on_step=False, on_epoch=True)
+        return self.objective.text_only_loss_weight * losses.mean()

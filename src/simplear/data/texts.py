@@ -1,0 +1,233 @@
+"""Sets of texts without images, for a language model that shall keep its language: ``simplear data text``.
+
+They are token shards like others, whose rows have no codes and one caption, the text; their settings name no visual
+tokenizer, so they go with sets of any. A long text becomes several rows, cut where a line or a word ends. Each file is
+read once, from its beginning to its end, in pieces; a shard is committed when it is full, and what is committed stays,
+so a run that was stopped is run again.
+
+Left out: filtering and deduplication of text, for which there are good tools (datatrove, for one) that write what is
+read here.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from simplear.data.inspection import SECONDS_BETWEEN_LINES
+from simplear.data.shards import (
+    TokenRow,
+    claim_directory,
+    is_committed,
+    merge_manifest,
+    remove_abandoned,
+    write_shard,
+)
+
+logger = logging.getLogger(__name__)
+
+MAX_CHARACTERS = 1800
+"""Of a row: some 450 tokens of English under Qwen2.5's tokenizer, below the 512 that captions are cut to."""
+PARQUET_ROWS = 1000
+"""Rows of a parquet file in memory at once."""
+ENOUGH, MUCH = 10_000, 1_000_000
+"""Bytes of a .txt after which it may be cut where a line is blank, and must be where one ends."""
+NO_CODES = np.empty((0, 0), np.uint16)
+
+Texts = Iterator[tuple[str, str, int]]
+"""Key within the file, text, and bytes of the file read for it."""
+
+
+def write_texts(
+    files: list[str],
+    out: str,
+    *,
+    column: str = "text",
+    max_characters: int = MAX_CHARACTERS,
+    rows_per_shard: int = 10_000,
+) -> None:
+    """Write token shards of texts without images; run again after a stop, it goes on where it was.
+
+    Args:
+        files: .txt (one running text each), .jsonl (an object a line) or .parquet files, UTF-8.
+        out: Directory for the token shards.
+        column: Of .jsonl and .parquet: what holds the text.
+        max_characters: Longer texts become several rows, cut at the end of a line or word.
+        rows_per_shard: Rows of one token shard.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: another kind of file; a parquet file that is damaged or has no such column; a .txt that is no UTF-8;
+            no text at all.
+    """
+    if max_characters < 1 or rows_per_shard < 1:
+        raise ValueError(f"max_characters {max_characters} and rows_per_shard {rows_per_shard} must be above 0.")
+    paths = [Path(file) for file in files]
+    for path in paths:
+        if path.suffix not in READERS:
+            raise ValueError(f"{path} is none of {', '.join(READERS)}: convert it, or take it out.")
+        if not path.is_file():
+            raise FileNotFoundError(f"no file of texts at {path}.")
+        if path.suffix == ".parquet":
+            _parquet(path, column)
+    target = Path(out)
+    source = {
+        "class": "texts",
+        "files": [{"path": str(path), "bytes": path.stat().st_size} for path in paths],
+        "column": column,
+        "max_characters": max_characters,
+        "rows_per_shard": rows_per_shard,
+    }
+    settings = {"visual_tokenizer": None, "codebook_size": None, "downsample": None, "made_by": "simplear data text"}
+    claim_directory(target, {**settings, "source": source})
+    remove_abandoned(target)
+    names: list[str] = []
+    dropped: Counter[str] = Counter()
+    with tqdm(
+        total=sum(path.stat().st_size for path in paths),
+        desc="texts",
+        unit="B",
+        unit_scale=True,
+        mininterval=0.1 if sys.stderr.isatty() else SECONDS_BETWEEN_LINES,
+    ) as bar:
+        for number, path in enumerate(paths):
+            stem = re.sub(r"[^\w-]+", "-", path.stem)
+            for rows, drops in _shards(path, column, max_characters, rows_per_shard, bar.update):
+                name = f"{number:04d}-{stem}-{len(names):06d}"
+                names.append(name)
+                dropped += drops
+                if not is_committed(target, name):
+                    write_shard(target, name, [TokenRow(key, NO_CODES, [text], {}, name) for key, text in rows], drops)
+    for reason, count in sorted(dropped.items()):
+        logger.warning("%d texts left out: %s", count, reason)
+    manifest = merge_manifest(target, names)
+    if not manifest["rows"]:
+        raise ValueError(f"the files hold no text: {', '.join(files)}.")
+    print(f"{manifest['rows']} texts in {len(names)} shards: {target}")
+
+
+def _shards(
+    path: Path, column: str, max_characters: int, rows_per_shard: int, advance: Callable[[int], object]
+) -> Iterator[tuple[list[tuple[str, str]], Counter[str]]]:
+    """Rows of one shard after another, with what was left out among them."""
+    drops: Counter[str] = Counter()
+    rows: list[tuple[str, str]] = []
+    for key, text, size in READERS[path.suffix](path, column, drops):
+        advance(size)
+        parts = list(pieces(text, max_characters))
+        for number, part in enumerate(parts):
+            rows.append((f"{path.stem}:{key}" + (f".{number}" if len(parts) > 1 else ""), part))
+            if len(rows) == rows_per_shard:
+                yield rows, drops.copy()
+                rows = []
+                drops.clear()
+    if rows or drops:
+        yield rows, drops
+
+
+def pieces(text: str, max_characters: int) -> Iterator[str]:
+    """A text in parts of at most so many characters, cut where a line ends, else a word, else anywhere."""
+    while len(text) > max_characters:
+        head = text[: max_characters + 1]
+        cut = max(head.rfind("\n"), 0) or max(head.rfind(" "), 0) or max_characters
+        if part := text[:cut].strip():
+            yield part
+        text = text[cut:].lstrip()
+    if text := text.strip():
+        yield text
+
+
+def _running_text(path: Path, column: str, drops: Counter[str]) -> Texts:
+    """A .txt: lines up to a blank one, some ten thousand bytes together or more, for the cutting to choose from."""
+    first, held, size = 1, list[str](), 0
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                held.append(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}, line {number} is no UTF-8 ({error}): convert the file.") from error
+            size += len(line)
+            if size >= ENOUGH and (not line.strip() or size >= MUCH):
+                yield str(first), "".join(held), size
+                first, held, size = number + 1, [], 0
+    if held:
+        yield str(first), "".join(held), size
+
+
+def _json_lines(path: Path, column: str, drops: Counter[str]) -> Texts:
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            yield str(number), _json_text(line, column, drops) if line.strip() else "", len(line)
+
+
+def _json_text(line: bytes, column: str, drops: Counter[str]) -> str:
+    try:
+        entry = json.loads(line.decode())
+    except UnicodeDecodeError:
+        drops["no UTF-8"] += 1
+        return ""
+    except json.JSONDecodeError:
+        entry = None
+    if not isinstance(entry, Mapping):
+        drops["no JSON object"] += 1
+        return ""
+    if column not in entry:
+        drops[f"no key {column}"] += 1
+        return ""
+    return _text(entry[column], drops)
+
+
+def _parquet_rows(path: Path, column: str, drops: Counter[str]) -> Texts:
+    file = _parquet(path, column)
+    size = path.stat().st_size // max(file.metadata.num_rows, 1)
+    number = 0
+    try:
+        for batch in file.iter_batches(PARQUET_ROWS, columns=[column]):
+            for value in batch.column(0).to_pylist():
+                yield str(number), _text(value, drops), size
+                number += 1
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged near row {number} ({error}): fetch it again.") from error
+
+
+def _parquet(path: Path, column: str) -> pq.ParquetFile:
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is no readable parquet file ({error}): fetch it again.") from error
+    if column not in file.schema_arrow.names:
+        raise ValueError(f"{path} has no column {column}, but {file.schema_arrow.names}: name one (--column).")
+    return file
+
+
+def _text(value: object, drops: Counter[str]) -> str:
+    """The text, or an empty one, with the reason counted."""
+    if not isinstance(value, str):
+        drops["no string"] += 1
+        return ""
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair, which no file can hold
+        drops["no valid Unicode"] += 1
+        return ""
+    if not value.strip():
+        drops["empty"] += 1
+        return ""
+    return value
+
+
+READERS: dict[str, Callable[[Path, str, Counter[str]], Texts]] = {
+    ".txt": _running_text,
+    ".jsonl": _json_lines,
+    ".parquet": _parquet_rows,
+}

@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from simplear.cli import main
+from simplear.data import TokenDataModule, TokenShards
+from simplear.data.inspection import examine
+from simplear.data.shards import MANIFEST_FILE
+from simplear.data.texts import pieces, write_texts
+
+from .conftest import CODEBOOK_SIZE
+
+TEXTS = [f"A text of number {number}.\nIt has two lines, größe {number}." for number in range(25)]
+
+
+def read(directory: Path) -> list[str]:
+    shards = TokenShards(directory)
+    assert list(shards.grids) == [(0, 0)] and shards.fingerprint is None and shards.codebook_size is None
+    return [captions[0] for captions in shards.read(np.arange(len(shards))).captions]
+
+
+def write(directory: Path, kind: str) -> Path:
+    file = directory / f"texts{kind}"
+    if kind == ".jsonl":
+        file.write_text("".join(json.dumps({"text": text, "id": n}) + "\n" for n, text in enumerate(TEXTS)))
+    elif kind == ".parquet":
+        pq.write_table(pa.table({"text": TEXTS, "id": list(range(25))}), file)
+    else:
+        file.write_text("\ufeff" + "\n\n".join(TEXTS), encoding="utf-8")
+    return file
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".parquet"])
+def test_a_text_is_a_row(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["data", "text", str(write(tmp_path, kind)), "--out", str(tmp_path / "out"), "--rows-per-shard", "10"])
+    assert read(tmp_path / "out") == TEXTS
+    assert "25 texts in 3 shards" in capsys.readouterr().out
+    assert not examine(tmp_path / "out").problems
+
+
+def test_a_running_text_is_cut_where_lines_end(tmp_path: Path) -> None:
+    write_texts([str(write(tmp_path, ".txt"))], str(tmp_path / "out"), max_characters=120)
+    rows = read(tmp_path / "out")
+    assert 5 < len(rows) < 25 and max(map(len, rows)) <= 120
+    assert "".join("".join(rows).split()) == "".join("".join(TEXTS).split())
+    assert all(row.startswith(("A text", "It has")) for row in rows)
+
+
+def test_no_letter_is_lost_in_pieces() -> None:
+    text = "word " * 50 + "x" * 70 + "\n\n" + "line\n" * 9
+    parts = list(pieces(text, 30))
+    assert max(map(len, parts)) <= 30 and "".join("".join(parts).split()) == "".join(text.split())
+    assert list(pieces("  ", 5)) == [] and list(pieces("abc", 3)) == ["abc"]
+
+
+def test_what_is_no_text_is_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "texts.jsonl"
+    lines = [b'{"text": "fine"}', b'{"text": ""}', b"no json", b'{"text": 3}', b'{"other": "x"}', b"[1]", b""]
+    file.write_bytes(b"\n".join([*lines, b'{"text": "caf\xe9"}', rb'{"text": "\ud800"}', b'{"text": "<|t2i|> end"}']))
+    write_texts([str(file)], str(tmp_path / "out"), rows_per_shard=1)
+    assert read(tmp_path / "out") == ["fine", "<|t2i|> end"]
+    total: dict[str, int] = {}
+    for shard in json.loads((tmp_path / "out" / MANIFEST_FILE).read_text())["shards"]:
+        for reason, count in shard["drops"].items():
+            total[reason] = total.get(reason, 0) + count
+    reasons = {"empty": 1, "no JSON object": 2, "no string": 1, "no key text": 1, "no UTF-8": 1, "no valid Unicode": 1}
+    assert total == reasons
+    assert "2 texts left out: no JSON object" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"fine\ncaf\xe9", r"a\.txt, line 2 is no UTF-8"),
+        ("a.csv", b"x", r"a\.csv is none of \.txt, \.jsonl, \.parquet"),
+        ("a.parquet", b"PAR1 no", r"a\.parquet is no readable parquet file"),
+        ("a.jsonl", b"{}", r"hold no text"),
+    ],
+)
+def test_files_that_cannot_be_read(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        write_texts([str(tmp_path / name)], str(tmp_path / "out"))
+
+
+def test_a_column_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no column body, but \['text', 'id'\]"):
+        write_texts([str(write(tmp_path, ".parquet"))], str(tmp_path / "out"), column="body")
+    assert not (tmp_path / "out").exists()
+
+
+def killed_at_rename(number: int) -> None:
+    """This process ends instead of renaming its file of that number."""
+    count, replace = 0, os.replace
+
+    def counted(*arguments: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(*arguments)
+
+    os.replace = counted  # type: ignore[assignment]
+
+
+def test_a_writer_killed_again_and_again_ends_in_the_same_bytes(tmp_path: Path) -> None:
+    file = str(write(tmp_path, ".jsonl"))
+
+    def hashes(directory: Path) -> dict[str, str]:
+        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}
+
+    write_texts([file], str(tmp_path / "whole"), rows_per_shard=4)
+    kills, lived = 0, False
+    while not lived:
+        process = os.fork()
+        if process == 0:
+            killed_at_rename(3)
+            write_texts([file], str(tmp_path / "killed"), rows_per_shard=4)
+            os._exit(0)
+        lived = os.waitpid(process, 0)[1] == 0
+        kills += not lived
+    assert kills >= 4
+    write_texts([file], str(tmp_path / "killed"), rows_per_shard=4)
+    assert hashes(tmp_path / "killed") == hashes(tmp_path / "whole")
+
+
+class TestTraining:
+    @pytest.fixture
+    def texts(self, tmp_path: Path) -> str:
+        write_texts([str(write(tmp_path, ".jsonl"))], str(tmp_path / "texts"))
+        return str(tmp_path / "texts")
+
+    def test_batches_of_texts_are_plain_text(
+        self, texts: str, shard_directory: Path, text_tokenizer_directory: Path
+    ) -> None:
+        """No control token, prefix or dropout, whatever captions get; images are as ever."""
+        paths = [str(shard_directory), texts]
+        data = TokenDataModule(
+            paths, 8, str(text_tokenizer_directory), weights=[3, 1], caption_dropout=1.0, caption_prefixes=["see: "]
+        )
+        data.setup("fit")
+        assert data.grids == [(0, 0), (2, 2), (2, 3)] and data.codebook_size == CODEBOOK_SIZE and data.holds_texts
+        kinds = {True: 0, False: 0}
+        for batch in data.train_dataloader():
+            plain = batch["codes"].numel() == 0
+            kinds[plain] += 1
+            for ids, mask, caption in zip(batch["input_ids"], batch["attention_mask"], batch["captions"], strict=True):
+                if plain:
+                    assert data.text_tokenizer.decode(ids[mask.bool()]) == caption
+                else:
+                    assert ids[0] == data.layout.text_to_image_id and ids[1] == data.layout.start_of_image_id
+            assert bool(batch["dropped"].any()) is not plain
+        assert kinds[True] == round(sum(kinds.values()) / 4)
+
+    def test_texts_alone_need_a_codebook_size(self, texts: str, text_tokenizer_directory: Path) -> None:
+        with pytest.raises(ValueError, match=r"prompts or texts alone do not say"):
+            TokenDataModule(texts, 8, str(text_tokenizer_directory)).setup("fit")
+        TokenDataModule(texts, 8, str(text_tokenizer_directory), codebook_size=CODEBOOK_SIZE).setup("fit")
+
+    def test_prompts_beside_texts_are_refused(self, texts: str, text_tokenizer_directory: Path, tmp_path: Path) -> None:
+        (tmp_path / "prompts.jsonl").write_text('{"prompt": "x"}\n')
+        data = TokenDataModule([texts, str(tmp_path / "prompts.jsonl")], 2, str(text_tokenizer_directory))
+        with pytest.raises(ValueError, match=r"prompts are for GRPO"):
+            data.setup("fit")
+
+    def test_damaged_texts_are_found_before_training(self, texts: str, text_tokenizer_directory: Path) -> None:
+        shard = next(Path(texts).glob("*.arrow"))
+        content = bytearray(shard.read_bytes())
+        content[-1] ^= 1
+        shard.write_bytes(content)
+        with pytest.raises(ValueError, match=r"has SHA-256"):
+            TokenDataModule(texts, 8, str(text_tokenizer_directory), codebook_size=8).setup("fit")
