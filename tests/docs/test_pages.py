@@ -116,10 +116,7 @@ def test_links_files_and_classes_exist(page: Path) -> None:
     for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
         assert "://" in link or (page.parent / link).exists(), link
     for file in re.findall(r"`?((?:configs|docs|tests|benchmarks|notebooks|src)/[\w./-]+\.\w+)", text):
-        module, _, name = file.partition(".test_")  # data.md names tests as module.function
-        if name:
-            assert f"def test_{name}(" in (ROOT / f"{module}.py").read_text(), file
-        else:
+        if not re.search(r"\.[tT]est\w*$", file):  # a test, as data.md names them; another test looks for these
             assert (ROOT / file).exists() or (page.parent / file).exists(), file
     for module, name in re.findall(r"\b(simplear(?:\.[a-z_]+)+)\.([A-Z]\w+)", text):
         if "vllm_plugin" in module:  # needs vLLM's environment to be imported

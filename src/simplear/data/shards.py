@@ -220,7 +220,12 @@ def claim_directory(directory: Path, settings: Mapping[str, Any]) -> None:
     Raises:
         ValueError: the directory holds shards of other settings; names the first that differs.
     """
-    atomic.claim_directory(directory / SETTINGS_FILE, {"format_version": FORMAT_VERSION, **settings})
+    settings = {"format_version": FORMAT_VERSION, **settings}
+    file = directory / SETTINGS_FILE
+    directory.mkdir(parents=True, exist_ok=True)
+    if not file.exists():
+        write_json(file, settings)  # under a temporary name that `remove_abandoned` knows
+    atomic.claim_directory(file, settings)
 
 
 def merge_manifest(directory: Path, names: Iterable[str]) -> dict[str, Any]:
