@@ -17,6 +17,8 @@ from simplear.serving import command
         ([], "checkpoints"),
         (["a/model", "b/model"], "two checkpoints are called 'model': give one another name, as other=b/model"),
         (["a", "--engine", "vllm"], "engine 'vllm' cannot be served; one of cached, compiled, jacobi can"),
+        (["a", "--engines", "{a: vllm}"], "engine 'vllm' cannot be served"),
+        (["a", "--engines", "{b: jacobi}"], "engines: no checkpoint is called 'b'; there are: a"),
         (["a", "--batch-sizes", "[0, 2]"], "batch_sizes [0, 2]: give numbers of 1 or more"),
         (["a", "--timeout", "0"], "above 0"),
         (["nowhere/at-all"], "nowhere/at-all"),
@@ -57,9 +59,12 @@ def test_checkpoints_are_served_under_their_names(
         "[4, 1]",
         "--device",
         "cpu",
+        "--engines",
+        "{after: jacobi}",
     ]
     main(["serve", ".", f"after={checkpoints[1]}", *options])
     assert [served.name for served in made["models"]] == ["first", "after"]
+    assert [served.description.engine for served in made["models"]] == ["cached", "jacobi"]
     assert made["service"].api_key == "secret" and made["shutdown_timeout"] == 3
     batcher = made["models"][0].batcher
     assert batcher.shapes == [1, 4] and batcher.pipeline.engine.prompt_multiple == command.PROMPT_MULTIPLE

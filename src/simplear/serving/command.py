@@ -45,6 +45,7 @@ def serve(
     api_key: str | None = None,
     engine: str = "cached",
     engine_options: dict[str, Any] | None = None,
+    engines: dict[str, str] | None = None,
     visual_tokenizer: str | None = None,
     device: str | None = None,
     batch_sizes: list[int] = [1, 2, 4, 8, 16],  # noqa: B006  # never changed
@@ -64,6 +65,8 @@ def serve(
         api_key: what clients must send. The environment variable SIMPLEAR_API_KEY does not show in lists of processes.
         engine: cached, compiled (compiles each batch size at start) or jacobi (fastest for one user).
         engine_options: of the engine, as '{window: 7}' for jacobi.
+        engines: other engines for some of the checkpoints by name: with sft=DIR quick=DIR '{quick: jacobi}' serves one
+            checkpoint on two, for requests and the page to choose from.
         visual_tokenizer: directory to use in place of the checkpoints' own.
         device: where to draw; a GPU where there is one if not given.
         batch_sizes: numbers of images that batches are filled up to.
@@ -74,28 +77,34 @@ def serve(
         shutdown_timeout: seconds to finish what runs after SIGTERM or Ctrl-C; a second signal ends at once.
 
     Raises:
-        ValueError: an engine that cannot be served, batch sizes or limits that are none, or two checkpoints of one
-            name.
+        ValueError: an engine that cannot be served or is given to no checkpoint, batch sizes or limits that are none,
+            or two checkpoints of one name.
     """
-    if engine not in ENGINES:
-        raise ValueError(f"engine {engine!r} cannot be served; one of {', '.join(ENGINES)} can.")
+    named = _named(checkpoints)
+    drawing = {**dict.fromkeys(named, engine), **(engines or {})}
+    for name, each in drawing.items():
+        if each not in ENGINES:
+            raise ValueError(f"engine {each!r} cannot be served; one of {', '.join(ENGINES)} can.")
+        if name not in named:
+            raise ValueError(f"engines: no checkpoint is called {name!r}; there are: {', '.join(named)}.")
     if not batch_sizes or min(batch_sizes) < 1:
         raise ValueError(f"batch_sizes {batch_sizes}: give numbers of 1 or more.")
     if max_queue < 1 or batch_wait < 0 or timeout <= 0 or shutdown_timeout < 0:
         raise ValueError("max_queue and timeout must be above 0, batch_wait and shutdown_timeout not below.")
     service = Service(api_key=api_key or os.environ.get(API_KEY_VARIABLE) or None, timeout=timeout)
     models: list[ServedModel] = []
-    for name, checkpoint in _named(checkpoints).items():
+    for name, checkpoint in named.items():
+        chosen = drawing[name]
         pipeline = SimpleARPipeline.from_pretrained(
             checkpoint,
-            engine=engine,
-            engine_options={**ENGINES[engine], **(engine_options or {})},
+            engine=chosen,
+            engine_options={**ENGINES[chosen], **((engine_options or {}) if chosen == engine else {})},
             device=device,
             visual_tokenizer=visual_tokenizer,
         )
         batcher = Batcher(name, pipeline, batch_sizes, max_queue, batch_wait, service.metrics)
-        batcher.start(warm_up=batcher.shapes if engine == "compiled" else batcher.shapes[:1])
-        models.append(ServedModel(name, batcher, max_codes))
+        batcher.start(warm_up=batcher.shapes if chosen == "compiled" else batcher.shapes[:1])
+        models.append(ServedModel(name, batcher, max_codes, chosen))
     config = uvicorn.Config(
         create_app(models, service),
         host,

@@ -124,6 +124,8 @@ class Model(BaseModel):
     """Pixels a code: width and height are multiples."""
     max_codes: int
     """Of an image."""
+    engine: str
+    """That draws its codes."""
     defaults: dict[str, Any]
     """Of generation."""
 

@@ -20,11 +20,12 @@ class ServedModel:
         name: how requests call it.
         batcher: draws; its pipeline is left alone from here on.
         max_codes: of one image; None takes the number that the checkpoint was trained on.
+        engine: the name of the pipeline's.
     """
 
-    def __init__(self, name: str, batcher: Batcher, max_codes: int | None = None) -> None:
+    def __init__(self, name: str, batcher: Batcher, max_codes: int | None = None, engine: str = "cached") -> None:
         pipeline = batcher.pipeline
-        self.name, self.batcher, self.settings = name, batcher, pipeline.settings
+        self.name, self.batcher, self.settings, self.engine = name, batcher, pipeline.settings, engine
         rows, columns = self.settings.grid
         self.max_codes = rows * columns if max_codes is None else max_codes
         self.created = int(time.time())
@@ -42,6 +43,7 @@ class ServedModel:
             size=f"{columns}x{rows}",
             downsample=self.settings.downsample,
             max_codes=self.max_codes,
+            engine=self.engine,
             defaults=dataclasses.asdict(self.settings.generation),
         )
 

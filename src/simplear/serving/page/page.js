@@ -180,8 +180,8 @@ async function start() {
   busy(true);
   try {
     models = (await (await call("v1/models")).json()).data;
-    element("model").append(...models.map((model) => make("option", { value: model.id }, model.id)));
-    element("beside").append(...models.map((model) => make("option", { value: model.id }, model.id)));
+    element("model").append(...models.map((model) => make("option", { value: model.id }, `${model.id} (${model.engine})`)));
+    element("beside").append(...models.map((model) => make("option", { value: model.id }, `${model.id} (${model.engine})`)));
     element("beside").parentElement.hidden = models.length < 2;
     describe();
   } catch (error) {
