@@ -3,6 +3,8 @@
 from simplear.callbacks.checkpointing import AtomicCheckpoint, HuggingFaceCheckpoint
 from simplear.callbacks.curves import TrainingCurves
 from simplear.callbacks.drawing import DrawingCallback
+from simplear.callbacks.finite import FiniteGradients
+from simplear.callbacks.throughput import TrainingMonitor
 from simplear.callbacks.progress import StageProgressBar
 from simplear.callbacks.rollouts import RolloutImages
 from simplear.callbacks.samples import SampleImages
@@ -11,10 +13,12 @@ from simplear.callbacks.scene_accuracy import SceneAccuracy
 __all__ = [
     "AtomicCheckpoint",
     "DrawingCallback",
+    "FiniteGradients",
     "HuggingFaceCheckpoint",
     "RolloutImages",
     "SampleImages",
     "SceneAccuracy",
     "StageProgressBar",
     "TrainingCurves",
+    "TrainingMonitor",
 ]

@@ -1,5 +1,6 @@
 """The decoder: Qwen2 through transformers, its vocabulary grown by image codes, its losses and its checkpoints."""
 
+from simplear.language_model.arithmetic import Architecture, StepWork
 from simplear.language_model.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -13,6 +14,7 @@ from simplear.language_model.model import LanguageModel, LanguageModelConfig, lo
 from simplear.language_model.text_tokenizer import train_text_tokenizer
 
 __all__ = [
+    "Architecture",
     "Checkpoint",
     "CheckpointError",
     "CheckpointSettings",
@@ -20,6 +22,7 @@ __all__ = [
     "LanguageModel",
     "LanguageModelConfig",
     "Normalizer",
+    "StepWork",
     "load_checkpoint",
     "load_text_tokenizer",
     "next_token_losses",
