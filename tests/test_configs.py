@@ -27,7 +27,7 @@ QWEN_ROWS = 151_936
 COSMOS_CODES = 64_000
 VOCABULARY = QWEN_TEXT_IDS + len(SPECIAL_TOKENS) + COSMOS_CODES
 MAX_TEXT = 512
-MACHINES = ("cpu", "one-gpu", "a100x32")
+MACHINES = ("cpu", "one-gpu", "gpu8", "a100x32")
 
 
 class ConfigurationOnly(LightningCLI):
@@ -184,7 +184,6 @@ def test_the_papers_composition_trains_and_resumes_on_two_processes(
         "trainer.accelerator": "cpu",
         "trainer.devices": "2",
         "trainer.num_nodes": "1",
-        "trainer.strategy.init_args.data_parallel_size": "2",
         "trainer.default_root_dir": str(tmp_path),
         "trainer.val_check_interval": "2",
         "model.init_args.language_model.tokenizer": tiny_text_tokenizer,

@@ -98,6 +98,12 @@ def run_lightning(arguments: Sequence[str]) -> None:
             a whole state to look for them.
             """
 
+        def before_instantiate_classes(self) -> None:
+            """Before Lightning's own message, which knows no remedy."""
+            from simplear.stages.sharding import refuse_fsdp1
+
+            refuse_fsdp1(self._get(self.config, "trainer.strategy") or "auto")
+
     # The verb is a level above the files' keys: ${trainer.…} in a file must still find the file's own.
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     with _errors_for_the_reader():

@@ -21,7 +21,7 @@ from simplear.stages import MuonWithAdamW, parameter_groups
 from toys import make_trainer
 
 SCRIPT = Path(__file__).with_name("fit_not_finite.py")
-WAIT = 120
+WAIT = 600
 
 
 class Line(LightningModule):

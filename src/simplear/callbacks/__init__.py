@@ -1,10 +1,13 @@
-"""Lightning callbacks: images and accuracy during training, checkpoints with their export, the progress bar."""
+"""Lightning callbacks: images and accuracy during training, checkpoints with their export, the progress bar; speed, finite
+gradients, and what a job does when it is pre-empted.
+"""
 
 from simplear.callbacks.checkpointing import AtomicCheckpoint, HuggingFaceCheckpoint
 from simplear.callbacks.curves import TrainingCurves
 from simplear.callbacks.drawing import DrawingCallback
 from simplear.callbacks.finite import FiniteGradients
 from simplear.callbacks.throughput import TrainingMonitor
+from simplear.callbacks.preemption import Preemption
 from simplear.callbacks.progress import StageProgressBar
 from simplear.callbacks.rollouts import RolloutImages
 from simplear.callbacks.samples import SampleImages
@@ -15,6 +18,7 @@ __all__ = [
     "DrawingCallback",
     "FiniteGradients",
     "HuggingFaceCheckpoint",
+    "Preemption",
     "RolloutImages",
     "SampleImages",
     "SceneAccuracy",
