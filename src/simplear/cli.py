@@ -63,6 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif verb in LIGHTNING_VERBS:
         _quieten()
         run_lightning(arguments)
+    elif verb == "plan":
+        _quieten()
+        importlib.import_module("simplear.plan").plan(arguments[1:])
     elif verb in OWN_VERBS:
         _quieten()
         run_function(*OWN_VERBS[verb][:2], arguments[1:], program=f"simplear {verb}")
@@ -73,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _quieten()
         run_function(*BENCHMARKS[benchmark][:2], arguments[2:], program=f"simplear evaluate {benchmark}")
     else:
-        nearest = difflib.get_close_matches(verb, [*LIGHTNING_VERBS, *OWN_VERBS, "evaluate"], n=1)
+        nearest = difflib.get_close_matches(verb, [*LIGHTNING_VERBS, *OWN_VERBS, "evaluate", "plan"], n=1)
         _fail(
             f"simplear: no verb {verb!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else "; see simplear --help.")
         )
@@ -230,6 +233,7 @@ def _quieten() -> None:
 
 def _overview() -> str:
     verbs = {**LIGHTNING_VERBS, **{verb: entry[2] for verb, entry in OWN_VERBS.items()}}
+    verbs["plan"] = "memory of a GPU and days of a training, from the configurations of fit"
     verbs["evaluate"] = f"checkpoint → report: simplear evaluate {'|'.join(BENCHMARKS)} CKPT --out DIR"
     lines = [f"  {verb:<22}{text}" for verb, text in verbs.items()]
     return "\n".join(["usage: simplear VERB [options]", "", *lines, "", "simplear VERB --help explains a verb."])

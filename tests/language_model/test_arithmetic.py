@@ -80,6 +80,10 @@ def test_padding_is_no_work(tiny_text_tokenizer: str) -> None:
         batch = make_batch(module.language_model, module.text_tokenizer, (2, 3), captions)
         return module.step_work({**batch, "codes": torch.zeros(len(captions), 2, 3)})
 
-    long, short, both = work("a green cross left of a red triangle"), work("one star"), work("one star", "a green cross left of a red triangle")
+    long, short, both = (
+        work("a green cross left of a red triangle"),
+        work("one star"),
+        work("one star", "a green cross left of a red triangle"),
+    )
     assert int(both.tokens) == int(long.tokens) + int(short.tokens)
     assert int(both.flops) == int(long.flops) + int(short.flops)

@@ -10,18 +10,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 from simplear.language_model import LanguageModel
 
 
-FSDP2_LINE = "--trainer.strategy simplear.stages.FSDP2"
+FSDP2_NAME = "fsdp2"
 
 
 class FSDP2(ModelParallelStrategy):
-    """Lightning's ModelParallelStrategy over all processes, however many there are: weights, gradients, optimizer sharded.
+    """Lightning's ModelParallelStrategy over all processes, however many there are; ``--trainer.strategy fsdp2``.
 
     Args:
         kwargs: the arguments of ModelParallelStrategy but its two sizes.
@@ -37,11 +37,16 @@ class FSDP2(ModelParallelStrategy):
         super().setup_environment()
 
 
+StrategyRegistry.register(FSDP2_NAME, FSDP2, description="weights, gradients, optimizer sharded over all processes")
+
+
 def refuse_fsdp1(strategy: Any) -> None:
     """Raises ValueError for Lightning's FSDP1, by name, class path or object, with the line to write instead."""
     path = strategy if isinstance(strategy, str) else getattr(strategy, "class_path", type(strategy).__name__)
-    if path.startswith("fsdp") or path.rpartition(".")[2] == "FSDPStrategy":
-        raise ValueError(f"--trainer.strategy {path} is FSDP1, which no stage shards for; FSDP2 is {FSDP2_LINE}.")
+    if path == "fsdp" or path.startswith("fsdp_") or path.rpartition(".")[2] == "FSDPStrategy":
+        raise ValueError(
+            f"--trainer.strategy {path} is FSDP1, which no stage shards for; write --trainer.strategy {FSDP2_NAME}."
+        )
 
 
 def shard_language_model(model: LanguageModel, mesh: DeviceMesh) -> LanguageModel:
