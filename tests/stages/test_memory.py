@@ -1,4 +1,4 @@
-"""Memory by arithmetic is what real modules keep; where parts add up and what a knob changes follows from definitions."""
+"""Memory by arithmetic is what real modules keep; what a knob changes follows from its definition."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from simplear.stages.sharding import refuse_fsdp1
     "strategy", ["fsdp", "fsdp_cpu_offload", SimpleNamespace(class_path="lightning.pytorch.strategies.FSDPStrategy")]
 )
 def test_fsdp1_is_refused_with_the_remedy(strategy: Any) -> None:
-    with pytest.raises(ValueError, match="--trainer.strategy fsdp2"):
+    with pytest.raises(ValueError, match=r"--trainer\.strategy fsdp2"):
         refuse_fsdp1(strategy)
 
 

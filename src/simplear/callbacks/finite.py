@@ -1,8 +1,8 @@
 """A loss or gradient that is no number stops the training, or its step is left out, and the batch is named.
 
-The gradient's norm is looked at, which all ranks share: where one rank's loss is not finite, the reduced gradient is not
-on any. So all stop, or leave the step out, together. Each rank that has such a loss writes
-the keys of its batch to a file of its own. Looking takes one synchronisation with the device an optimizer step.
+The gradient's norm is looked at, which all ranks share: where one rank's loss is not finite, the reduced gradient is
+not on any. So all stop, or leave the step out, together. Each rank that has such a loss writes the keys of its batch to
+a file of its own. Looking takes one synchronisation with the device an optimizer step.
 """
 
 from __future__ import annotations

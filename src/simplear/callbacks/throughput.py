@@ -1,10 +1,10 @@
 """How fast a training runs and what it waits for, in its curves and in a few lines at its end.
 
-Tokens and images a second, the share of the devices' arithmetic that the model needs (MFU: model FLOPs utilisation), the
-time that training waits for data, and device memory. Each is a mean since the values were logged last, over all
-processes; validation is left out of the time. Lightning's ThroughputMonitor takes every batch to be as large as the last one and
-synchronises with the device after each; here the counts stay on the device until something is logged. The peaks of
-arithmetic are Lightning's.
+Tokens and images a second, the share of the devices' arithmetic that the model needs (MFU: model FLOPs utilisation),
+the time that training waits for data (on the first process), and device memory. Each is a mean since the values were
+logged last, over all processes; validation is left out of the time. Lightning's ThroughputMonitor takes every batch to
+be as large as the last one and synchronises with the device after each; here the counts stay on the device until
+something is logged. The peaks of arithmetic are Lightning's.
 
 Gradient norm and losses are logged elsewhere (`FiniteGradients`, the stages), the learning rate by
 LearningRateMonitor.
@@ -122,7 +122,7 @@ class TrainingMonitor(Callback):
         for name in COUNTS:
             self._window.counts[name] = self._window.counts[name] + getattr(work, name)
         if trainer._logger_connector.should_update_logs and not trainer.fit_loop._should_accumulate():
-            self.log_dict(self._close_window(trainer))
+            pl_module.log_dict(self._close_window(trainer))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock."""

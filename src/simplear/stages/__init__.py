@@ -15,9 +15,9 @@ from simplear.stages.token_weights import SimilarityTokenWeights, TokenWeights
 from simplear.stages.visual_tokenizer import VisualTokenizerModule
 
 __all__ = [
+    "FSDP2",
     "CLIPModule",
     "CosineWithWarmup",
-    "FSDP2",
     "GRPOModule",
     "LanguageModelModule",
     "MuonWithAdamW",

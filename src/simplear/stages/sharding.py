@@ -16,7 +16,6 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 
 from simplear.language_model import LanguageModel
 
-
 FSDP2_NAME = "fsdp2"
 
 
