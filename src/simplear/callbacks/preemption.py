@@ -1,10 +1,10 @@
 """A job that is to be moved or ended saves its state at the step boundary and says by its exit code "resume me".
 
-Lightning by itself exits with 0 on SIGTERM and saves nothing; under SLURM it saves in the signal's handler, in the middle
-of a step, into a file that goes before ``--ckpt_path`` for ever after. So the handlers are replaced while training runs:
-they set a flag, and at the next step boundary all ranks agree, save ``last.ckpt``, and exit. A step of GRPO is a rollout
-with its updates. Under SLURM the requeue signal also requeues the job, as Lightning would; SIGTERM does not, for
-`scancel` sends it too.
+Lightning by itself exits with 0 on SIGTERM and saves nothing; under SLURM it saves in the signal's handler, in the
+middle of a step, into a file that goes before ``--ckpt_path`` for ever after. So the handlers are replaced while
+training runs: they set a flag, and at the next step boundary all ranks agree, save ``last.ckpt``, and exit. A step of
+GRPO is a rollout with its updates. Under SLURM the requeue signal also requeues the job, as Lightning would; SIGTERM
+does not, for `scancel` sends it too.
 """
 
 from __future__ import annotations
