@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +34,7 @@ QWEN_ROWS = 151_936
 COSMOS_CODES = 64_000
 VOCABULARY = QWEN_TEXT_IDS + len(SPECIAL_TOKENS) + COSMOS_CODES
 MAX_TEXT = 512
-MACHINES = ("cpu", "one-gpu", "a100x32")
+MACHINES = ("cpu", "one-gpu", "gpu8", "a100x32")
 
 
 class ConfigurationOnly(LightningCLI):
@@ -206,6 +210,28 @@ def test_token_weights_are_chosen_on_the_command_line(value: str) -> None:
     assert composed.model.token_weights.floor == (0.3 if "floor" in value else 0.1)
 
 
+def tiny_overrides(directory: Path, text_tokenizer: str, visual_tokenizer: str, shards: str) -> dict[str, str]:
+    """What makes the paper's pretraining small enough for two CPU processes; strategy and precision stay."""
+    return {
+        "trainer.accelerator": "cpu",
+        "trainer.devices": "2",
+        "trainer.num_nodes": "1",
+        "trainer.default_root_dir": str(directory),
+        "trainer.val_check_interval": "2",
+        "model.init_args.language_model.tokenizer": text_tokenizer,
+        "model.init_args.language_model.codebook_size": "27",
+        "model.init_args.language_model.architecture": (
+            "{hidden_size: 16, intermediate_size: 24, num_hidden_layers: 2, num_attention_heads: 2, "
+            "num_key_value_heads: 1, max_position_embeddings: 600, tie_word_embeddings: true}"
+        ),
+        "model.init_args.visual_tokenizer": visual_tokenizer,
+        "data.init_args.paths": shards,
+        "data.init_args.validation_paths": shards,
+        "data.init_args.global_batch_size": "8",
+        "data.init_args.num_workers": "0",
+    }
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("rope", ["1d", "2d"])
 def test_the_papers_composition_trains_and_resumes_on_two_processes(
@@ -214,25 +240,7 @@ def test_the_papers_composition_trains_and_resumes_on_two_processes(
     """FSDP2, bf16, activation checkpointing, chunked head, sampling: all of it but the size and the GPUs."""
     names = ["pretrain", "0.5b", "from-scratch", *(["rope-2d"] if rope == "2d" else []), "a100x32"]
     configs = [part for name in names for part in ("--config", str(CONFIGS / "paper" / f"{name}.yaml"))]
-    overrides = {
-        "trainer.accelerator": "cpu",
-        "trainer.devices": "2",
-        "trainer.num_nodes": "1",
-        "trainer.strategy.init_args.data_parallel_size": "2",
-        "trainer.default_root_dir": str(tmp_path),
-        "trainer.val_check_interval": "2",
-        "model.init_args.language_model.tokenizer": tiny_text_tokenizer,
-        "model.init_args.language_model.codebook_size": "27",
-        "model.init_args.language_model.architecture": (
-            "{hidden_size: 16, intermediate_size: 24, num_hidden_layers: 2, num_attention_heads: 2, "
-            "num_key_value_heads: 1, max_position_embeddings: 600, tie_word_embeddings: true}"
-        ),
-        "model.init_args.visual_tokenizer": tiny_visual_tokenizer,
-        "data.init_args.paths": tiny_shards,
-        "data.init_args.validation_paths": tiny_shards,
-        "data.init_args.global_batch_size": "8",
-        "data.init_args.num_workers": "0",
-    }
+    overrides = tiny_overrides(tmp_path, tiny_text_tokenizer, tiny_visual_tokenizer, tiny_shards)
     options = [part for key, value in overrides.items() for part in (f"--{key}", value)]
     for steps in ("3", "6"):
         command = [sys.executable, "-m", "simplear.cli", "fit", *configs, *options]
@@ -242,3 +250,66 @@ def test_the_papers_composition_trains_and_resumes_on_two_processes(
         assert f"step {steps} of {steps}" in finished.stdout
     assert "step 3 of 6" not in finished.stdout, "the second run went on from the first"
     assert load_checkpoint(tmp_path / "pretrain").model.rope == rope
+
+
+LAUNCHERS = sorted((CONFIGS / "paper" / "launch").iterdir())
+
+
+@pytest.mark.parametrize("script", LAUNCHERS, ids=lambda script: script.name)
+def test_launch_files_are_scripts(script: Path) -> None:
+    assert os.access(script, os.X_OK)
+    assert subprocess.run(["bash", "-n", str(script)], capture_output=True).returncode == 0
+    if shutil.which("shellcheck"):
+        assert subprocess.run(["shellcheck", str(script)]).returncode == 0
+    # What they name exists.
+    named = re.findall(r"configs/paper/[\w./-]+\.(?:yaml|sbatch|sh)", script.read_text())
+    assert named and all((CONFIGS.parent / name).is_file() for name in named)
+
+
+def test_the_sbatch_file_starts_a_task_a_gpu(tmp_path: Path) -> None:
+    """As the machine of a100x32.yaml has; `srun` here is one that prints what it is asked to run."""
+    script = CONFIGS / "paper" / "launch" / "slurm.sbatch"
+    asked = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", script.read_text(), re.MULTILINE))
+    trainer = compose("paper/pretrain", "paper/a100x32").config["trainer"]
+    assert int(asked["nodes"]) == trainer["num_nodes"]
+    assert int(asked["ntasks-per-node"]) == int(asked["gpus-per-node"]) == trainer["devices"]
+    srun = tmp_path / "srun"
+    srun.write_text('#!/bin/sh\necho "$@"\n')
+    srun.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    ran = subprocess.run([script, "--config", "x y.yaml"], capture_output=True, text=True, env=environment)
+    assert ran.stdout.strip() == "--wait=60 .venv/bin/simplear fit --config x y.yaml --ckpt_path last"
+
+
+@pytest.mark.long
+def test_the_torchrun_file_trains_and_goes_on_after_a_signal(
+    tmp_path: Path, tiny_text_tokenizer: str, tiny_visual_tokenizer: str, tiny_shards: str
+) -> None:
+    """Two processes with FSDP2 and gloo. SIGTERM to one of them: both save, and torchrun starts them again."""
+    overrides = {
+        **tiny_overrides(tmp_path, tiny_text_tokenizer, tiny_visual_tokenizer, tiny_shards),
+        "trainer.max_steps": "400",
+    }
+    names = ["pretrain", "0.5b", "from-scratch", "a100x32"]
+    configs = [part for name in names for part in ("--config", str(CONFIGS / "paper" / f"{name}.yaml"))]
+    options = [part for key, value in overrides.items() for part in (f"--{key}", value)]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "GPUS": "2",
+        "PORT": "0",
+        "TORCHRUN": str(Path(sys.executable).with_name("torchrun")),
+    }
+    log = tmp_path / "log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [CONFIGS / "paper" / "launch" / "torchrun.sh", *configs, *options], stdout=out, stderr=out, env=environment
+        )
+    while process.poll() is None and "step 40 of 400" not in log.read_text():
+        time.sleep(0.01)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(workers[-1]), signal.SIGTERM)
+    assert process.wait() == 0, log.read_text()[-3000:]
+    assert "the state of step" in log.read_text() and "step 400 of 400" in log.read_text()
+    assert log.read_text().count("step 40 of 400") == 1, "the second start went on from the state"
+    assert load_checkpoint(tmp_path / "pretrain").model.rope == "1d"

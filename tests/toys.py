@@ -165,6 +165,50 @@ def write_sft(directory: Path, checkpoint: str, visual_tokenizer: str, shards: s
     return file
 
 
+class Brightness:
+    """A reward: mean of the red channel."""
+
+    def __call__(self, images: Tensor, captions: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        return images[:, 0].mean(dim=(1, 2))
+
+
+def write_grpo(directory: Path, checkpoint: str, visual_tokenizer: str, save_every: int = 1000) -> Path:
+    """A configuration file that reinforces `checkpoint` under ``directory/run``; returns its path."""
+    prompts = directory / "prompts.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "{caption}"}}\n' for caption in CAPTIONS[:4] * 3))
+    file = directory / "grpo.yaml"
+    file.write_text(
+        f"""
+seed_everything: 0
+model:
+  class_path: simplear.stages.GRPOModule
+  init_args:
+    checkpoint: {checkpoint}
+    visual_tokenizer: {visual_tokenizer}
+    reward: {{class_path: toys.Brightness}}
+    group_size: 2
+    inner_updates: 2
+    optimizer: {{class_path: torch.optim.AdamW, init_args: {{lr: 0.01, weight_decay: 0.01}}}}
+data:
+  class_path: simplear.data.TokenDataModule
+  init_args:
+    paths: [{prompts}]
+    codebook_size: 27
+    global_batch_size: 4
+    tokenizer: ${{model.init_args.checkpoint}}
+    caption_dropout: 0.0
+    max_text_tokens: 40
+"""
+        + trainer_yaml(
+            directory,
+            "HuggingFaceCheckpoint",
+            export_dir="${trainer.default_root_dir}/model",
+            every_n_train_steps=save_every,
+        )
+    )
+    return file
+
+
 def write_visual_tokenizer_training(directory: Path, save_every: int = 1000) -> Path:
     """A configuration file that trains a tiny visual tokenizer under ``directory/run``; returns its path."""
     file = directory / "visual_tokenizer.yaml"

@@ -95,6 +95,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif verb in LIGHTNING_VERBS:
         _quieten()
         run_lightning(arguments)
+    elif verb == "plan":
+        _quieten()
+        importlib.import_module("simplear.plan").plan(arguments[1:])
     elif verb in OWN_VERBS:
         _quieten()
         run_function(*OWN_VERBS[verb][:2], arguments[1:], program=f"simplear {verb}")
@@ -111,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _quieten()
         run_function(*DATA_VERBS[action], arguments[2:], program=f"simplear data {action}")
     else:
-        nearest = difflib.get_close_matches(verb, [*LIGHTNING_VERBS, *OWN_VERBS, "evaluate", "data"], n=1)
+        nearest = difflib.get_close_matches(verb, [*LIGHTNING_VERBS, *OWN_VERBS, "evaluate", "data", "plan"], n=1)
         _fail(
             f"simplear: no verb {verb!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else "; see simplear --help.")
         )
@@ -133,6 +136,12 @@ def run_lightning(arguments: Sequence[str]) -> None:
             """Checkpoints hold no hyperparameters, so resuming cannot override the command line; Lightning would read
             a whole state to look for them.
             """
+
+        def before_instantiate_classes(self) -> None:
+            """Before Lightning's own message, which knows no remedy."""
+            from simplear.stages.sharding import refuse_fsdp1
+
+            refuse_fsdp1(self._get(self.config, "trainer.strategy") or "auto")
 
     # The verb is a level above the files' keys: ${trainer.…} in a file must still find the file's own.
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
@@ -279,6 +288,7 @@ def _quieten() -> None:
 def _overview() -> str:
     verbs = {**LIGHTNING_VERBS, **{verb: entry[2] for verb, entry in OWN_VERBS.items()}}
     verbs["data"] = f"token shards: simplear data {'|'.join(DATA_VERBS)} DIR"
+    verbs["plan"] = "memory of a GPU and days of a training, from the configurations of fit"
     verbs["evaluate"] = f"checkpoint → report: simplear evaluate {'|'.join(BENCHMARKS)} CKPT --out DIR"
     lines = [f"  {verb:<22}{text}" for verb, text in verbs.items()]
     return "\n".join(["usage: simplear VERB [options]", "", *lines, "", "simplear VERB --help explains a verb."])

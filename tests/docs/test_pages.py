@@ -74,7 +74,7 @@ def test_every_command_parses(page: Path, words: list[str]) -> None:
 
 def parse(arguments: list[str]) -> None:
     verb, rest = arguments[0], arguments[1:]
-    if verb in cli.LIGHTNING_VERBS:
+    if verb in (*cli.LIGHTNING_VERBS, "plan"):
         rest = [word for index, word in enumerate(rest) if "--ckpt_path" not in rest[max(0, index - 1) : index + 1]]
         ParsedAlone(
             LightningModule,

@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
@@ -16,13 +18,14 @@ from typing import Any
 import pytest
 import torch
 
+from simplear.callbacks.preemption import RESUME_ME
 from simplear.data import TokenShards
 from simplear.data.drops import DROPS_FILE
 from simplear.data.shards import MANIFEST_FILE, TEMPORARY_MARK
 from simplear.language_model import load_checkpoint
 from simplear.states import damage
 from simplear.visual_tokenizer import load_visual_tokenizer
-from toys import write_pretraining, write_sft, write_visual_tokenizer_training
+from toys import write_grpo, write_pretraining, write_sft, write_visual_tokenizer_training
 
 PROCESSES = multiprocessing.get_context("forkserver")
 """Each piece of work is a process of its own, forked from one that has the libraries loaded and has run nothing."""
@@ -124,6 +127,8 @@ def make_config(
     tmp_path: Path, tiny_text_tokenizer: str, tiny_visual_tokenizer: str, tiny_shards: str, tiny_checkpoint: Path
 ) -> Callable[[str, int], Path]:
     def make(stage: str, save_every: int) -> Path:
+        if stage == "grpo":
+            return write_grpo(tmp_path, str(tiny_checkpoint), tiny_visual_tokenizer, save_every)
         if stage == "visual_tokenizer":
             return write_visual_tokenizer_training(tmp_path, save_every)
         if stage == "sft":
@@ -142,6 +147,55 @@ def test_killed_training_is_bit_identical(make_config: Callable[[str, int], Path
 
 def test_training_killed_a_few_times_is_bit_identical(make_config: Callable[[str, int], Path], tmp_path: Path) -> None:
     assert_trained_alike(make_config("pretrain", 3), tmp_path, "pretrain", steps=60, kills=2, at_least=2, longest=0.2)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "grpo"])
+def test_terminated_training_is_bit_identical(
+    make_config: Callable[[str, int], Path], tmp_path: Path, stage: str, processes: int
+) -> None:
+    """Five times on one process, twice on two, of which the first alone gets the signal. No state but those that the
+    signals leave: each resumes where the one before stopped, in GRPO between two rollouts of two updates each.
+    """
+    steps, signals = (40, 2) if processes == 2 else (200, 5)
+    command = ["fit", "--config", str(make_config(stage, 100_000)), "--trainer.max_steps", str(steps)]
+    command += ["--ckpt_path", "last", "--trainer.devices", str(processes)]
+    command += ["--trainer.strategy", "ddp"] if processes == 2 else []
+    whole, stopped, log = tmp_path / "whole", tmp_path / "stopped", tmp_path / "log"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+    def begin(root: Path) -> subprocess.Popen[bytes]:
+        words = [*command, "--trainer.default_root_dir", str(root)]
+        words += ["--trainer.callbacks+", "simplear.callbacks.Preemption"]
+        with log.open("ab") as out:
+            return subprocess.Popen(
+                [sys.executable, "-m", "simplear.cli", *words], stdout=out, stderr=out, env=environment
+            )
+
+    def stepped(root: Path) -> int:
+        """Lines in all tables of curves: one a logged step."""
+        return sum(len(file.read_text().splitlines()) for file in root.rglob("metrics.csv"))
+
+    assert begin(whole).wait() == 0, log.read_text()[-3000:]
+    moments, found = random.Random(0), []
+    for _ in range(signals):
+        before = stepped(stopped)
+        process = begin(stopped)
+        while process.poll() is None and stepped(stopped) == before:
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, 0.05))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait() == RESUME_ME, log.read_text()[-3000:]
+        state = torch.load(stopped / "states" / "last.ckpt", weights_only=False)
+        assert stage != "grpo" or state["global_step"] == 2 * state["rollouts_done"]
+        found.append(state["global_step"])
+    assert found == sorted(set(found)) and found[-1] < steps, found
+    assert begin(stopped).wait() == 0, log.read_text()[-3000:]
+    states = [torch.load(root / "states" / "last.ckpt", weights_only=False) for root in (whole, stopped)]
+    assert [state["global_step"] for state in states] == [steps, steps]
+    one, other = (state["state_dict"] for state in states)
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.long

@@ -1,20 +1,28 @@
-"""Lightning callbacks: images and accuracy during training, checkpoints with their export, the progress bar."""
+"""Lightning callbacks: images and accuracy during training, checkpoints with their export, the progress bar, speed,
+gradients that are finite, and what a job does when it is pre-empted.
+"""
 
 from simplear.callbacks.checkpointing import AtomicCheckpoint, HuggingFaceCheckpoint
 from simplear.callbacks.curves import TrainingCurves
 from simplear.callbacks.drawing import DrawingCallback
+from simplear.callbacks.finite import FiniteGradients
+from simplear.callbacks.preemption import Preemption
 from simplear.callbacks.progress import StageProgressBar
 from simplear.callbacks.rollouts import RolloutImages
 from simplear.callbacks.samples import SampleImages
 from simplear.callbacks.scene_accuracy import SceneAccuracy
+from simplear.callbacks.throughput import TrainingMonitor
 
 __all__ = [
     "AtomicCheckpoint",
     "DrawingCallback",
+    "FiniteGradients",
     "HuggingFaceCheckpoint",
+    "Preemption",
     "RolloutImages",
     "SampleImages",
     "SceneAccuracy",
     "StageProgressBar",
     "TrainingCurves",
+    "TrainingMonitor",
 ]

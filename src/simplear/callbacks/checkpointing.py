@@ -127,12 +127,13 @@ class AtomicCheckpoint(ModelCheckpoint):
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if 0 <= trainer.max_steps <= trainer.global_step:
-            self._save_end(trainer)
+            self.save_end(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._save_end(trainer)
+        self.save_end(trainer)
 
-    def _save_end(self, trainer: Trainer) -> None:
+    def save_end(self, trainer: Trainer) -> None:
+        """Save the state of this step as the last one, unless it has been; all ranks together, between steps."""
         if not self._should_skip_saving_checkpoint(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 

@@ -1,5 +1,6 @@
 """The decoder: Qwen2 through transformers, its vocabulary grown by image codes, its losses and its checkpoints."""
 
+from simplear.language_model.arithmetic import Architecture, StepWork
 from simplear.language_model.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -16,6 +17,7 @@ from simplear.language_model.model import LanguageModel, LanguageModelConfig, lo
 from simplear.language_model.text_tokenizer import train_text_tokenizer
 
 __all__ = [
+    "Architecture",
     "Checkpoint",
     "CheckpointError",
     "CheckpointSettings",
@@ -23,6 +25,7 @@ __all__ = [
     "LanguageModel",
     "LanguageModelConfig",
     "Normalizer",
+    "StepWork",
     "checkpoint_hash",
     "find_checkpoint",
     "load_checkpoint",

@@ -10,10 +10,12 @@ from simplear.stages.pretrain import PretrainModule
 from simplear.stages.reference import ReferenceSettings
 from simplear.stages.schedules import CosineWithWarmup
 from simplear.stages.sft import SFTModule
+from simplear.stages.sharding import FSDP2
 from simplear.stages.token_weights import SimilarityTokenWeights, TokenWeights
 from simplear.stages.visual_tokenizer import VisualTokenizerModule
 
 __all__ = [
+    "FSDP2",
     "CLIPModule",
     "CosineWithWarmup",
     "GRPOModule",

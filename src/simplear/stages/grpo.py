@@ -28,7 +28,8 @@ from transformers import PreTrainedTokenizerBase
 
 from simplear.data import TokenDataModule
 from simplear.generation import SamplingSettings, make_engine
-from simplear.language_model import LanguageModel
+from simplear.language_model import Architecture, LanguageModel, StepWork
+from simplear.language_model.arithmetic import TRAINING_PASSES
 from simplear.rewards import Reward, move, score
 from simplear.sequence import text_lengths, training_batch
 from simplear.stages.grpo_objective import group_advantages, grpo_loss
@@ -215,6 +216,22 @@ class GRPOModule(LanguageModelModule):
         self.log_dict({f"seconds/{name}": value for name, value in seconds.items()})
         self.last_rollout = rollout
         self.rollouts_done += 1
+
+    def step_work(self, batch: dict[str, Any]) -> StepWork:
+        """What a rollout and its updates take: a forward pass to draw, those of reference and old policy, the updates.
+
+        With activation checkpointing the layers once more for each update. Reward and visual tokenizer are not counted.
+        """
+        assert self.grid is not None
+        architecture, layout = Architecture.of(self.language_model.decoder.config), self.language_model.layout
+        codes = self.grid[0] * self.grid[1]
+        images = len(batch["captions"]) * self.group_size
+        lengths = text_lengths(batch["input_ids"], layout) + codes
+        sums = lengths.sum() * self.group_size, lengths.square().sum() * self.group_size
+        forward = architecture.layer_flops(*sums) + architecture.head_flops(images * codes * layout.codebook_size)
+        passes = 1 + (self.beta > 0) + (self.inner_updates > 1) + TRAINING_PASSES * self.inner_updates
+        recomputed = self.inner_updates * architecture.recomputed_flops(*sums) if self.activation_checkpointing else 0
+        return StepWork(images, sums[0], passes * forward, recomputed)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Mean reward of one image for each held-out caption, drawn from the same seeds each time."""

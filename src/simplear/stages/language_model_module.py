@@ -18,7 +18,7 @@ from simplear.data import TokenDataModule
 from simplear.language_model import Checkpoint, CheckpointSettings, GenerationDefaults, LanguageModel, load_checkpoint
 from simplear.sequence import MAX_TEXT_TOKENS
 from simplear.stages.optimized import OptimizedModule
-from simplear.stages.sharding import shard_language_model
+from simplear.stages.sharding import refuse_fsdp1, shard_language_model
 from simplear.visual_tokenizer import VisualTokenizer, load_visual_tokenizer
 
 DEFAULT_DOWNSAMPLE = 16
@@ -81,6 +81,8 @@ class LanguageModelModule(OptimizedModule):
         """Build the model, and shard it under FSDP2."""
         if hasattr(self, "language_model"):
             return
+        if self._trainer is not None:
+            refuse_fsdp1(self.trainer.strategy)
         self.language_model, self.text_tokenizer = self.load_language_model()
         self.language_model.train()
         self.copy_model(self.language_model)
@@ -89,6 +91,8 @@ class LanguageModelModule(OptimizedModule):
         if self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
             assert self.device_mesh is not None, "the strategy sets the mesh before configure_model."
             shard_language_model(self.language_model, self.device_mesh["data_parallel"])
+            # FSDP2 keeps the buffers of its first gathering: made in inference mode, they could not be trained with.
+            self.trainer.fit_loop.epoch_loop.val_loop.inference_mode = False
 
     def copy_model(self, model: LanguageModel) -> None:
         """Take what copies a stage needs of the model while it is whole; none here."""

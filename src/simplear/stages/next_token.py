@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from simplear.language_model import Normalizer
+from simplear.language_model import Architecture, Normalizer, StepWork
+from simplear.language_model.arithmetic import TRAINING_PASSES
 from simplear.sequence import text_target_mask
 from simplear.stages.language_model_module import LanguageModelModule
 
@@ -67,6 +68,25 @@ class NextTokenModule(LanguageModelModule):
     def test_step(self, batch: dict[str, Any], batch_index: int) -> None:
         """As validation."""
         self._loss(batch, "test")
+
+    def step_work(self, batch: dict[str, Any]) -> StepWork:
+        """What a training step on this batch takes; reads no tensor of it."""
+        architecture, layout = Architecture.of(self.language_model.decoder.config), self.language_model.layout
+        lengths = batch["attention_mask"].sum(dim=1)
+        by_modality = self.objective.normalizer == "by_modality"
+        choices = batch["codes"].numel() * (layout.codebook_size if by_modality else layout.vocab_size)
+        without_images = batch["codes"].numel() == 0
+        if self.objective.text_loss_weight > 0 or without_images:
+            ids = layout.image_token_offset if by_modality else layout.vocab_size
+            choices = choices + text_target_mask(batch["labels"][:, 1:], layout).sum() * ids
+        sums = lengths.sum(), lengths.square().sum()
+        forward = architecture.layer_flops(*sums) + architecture.head_flops(choices)
+        return StepWork(
+            images=0 if without_images else len(batch["codes"]),
+            tokens=sums[0],
+            flops=TRAINING_PASSES * forward,
+            recomputed_flops=architecture.recomputed_flops(*sums) if self.activation_checkpointing else 0,
+        )
 
     def _loss(self, batch: dict[str, Any], name: str) -> Tensor:
         height, width = batch["codes"].shape[1:]

@@ -1,14 +1,51 @@
-"""FSDP2 for a language model: one function that every stage's ``configure_model`` calls, and one for drawing."""
+"""FSDP2 for a language model: the strategy, a function that every stage's ``configure_model`` calls, one for drawing.
+
+Lightning's own ``fsdp`` is FSDP1, which the stages do not shard for: it refuses CPUs, so that no test runs it here, and
+cannot clip gradients by norm.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 from simplear.language_model import LanguageModel
+
+FSDP2_NAME = "fsdp2"
+
+
+class FSDP2(ModelParallelStrategy):
+    """Lightning's ModelParallelStrategy over all processes, however many there are; ``--trainer.strategy fsdp2``.
+
+    Args:
+        kwargs: the arguments of ModelParallelStrategy but its two sizes.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+
+    def setup_environment(self) -> None:
+        """One mesh of all processes, once their number is known."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        self._tensor_parallel_size = 1
+        super().setup_environment()
+
+
+StrategyRegistry.register(FSDP2_NAME, FSDP2, description="weights, gradients, optimizer sharded over all processes")
+
+
+def refuse_fsdp1(strategy: Any) -> None:
+    """Raises ValueError for Lightning's FSDP1, by name, class path or object, with the line to write instead."""
+    path = strategy if isinstance(strategy, str) else getattr(strategy, "class_path", type(strategy).__name__)
+    if path == "fsdp" or path.startswith("fsdp_") or path.rpartition(".")[2] == "FSDPStrategy":
+        raise ValueError(
+            f"--trainer.strategy {path} is FSDP1, which no stage shards for; write --trainer.strategy {FSDP2_NAME}."
+        )
 
 
 def shard_language_model(model: LanguageModel, mesh: DeviceMesh) -> LanguageModel:

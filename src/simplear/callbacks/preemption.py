@@ -1,0 +1,150 @@
+"""A job that is to be moved or ended saves its state at the step boundary and says by its exit code "resume me".
+
+Lightning by itself exits with 0 on SIGTERM and saves nothing; under SLURM it saves in the signal's handler, in the
+middle of a step, into a file that goes before ``--ckpt_path`` for ever after. So the handlers are replaced while
+training runs: they set a flag, and at the next step boundary all ranks agree, save ``last.ckpt``, and exit. A step of
+GRPO is a rollout with its updates. Under SLURM the requeue signal also requeues the job, as Lightning would; SIGTERM
+does not, for `scancel` sends it too.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import threading
+from types import FrameType
+from typing import Any, NoReturn
+
+from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from simplear.callbacks.checkpointing import AtomicCheckpoint
+
+logger = logging.getLogger(__name__)
+
+RESUME_ME = 75
+"""EX_TEMPFAIL of sysexits.h: the same command with ``--ckpt_path last`` goes on where this one stopped."""
+
+
+class Preempted(SystemExit):
+    """Ends the process with `RESUME_ME`."""
+
+
+class Preemption(Callback):
+    """Stops training at a step boundary when a signal asks for it, with the state saved, and exits with `RESUME_ME`.
+
+    Needs an `AtomicCheckpoint` (or `HuggingFaceCheckpoint`) with ``save_last`` beside it. One rank that gets the signal
+    is enough. A training that has done its last step ends as always, with 0.
+
+    Args:
+        exit_code: of all ranks.
+        signals: names; under SLURM Lightning's requeue signal comes on top.
+    """
+
+    def __init__(self, exit_code: int = RESUME_ME, signals: tuple[str, ...] = ("SIGTERM", "SIGUSR1")) -> None:
+        if not 0 < exit_code < 128:
+            raise ValueError(f"exit_code {exit_code} must be in 1–127: 0 says done, from 128 on a shell says killed.")
+        self.exit_code = exit_code
+        self.signals = {signal.Signals[name] for name in signals}
+        self.received: signal.Signals | None = None
+        """The signal that this process got, if any."""
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Raises ValueError where nothing would be saved."""
+        if stage != "fit":
+            return
+        if not any(checkpoint.save_last for checkpoint in _checkpoints(trainer)):
+            raise ValueError(
+                "Preemption has no state to leave behind: put simplear.callbacks.HuggingFaceCheckpoint, or "
+                "AtomicCheckpoint, with save_last: true beside it."
+            )
+        # After those that save at this step by themselves. A new list: this hook runs over the old one.
+        trainer.callbacks = [*(other for other in trainer.callbacks if other is not self), self]  # type: ignore[attr-defined]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Replace the handlers, Lightning's own included, which it has set by now."""
+        connector = trainer._signal_connector
+        if connector.received_sigterm:
+            self.received = signal.SIGTERM
+            connector.received_sigterm = False
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError("Preemption needs the main thread, which alone can handle signals.")
+        requeue = _requeue_signal(trainer)
+        for number in self.signals | ({requeue} if requeue else set()):
+            self._handlers[number] = signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        # The requeue signal goes before SIGTERM, which often follows it.
+        if self.received is None or self.received == signal.SIGTERM:
+            self.received = signal.Signals(number)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.fit_loop._should_accumulate():
+            return
+        stop: Any = trainer.strategy.reduce_boolean_decision(self.received is not None, all=False)
+        if not stop or 0 <= trainer.max_steps <= trainer.global_step:
+            return
+        for checkpoint in _checkpoints(trainer):
+            checkpoint.save_end(trainer)
+        requeue = _requeue_signal(trainer)
+        # Ranks on other machines may get the signal a little later: any one's is enough.
+        asked: Any = trainer.strategy.reduce_boolean_decision(
+            requeue is not None and self.received == requeue, all=False
+        )
+        if asked and trainer.is_global_zero:
+            requeue_job()
+        self._exit(trainer)
+
+    def _exit(self, trainer: Trainer) -> NoReturn:
+        if trainer.is_global_zero:
+            name = self.received.name if self.received else "a signal on another rank"
+            logger.warning(
+                "%s: the state of step %d is saved; exit code %d says that --ckpt_path last goes on from it",
+                name,
+                trainer.global_step,
+                self.exit_code,
+            )
+        # A process that Lightning itself has started would have its exit code taken for a crash, and the first process,
+        # whose code counts, would be killed.
+        started = isinstance(trainer._accelerator_connector.cluster_environment, LightningEnvironment)
+        raise Preempted(0 if started and trainer.local_rank > 0 else self.exit_code)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._restore()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the signals back to whoever had them."""
+        self._restore()
+
+    def _restore(self) -> None:
+        while self._handlers:
+            number, handler = self._handlers.popitem()
+            signal.signal(number, handler)
+
+
+def requeue_job() -> None:
+    """Ask SLURM to start this job again. A refusal is an error message, not an error: the state is saved."""
+    job = os.environ["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        logger.error("job %s could not be requeued (%s): submit it again", job, getattr(error, "stderr", "") or error)
+
+
+def _checkpoints(trainer: Trainer) -> list[AtomicCheckpoint]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, AtomicCheckpoint)]  # type: ignore[attr-defined]
+
+
+def _requeue_signal(trainer: Trainer) -> signal.Signals | None:
+    """SLURM's, where Lightning would requeue the job."""
+    environment = trainer._accelerator_connector.cluster_environment
+    if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+        return environment.requeue_signal
+    return None

@@ -1,0 +1,129 @@
+"""How large a Qwen2 decoder is and how many floating-point operations it takes: exact, without building it.
+
+FLOPs are counted as PyTorch's `FlopCounterMode` and the literature do: two for each multiplication with its addition
+in a matrix product, attention over all pairs of places whether causal or not (Chowdhery et al. 2022, PaLM, appendix B),
+nothing for a look-up of embeddings, norms or rotary angles. A backward pass takes twice the forward pass. Layers that
+are computed again under activation checkpointing are counted apart: the model does not need them.
+
+The sums are linear in the number of tokens and in the sum of squared lengths, so both may be tensors that stay on their
+device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+Count = TypeVar("Count", int, float, Tensor)
+
+TRAINING_PASSES = 3
+"""Forward and backward, in forward passes."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The numbers of a Qwen2 decoder that its size and its FLOPs follow from."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    """Rows of the embedding, codes included."""
+    tie_word_embeddings: bool
+
+    @classmethod
+    def of(cls, config: Any) -> Architecture:
+        """Of a transformers Qwen2Config."""
+        heads = config.num_attention_heads
+        return cls(
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=heads,
+            num_key_value_heads=config.num_key_value_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            vocab_size=config.vocab_size,
+            tie_word_embeddings=config.tie_word_embeddings,
+        )
+
+    @property
+    def attention_width(self) -> int:
+        """Of the queries of all heads together."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def key_value_width(self) -> int:
+        """Of the keys, or the values, of all heads together."""
+        return self.num_key_value_heads * self.head_dim
+
+    @property
+    def matrix_parameters_a_layer(self) -> int:
+        """Of queries, keys, values, output and the three matrices of the MLP."""
+        attention = self.hidden_size * (2 * self.attention_width + 2 * self.key_value_width)
+        return attention + 3 * self.hidden_size * self.intermediate_size
+
+    @property
+    def parameters_a_layer(self) -> int:
+        """With the biases of queries, keys and values, and two norms."""
+        biases = self.attention_width + 2 * self.key_value_width
+        return self.matrix_parameters_a_layer + biases + 2 * self.hidden_size
+
+    @property
+    def root_parameters(self) -> int:
+        """Embedding, head where it is a matrix of its own, and the final norm."""
+        matrices = 1 if self.tie_word_embeddings else 2
+        return matrices * self.vocab_size * self.hidden_size + self.hidden_size
+
+    @property
+    def parameters(self) -> int:
+        """Of the whole decoder."""
+        return self.num_hidden_layers * self.parameters_a_layer + self.root_parameters
+
+    def layer_flops(self, tokens: Count, squared_lengths: Count) -> Count:
+        """One forward pass through all layers.
+
+        Args:
+            tokens: of all sequences together.
+            squared_lengths: sum of the squares of their lengths.
+        """
+        products = 2 * self.num_hidden_layers * self.matrix_parameters_a_layer * tokens
+        return products + 4 * self.num_hidden_layers * self.attention_width * squared_lengths
+
+    def recomputed_flops(self, tokens: Count, squared_lengths: Count) -> Count:
+        """What full activation checkpointing computes again: of each layer all but the last product.
+
+        Its inputs alone are needed, and PyTorch's checkpoints stop when they have what is needed.
+        """
+        last = 2 * self.num_hidden_layers * self.hidden_size * self.intermediate_size * tokens
+        return self.layer_flops(tokens, squared_lengths) - last
+
+    def head_flops(self, choices: Count) -> Count:
+        """One forward pass through the head.
+
+        Args:
+            choices: sum over all predicted tokens of the number of ids that each is chosen among.
+        """
+        return 2 * self.hidden_size * choices
+
+    def key_value_numbers(self, tokens: int) -> int:
+        """Numbers in the KV cache of so many tokens."""
+        return 2 * self.num_hidden_layers * self.key_value_width * tokens
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """What one training step processes on this rank; tensors stay where they are until somebody reads them."""
+
+    images: int
+    """Sequences with an image, or images drawn."""
+    tokens: int | Tensor
+    """Without padding."""
+    flops: int | Tensor
+    """That the model needs: forward and backward."""
+    recomputed_flops: int | Tensor = 0
+    """On top, of layers computed again under activation checkpointing."""

@@ -1,0 +1,208 @@
+"""Memory of a GPU and pace of a training, by arithmetic, before anything is bought or started.
+
+What is kept for the backward pass is what the modules of transformers' Qwen2 keep with fused attention, counted to the
+byte on the CPU in the tests. What a GPU's allocator and libraries take on top is an assumption (`RESERVED_GIB`).
+The pace is the model's FLOPs at an assumed utilisation; drawing in rollouts is the reading of weights and cache at an
+assumed share of the memory's bandwidth.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from simplear.language_model import Architecture
+from simplear.language_model.arithmetic import TRAINING_PASSES
+
+GIB = 2**30
+DAY = 86400.0
+RESERVED_GIB = 4.0
+"""CUDA's context, NCCL's buffers, and what the allocator cannot use."""
+
+SAVED_BYTES = {"bf16-mixed": (26, 8, 4, 4), "bf16-true": (16, 8, 4, 4), "32-true": (24, 16, 8, 8)}
+"""Bytes that a layer keeps for each token: per hidden unit, MLP unit, query unit, and key or value unit."""
+LAYER_INPUT_BYTES = {"bf16-mixed": 4, "bf16-true": 2, "32-true": 4}
+"""Of a number of the residual stream, which is all that a recomputed layer keeps."""
+WEIGHT_BYTES = {"bf16-mixed": 4, "bf16-true": 2, "32-true": 4}
+COMPUTE_BYTES = {"bf16-mixed": 2, "bf16-true": 2, "32-true": 4}
+LOG_SUM_EXP_BYTES = 4
+"""For each head and token, of fused attention."""
+WIDE = 4
+"""Bytes of float32."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU's data sheet."""
+
+    name: str
+    memory_gib: float
+    """As PyTorch reports it, before anything runs."""
+    flops: float
+    """bfloat16, dense, a second."""
+    bandwidth: float
+    """Bytes a second."""
+
+
+A100 = Device("A100 80 GB", 79.1, 312e12, 2.039e12)
+"""NVIDIA A100 80GB SXM datasheet, 2021."""
+H100 = Device("H100 80 GB", 79.1, 989.4e12, 3.35e12)
+"""NVIDIA H100 SXM datasheet, 2023, without sparsity."""
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """What GRPO adds to a step."""
+
+    group_size: int
+    batch_size: int | None
+    """Images drawn at once; None: a rank's whole rollout."""
+    inner_updates: int
+    reference_bytes: int
+    """Of each of the reference's weights on the training's device: 0 where there is none or it lives elsewhere."""
+    with_reference: bool
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training as far as its memory and pace depend on it."""
+
+    architecture: Architecture
+    codebook_size: int
+    codes: int
+    """Of an image."""
+    mean_text: int
+    """Tokens of a prompt on average, control tokens included: for the pace."""
+    longest_text: int
+    """The most: for the memory."""
+    images: int
+    """In one forward and backward pass of one GPU."""
+    steps: int
+    """Training steps of the whole run."""
+    images_a_step: int
+    """Of all GPUs; of GRPO, images drawn."""
+    devices: int
+    sharded: bool
+    """FSDP2 over all devices; else each holds everything."""
+    precision: str
+    """A key of `SAVED_BYTES`."""
+    activation_checkpointing: bool
+    chunk_rows: int | None
+    full_softmax: bool
+    """Over all ids, not over the codes alone."""
+    moments: int = 2
+    """Numbers that the optimizer keeps for each weight."""
+    rollouts: Rollouts | None = None
+
+    @property
+    def choices(self) -> int:
+        """Ids that a code is chosen among."""
+        return self.architecture.vocab_size if self.full_softmax else self.codebook_size
+
+
+def saved_a_token(architecture: Architecture, precision: str) -> int:
+    """Bytes that one layer keeps of one token for its backward pass, without activation checkpointing."""
+    hidden, mlp, query, key_value = SAVED_BYTES[precision]
+    return (
+        hidden * architecture.hidden_size
+        + mlp * architecture.intermediate_size
+        + query * architecture.attention_width
+        + key_value * architecture.key_value_width
+        + LOG_SUM_EXP_BYTES * architecture.num_attention_heads
+    )
+
+
+def memory(run: Run) -> dict[str, float]:
+    """Bytes of one GPU at the worst moment, by purpose; they add up to what it takes, but for `RESERVED_GIB`."""
+    shape, share = run.architecture, run.devices if run.sharded else 1
+    wide, narrow = WEIGHT_BYTES[run.precision], COMPUTE_BYTES[run.precision]
+    tokens = run.images * (run.longest_text + run.codes)
+    layer = tokens * saved_a_token(shape, run.precision)
+    if run.activation_checkpointing:
+        inputs = shape.num_hidden_layers * tokens * shape.hidden_size * LAYER_INPUT_BYTES[run.precision]
+        activations = inputs + layer
+    else:
+        activations = shape.num_hidden_layers * layer
+    parts: dict[str, float] = {
+        "weights": wide * shape.parameters / share,
+        "gradients": wide * shape.parameters / share,
+        "optimizer": run.moments * wide * shape.parameters / share,
+    }
+    working = 0.0
+    if narrow != wide:
+        working += narrow * shape.parameters  # autocast's copies, until the backward pass has used them
+    if run.sharded:
+        # Embedding and head, and two layers: the one at work and the one that is fetched meanwhile.
+        working += wide * (shape.root_parameters + 2 * shape.parameters_a_layer)
+    parts["working copies of weights"] = working
+    update = activations + logits_bytes(run)
+    drawing = 0.0
+    if run.rollouts is not None:
+        rollouts = run.rollouts
+        parts["reference"] = rollouts.reference_bytes * shape.parameters / share
+        a_rank = run.images_a_step // run.devices
+        at_once = min(rollouts.batch_size or a_rank, a_rank)
+        cached = at_once * (run.longest_text + run.codes)
+        drawing = narrow * shape.key_value_numbers(cached) + at_once * run.choices * (narrow + 2 * WIDE)
+        if run.sharded:
+            drawing += wide * shape.parameters  # gathered once a rollout
+    # A rollout has ended before its updates begin: the larger of the two is held.
+    if drawing > update:
+        parts["KV cache and rollouts"] = drawing
+    else:
+        parts["activations"] = activations
+        parts["logits"] = logits_bytes(run)
+    return parts
+
+
+def logits_bytes(run: Run) -> float:
+    """Of the head's loss. In chunks: logits of some rows, the head's rows as they are multiplied, its gradient."""
+    narrow = COMPUTE_BYTES[run.precision]
+    rows = run.images * run.codes
+    if run.chunk_rows is not None and run.chunk_rows < rows:
+        a_logit = narrow + WIDE + (narrow if narrow != WIDE else 0)
+        head = run.choices * run.architecture.hidden_size * narrow
+        gradient = run.architecture.vocab_size * run.architecture.hidden_size * WIDE
+        return run.chunk_rows * run.choices * a_logit + head + gradient
+    # Logits as computed, in float32, their log-probabilities, and the gradients of both.
+    return rows * run.choices * (2 * narrow + 3 * WIDE)
+
+
+def flops_a_step(run: Run) -> float:
+    """That the model needs, over all GPUs; recomputed layers are not counted."""
+    length = run.mean_text + run.codes
+    layers = run.architecture.layer_flops(length, length * length)
+    forward = run.images_a_step * (layers + run.architecture.head_flops(run.codes * run.choices))
+    if run.rollouts is None:
+        return TRAINING_PASSES * forward
+    updates = run.rollouts.inner_updates
+    return (TRAINING_PASSES * updates + run.rollouts.with_reference + (updates > 1)) * forward
+
+
+def drawing_seconds(run: Run, device: Device, utilisation: float) -> float:
+    """Of a rollout: every code takes one reading of the weights and of the cache as far as it has grown."""
+    if run.rollouts is None:
+        return 0.0
+    a_rank = run.images_a_step // run.devices
+    at_once = min(run.rollouts.batch_size or a_rank, a_rank)
+    narrow = COMPUTE_BYTES[run.precision]
+    read = run.architecture.num_hidden_layers * run.architecture.parameters_a_layer
+    weights = narrow * (read + run.codebook_size * run.architecture.hidden_size)
+    cache = narrow * at_once * run.architecture.key_value_numbers(run.mean_text + run.codes // 2)
+    passes = run.codes * -(-a_rank // at_once)
+    return passes * (weights + cache) / (device.bandwidth * utilisation)
+
+
+def seconds_a_step(run: Run, device: Device, mfu: float, bandwidth_utilisation: float) -> float:
+    """One training step: arithmetic of the updates at an MFU, and the drawing of a rollout."""
+    return flops_a_step(run) / (run.devices * device.flops * mfu) + drawing_seconds(run, device, bandwidth_utilisation)
+
+
+def tokens_a_day(run: Run, device: Device, mfu: float, bandwidth_utilisation: float) -> float:
+    """Tokens trained on, text and codes, by all GPUs."""
+    tokens = run.images_a_step * (run.mean_text + run.codes)
+    return tokens / seconds_a_step(run, device, mfu, bandwidth_utilisation) * DAY
+
+
+def days(run: Run, device: Device, mfu: float, bandwidth_utilisation: float) -> float:
+    """Of the whole run."""
+    return run.steps * seconds_a_step(run, device, mfu, bandwidth_utilisation) / DAY

@@ -1,0 +1,89 @@
+"""Parameters and FLOPs by arithmetic are those of real decoders: counted weights, and PyTorch's own counter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from simplear.language_model import Architecture, LanguageModelConfig
+from simplear.stages import NextTokenObjective, PretrainModule
+from toys import ARCHITECTURE, CODEBOOK, make_batch
+
+SIZES = {
+    "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
+    "1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12},
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("size", [*SIZES, "tiny", "wide heads"])
+def test_parameters_are_those_of_the_model(size: str, tied: bool) -> None:
+    fields: dict[str, Any] = {**ARCHITECTURE, "vocab_size": 331, **SIZES.get(size, {})}
+    fields |= {"num_key_value_heads": 2 if size in SIZES else 1, "tie_word_embeddings": tied}
+    if size == "wide heads":
+        fields["head_dim"] = 12
+    config = Qwen2Config(**fields)
+    with torch.device("meta"):
+        model = Qwen2ForCausalLM(config)
+    assert Architecture.of(config).parameters == sum(weight.numel() for weight in model.parameters())
+    layer = sum(weight.numel() for weight in model.model.layers[0].parameters())
+    assert Architecture.of(config).parameters_a_layer == layer
+
+
+def counted_flops(module: Any, batch: dict[str, Any]) -> int:
+    """Of a training step, without the outer product that makes the rotary angles."""
+    counter = FlopCounterMode(display=False)
+    with counter, sdpa_kernel(SDPBackend.MATH):
+        module.training_step(batch, 0).backward()
+    angles = sum(
+        sum(counts.values()) for name, counts in counter.get_flop_counts().items() if name.endswith("rotary_emb")
+    )
+    return counter.get_total_flops() - angles
+
+
+@pytest.mark.parametrize("normalizer", ["by_modality", "full"])
+@pytest.mark.parametrize("text_loss_weight", [0.0, 1.0])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_flops_of_a_step_are_those_that_pytorch_counts(
+    tiny_text_tokenizer: str,
+    monkeypatch: pytest.MonkeyPatch,
+    normalizer: Any,
+    text_loss_weight: float,
+    checkpointing: bool,
+) -> None:
+    objective = NextTokenObjective(normalizer, text_loss_weight)
+    config = LanguageModelConfig(tiny_text_tokenizer, CODEBOOK, architecture=ARCHITECTURE)
+    module = PretrainModule(config, objective=objective, activation_checkpointing=checkpointing)
+    module.configure_model()
+    monkeypatch.setattr(module, "log_dict", lambda *_, **__: None)
+    captions = ["a photo of a red circle"] * 3  # of one length: the counter counts padding too
+    batch = make_batch(module.language_model, module.text_tokenizer, (2, 3), captions)
+    batch["codes"] = torch.zeros(3, 2, 3)
+    work = module.step_work(batch)
+    assert (work.images, work.tokens) == (3, batch["input_ids"].numel())
+    recomputed = int(work.recomputed_flops)
+    assert (recomputed > 0) == checkpointing
+    counted = counted_flops(module, batch)
+    assert int(work.flops) + recomputed == counted
+
+
+def test_padding_is_no_work(tiny_text_tokenizer: str) -> None:
+    module = PretrainModule(LanguageModelConfig(tiny_text_tokenizer, CODEBOOK, architecture=ARCHITECTURE))
+    module.configure_model()
+
+    def work(*captions: str) -> Any:
+        batch = make_batch(module.language_model, module.text_tokenizer, (2, 3), captions)
+        return module.step_work({**batch, "codes": torch.zeros(len(captions), 2, 3)})
+
+    long, short, both = (
+        work("a green cross left of a red triangle"),
+        work("one star"),
+        work("one star", "a green cross left of a red triangle"),
+    )
+    assert int(both.tokens) == int(long.tokens) + int(short.tokens)
+    assert int(both.flops) == int(long.flops) + int(short.flops)

@@ -1,0 +1,127 @@
+"""`simplear plan` reads what `simplear fit` reads, builds nothing, and warns before a run that cannot fit."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from simplear.cli import main
+from toys import write_grpo, write_pretraining
+
+PAPER = Path(__file__).parents[1] / "configs" / "paper"
+
+
+def plan(capsys: pytest.CaptureFixture[str], *names: str, options: tuple[str, ...] = ()) -> str:
+    files = [part for name in names for part in ("--config", str(PAPER / f"{name}.yaml"))]
+    main(["plan", *files, *options])
+    return capsys.readouterr().out
+
+
+def needed(text: str) -> float:
+    found = re.search(r"^  all +([\d.]+)  of", text, re.MULTILINE)
+    assert found is not None, text
+    return float(found[1])
+
+
+def test_pretraining_on_the_papers_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    text = plan(capsys, "pretrain", "1.5b", "a100x32", options=("--plan.pixels", "512"))
+    assert text.startswith("1,642 million parameters; 32 GPUs, FSDP2; bf16-mixed; 8 images of 1,024 codes a pass")
+    assert "warning" not in text and needed(text) < 30
+    assert "168,000 steps" in text and "A100" in text and "H100" in text
+
+
+@pytest.mark.parametrize("machine", ["one-gpu", "gpu8", "a100x32"])
+@pytest.mark.parametrize("size", ["0.5b", "1.5b"])
+def test_what_is_shipped_fits(capsys: pytest.CaptureFixture[str], machine: str, size: str) -> None:
+    """Pretraining at 512 px, fine-tuning at 1024 px."""
+    sized = ("--plan.size", str(PAPER / f"{size}.yaml"))
+    main(
+        [
+            "plan",
+            "--config",
+            str(PAPER / "pretrain.yaml"),
+            "--config",
+            str(PAPER / f"{size}.yaml"),
+            "--config",
+            str(PAPER / f"{machine}.yaml"),
+            "--plan.pixels",
+            "512",
+            "--plan.strict",
+            "true",
+        ]
+    )
+    pretraining = capsys.readouterr().out
+    fine_tuning = plan(
+        capsys,
+        "sft",
+        machine,
+        options=(
+            "--plan.pixels",
+            "1024",
+            "--plan.strict",
+            "true",
+            "--model.init_args.activation_checkpointing",
+            "true",
+            *sized,
+        ),
+    )
+    assert needed(pretraining) < needed(fine_tuning) or machine == "one-gpu"
+
+
+def test_what_does_not_fit_is_said_and_strictly_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--plan.pixels", "1024", "--plan.size", str(PAPER / "1.5b.yaml"))
+    text = plan(capsys, "sft", "one-gpu", options=options)
+    assert "warning: this does not fit into 79.1 GiB. Set --model.init_args.activation_checkpointing true." in text
+    with pytest.raises(SystemExit) as ended:
+        plan(capsys, "sft", "one-gpu", options=(*options, "--plan.strict", "true"))
+    assert ended.value.code == 1
+
+
+def test_grpo_of_the_paper_and_on_24_gb(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--plan.pixels", "1024", "--plan.size", str(PAPER / "0.5b.yaml"))
+    usual = plan(capsys, "grpo-clip-0.5b", options=options)
+    small = plan(capsys, "grpo-clip-0.5b", "grpo-24gb", options=(*options, "--plan.gpu_memory_gib", "23.5"))
+    assert "rollouts at 50%" in usual and "warning" not in usual + small
+    assert needed(small) < needed(usual)
+
+
+def test_sizes_from_what_is_there(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    tiny_text_tokenizer: str,
+    tiny_visual_tokenizer: str,
+    tiny_shards: str,
+    tiny_checkpoint: Path,
+) -> None:
+    """Shards say the grid, checkpoints their size, tokenizers their ids."""
+    main(
+        ["plan", "--config", str(write_pretraining(tmp_path, tiny_text_tokenizer, tiny_visual_tokenizer, tiny_shards))]
+    )
+    assert "4 images of 4 codes a pass" in capsys.readouterr().out
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint, checkpoint)
+    main(["plan", "--config", str(write_grpo(tmp_path, str(checkpoint), tiny_visual_tokenizer))])
+    text = capsys.readouterr().out
+    assert "8 images of 4 codes a pass, 8 a step" in text and "3 steps" in text, "of two updates each"
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "message"),
+    [
+        (("pretrain", "0.5b", "one-gpu"), (), "--plan.pixels 512"),
+        (("sft", "one-gpu"), ("--plan.pixels", "1024"), "--plan.size configs/paper/1.5b.yaml"),
+        (("pretrain", "0.5b", "one-gpu"), ("--trainer.devices", "auto", "--plan.pixels", "512"), "number of GPUs"),
+        (("pretrain", "one-gpu"), ("--plan.pixels", "512"), "names no size"),
+        (("pretrain", "0.5b", "one-gpu"), ("--trainer.devices", "7", "--plan.pixels", "512"), "does not divide"),
+        (("visual_tokenizer",), (), "stages that train a language model"),
+    ],
+)
+def test_what_is_missing_is_named(
+    capsys: pytest.CaptureFixture[str], names: tuple[str, ...], options: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        plan(capsys, *names, options=options)
+    assert ended.value.code == 2 and message in capsys.readouterr().err
