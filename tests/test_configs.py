@@ -132,7 +132,12 @@ def test_a_visual_tokenizer_of_another_codebook() -> None:
     assert composed.model.config.codebook_size == composed.model.generation.top_k == 16_384
     assert composed.model.visual_tokenizer_path == "deepseek-community/Janus-Pro-1B"
     assert composed.datamodule.paths == ["data/paper/tokens-512-janus"]
-    assert "checkpoints/paper-janus" in str(composed.config["trainer"]["callbacks"][1]["init_args"]["export_dir"])
+    exports = [
+        callback["init_args"]["export_dir"]
+        for callback in composed.config["trainer"]["callbacks"]
+        if callback["class_path"] == "simplear.callbacks.HuggingFaceCheckpoint"
+    ]
+    assert len(exports) == 1 and "checkpoints/paper-janus" in str(exports[0])
 
 
 def test_recaptioning_of_the_papers_size() -> None:

@@ -17,7 +17,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningCLI
 
 from docs.pages import PAGES, ROOT, blocks, commands, simplear_arguments
-from simplear import cli
+from simplear import cli, plan
 
 OWN_FILES = {"my-changes.yaml": "trainer: {max_steps: 3}\n"}
 """Files that the pages' readers would have written."""
@@ -76,7 +76,8 @@ def parse(arguments: list[str]) -> None:
     verb, rest = arguments[0], arguments[1:]
     if verb in (*cli.LIGHTNING_VERBS, "plan"):
         rest = [word for index, word in enumerate(rest) if "--ckpt_path" not in rest[max(0, index - 1) : index + 1]]
-        ParsedAlone(
+        command_line = plan._Configuration if verb == "plan" else ParsedAlone
+        command_line(
             LightningModule,
             LightningDataModule,
             subclass_mode_model=True,
