@@ -119,7 +119,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def claim_directory(file: Path, settings: Mapping[str, Any]) -> None:
+def claim_directory(file: Path, settings: Mapping[str, Any], partial: Path | None = None) -> None:
     """Make the directory of ``file`` one of these settings, or make sure that it is already; ``file`` keeps them.
 
     So work that goes on after a stop is not mixed with work of other settings. Several processes may claim at once.
@@ -127,14 +127,15 @@ def claim_directory(file: Path, settings: Mapping[str, Any]) -> None:
     Args:
         file: JSON, in a directory that is made if missing.
         settings: whatever decides what the directory holds; JSON values.
+        partial: the path to write to, beside `file`; if not given, one that no other process of this machine has.
 
     Raises:
         ValueError: the directory was begun with other settings; names the first that differs.
     """
     settings = json.loads(json.dumps(settings))
     if not file.exists():
-        with whole_file(file, file.with_name(f".{file.name}.{os.getpid()}.partial")) as partial:
-            partial.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+        with whole_file(file, partial or file.with_name(f".{file.name}.{os.getpid()}.partial")) as path:
+            path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
     try:
         present = _flat(json.loads(file.read_text()))
     except (ValueError, AttributeError) as error:

@@ -1,6 +1,12 @@
-"""The hash behind every random number that must be the same on any machine and in any order, for arrays and tensors."""
+"""The hash behind every random number that must be the same on any machine and in any order, for arrays and tensors;
+and that of files.
+"""
 
 from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -37,3 +43,14 @@ def signed(word: int) -> int:
     """The int64 of the same bits."""
     word %= 2**64
     return word - 2**64 if word >= 2**63 else word
+
+
+def sha256_of(file: Path) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def sha256_of_all(files: Iterable[Path]) -> str:
+    """SHA-256 (hex) of what ``sha256sum`` prints for files, run in their directory."""
+    return hashlib.sha256("".join(f"{sha256_of(file)}  {file.name}\n" for file in files).encode()).hexdigest()

@@ -6,7 +6,6 @@ against it later too, without a network.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from pathlib import Path
 
@@ -33,9 +32,3 @@ def stated_sha256(file: Path) -> str | None:
         if len(lines) > 1 and SHA256.fullmatch(lines[1]):
             return lines[1]
     return None
-
-
-def sha256_of(file: Path) -> str:
-    """SHA-256 (hex) of a file's bytes."""
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -7,7 +7,6 @@ pictures get the same words. It knows nothing of sources, of files or of what ma
 from __future__ import annotations
 
 import base64
-import hashlib
 import http.client
 import io
 import json
@@ -28,7 +27,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from simplear.hub import is_hub_id, sha256_of
+from simplear.hashing import sha256_of_all
+from simplear.hub import is_hub_id
 
 logger = logging.getLogger(__name__)
 
@@ -100,8 +100,7 @@ class TransformersCaptioner(Captioner):
         directory = Path(self.model_name)
         if directory.is_dir():
             files = sorted({file for pattern in MODEL_FILES for file in directory.glob(pattern)})
-            sums = "".join(f"{sha256_of(file)}  {file.name}\n" for file in files)
-            revision = hashlib.sha256(sums.encode()).hexdigest()
+            revision = sha256_of_all(files)
         else:
             from transformers import AutoConfig
 

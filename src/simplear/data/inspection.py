@@ -9,10 +9,8 @@ Shards are looked at one by one, in this process or in several. Nothing here kno
 
 from __future__ import annotations
 
-import hashlib
 import json
 import multiprocessing
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -22,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from simplear.data.shards import (
     MANIFEST_FILE,
@@ -35,14 +32,14 @@ from simplear.data.shards import (
     require_version,
     stated_shard,
 )
+from simplear.hashing import sha256_of
+from simplear.progress import progress_bar
 from simplear.visual_tokenizer import load_visual_tokenizer
 
 OWN_FILES = (MANIFEST_FILE, SETTINGS_FILE)
 SIDECAR_KEYS = ("file", "rows", "bytes", "sha256", "grids")
 MANIFEST_KEYS = ("rows", "shards", "missing", "drops")
 """What a manifest has beside the settings."""
-SECONDS_BETWEEN_LINES = 10
-"""Of progress, where there is no terminal to draw a bar on."""
 
 
 @dataclass(frozen=True)
@@ -257,14 +254,7 @@ def _check_all(
 ) -> Iterator[tuple[str, list[Problem]]]:
     check = partial(check_shard, directory, codebook_size=codebook_size)
     sizes = {name: int(sidecar["bytes"]) for name, sidecar in sidecars.items()}
-    with tqdm(
-        total=sum(sizes.values()),
-        desc=f"verify {directory}",
-        unit="B",
-        unit_scale=True,
-        disable=not progress,
-        mininterval=0.1 if sys.stderr.isatty() else SECONDS_BETWEEN_LINES,
-    ) as bar:
+    with progress_bar(sum(sizes.values()), f"verify {directory}", "B", shown=progress, unit_scale=True) as bar:
         if workers == 1:
             for name, sidecar in sidecars.items():
                 yield name, check(sidecar)
@@ -298,8 +288,7 @@ def check_shard(directory: Path, sidecar: Mapping[str, Any], *, codebook_size: i
     if size != shard.size:
         problems.append(Problem(path, f"has {size} bytes instead of {shard.size}: it is cut short or changed"))
     else:
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = sha256_of(path)
         if digest != shard.sha256:
             problems.append(Problem(path, f"has SHA-256 {digest[:12]}…, its sidecar says {shard.sha256[:12]}…"))
     try:

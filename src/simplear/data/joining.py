@@ -11,20 +11,16 @@ To draw from sets in given shares, or from one more often than from another, not
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from simplear.atomic import sync, whole_file
 from simplear.data.drops import copy_unit_drops, merge_drops
-from simplear.data.inspection import SECONDS_BETWEEN_LINES, settings_of
+from simplear.data.inspection import settings_of
 from simplear.data.repair import sole_keeper
 from simplear.data.shards import (
     SETTINGS_FILE,
@@ -38,6 +34,8 @@ from simplear.data.shards import (
     temporary_name,
     write_json,
 )
+from simplear.hashing import sha256_of
+from simplear.progress import progress_bar
 
 SHARED_SETTINGS = ("visual_tokenizer", "codebook_size", "downsample")
 """What sets must have in common, for codes to mean the same in all."""
@@ -105,13 +103,8 @@ def _take_all(
         for entry, name in zip(manifest["shards"], of_set, strict=True)
     ]
     digest = settings_digest(read_json(target / SETTINGS_FILE))
-    with tqdm(
-        total=sum(entry["bytes"] for _, entry, _ in entries),
-        desc=f"merge into {target}",
-        unit="B",
-        unit_scale=True,
-        mininterval=0.1 if sys.stderr.isatty() else SECONDS_BETWEEN_LINES,
-    ) as bar:
+    size = sum(entry["bytes"] for _, entry, _ in entries)
+    with progress_bar(size, f"merge into {target}", "B", unit_scale=True) as bar:
         for directory, entry, name in entries:
             if not _is_taken(target, name, entry):
                 copy_unit_drops(directory, Path(entry["file"]).stem, target, name)
@@ -127,8 +120,7 @@ def _is_taken(target: Path, name: str, entry: Mapping[str, Any]) -> bool:
 
 def _take(shard: Path, entry: Mapping[str, Any], target: Path, copy: bool, verify: bool) -> None:
     if verify:
-        with open(shard, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = sha256_of(shard)
         if digest != entry["sha256"]:
             raise ValueError(
                 f"{shard} has SHA-256 {digest[:12]}…, its manifest says {entry['sha256'][:12]}…: it is damaged or "

@@ -9,9 +9,7 @@ too long, broken) is never used: its reason is counted and stands in its row. `R
 from __future__ import annotations
 
 import logging
-import sys
 import unicodedata
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,23 +18,19 @@ from typing import Any
 
 import lightning
 import numpy as np
-import torch
-from lightning.pytorch.callbacks import BasePredictionWriter
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from tqdm import tqdm
 
 from simplear.data.captioners import Answer, Captioner
 from simplear.data.drops import drop
-from simplear.data.pictures import Drop, warn_of_drops
+from simplear.data.pictures import Drop
+from simplear.data.prediction import UnitModule, UnitWriter, make_trainer, predict_units
 from simplear.data.recaptioned import FORMAT_VERSION, write_captions
-from simplear.data.shards import claim_directory, is_committed, merge_manifest, remove_abandoned
+from simplear.data.shards import claim_directory
 from simplear.data.sources import Sample, Source, Unit
 
 logger = logging.getLogger(__name__)
 
-SECONDS_BETWEEN_LINES = 10
-"""Of progress, where there is no terminal to draw a bar on."""
 LONG_PROMPT = (
     "Describe this picture in one paragraph for someone who has to draw it: every object with its colour, material, "
     "number and place, what the people or animals do, the background, the light and the style. Write only what can be "
@@ -124,8 +118,8 @@ def shrunk(image: Any, max_pixels: int) -> Image.Image:
     return picture.resize(size, Image.Resampling.LANCZOS)
 
 
-class RecaptionModule(lightning.LightningModule):
-    """Asks the captioner, and divides the unfinished units over ranks."""
+class RecaptionModule(UnitModule):
+    """Asks the captioner."""
 
     def __init__(
         self,
@@ -137,16 +131,13 @@ class RecaptionModule(lightning.LightningModule):
         num_workers: int,
         max_pixels: int,
     ) -> None:
-        super().__init__()
-        self.source, self.captioner, self.out, self.wanted = source, captioner, out, wanted
+        super().__init__(source, out)
+        self.captioner, self.wanted = captioner, wanted
         self.batch_size, self.num_workers, self.max_pixels = batch_size, num_workers, max_pixels
-        self.units: list[Unit] = []
-        """This rank's share."""
 
     def predict_dataloader(self) -> DataLoader[PictureBatch]:
-        """Batches of this rank's units. Lightning lets no rank begin before all have looked which units are left."""
-        unfinished = [unit for unit in self.source.units() if not is_committed(self.out, unit.name)]
-        self.units = unfinished[self.trainer.global_rank :: self.trainer.world_size]
+        """Batches of this rank's units."""
+        self.take_share()
         batches = PictureBatches(self.source, self.units, self.batch_size, self.max_pixels)
         return DataLoader(batches, batch_size=None, num_workers=min(self.num_workers, len(self.units)))
 
@@ -154,10 +145,6 @@ class RecaptionModule(lightning.LightningModule):
         """Load the model, if there is anything to do."""
         if self.units:
             self.captioner.prepare(self.device)
-
-    def transfer_batch_to_device(self, batch: PictureBatch, device: torch.device, dataloader_idx: int) -> PictureBatch:
-        """The captioner moves what it needs."""
-        return batch
 
     def predict_step(self, batch: PictureBatch) -> list[dict[str, Any]]:
         """A row of `SCHEMA` for each picture."""
@@ -169,28 +156,12 @@ class RecaptionModule(lightning.LightningModule):
         return rows
 
 
-class CaptionWriter(BasePredictionWriter):
-    """Gathers rows by unit, commits a unit when its last batch has come, and at the end merges the manifest."""
+class CaptionWriter(UnitWriter):
+    """Gathers rows by unit, commits a unit when its last batch has come."""
 
     def __init__(self, out: Path) -> None:
-        super().__init__(write_interval="batch")
-        self.out = out
-        self.drops: Counter[str] = Counter()
+        super().__init__(out, "recaption")
         self._rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
-        self._progress: tqdm | None = None
-
-    def on_predict_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Open the progress bar: pictures of this rank's units, or units where their sizes are unknown."""
-        assert isinstance(pl_module, RecaptionModule)
-        self.by_picture = all(unit.count is not None for unit in pl_module.units)
-        total = sum(unit.count or 0 for unit in pl_module.units) if self.by_picture else len(pl_module.units)
-        self._progress = tqdm(
-            total=total,
-            unit=" pictures" if self.by_picture else " units",
-            desc="recaption",
-            disable=not (total and trainer.is_global_zero),
-            mininterval=0.1 if sys.stderr.isatty() else SECONDS_BETWEEN_LINES,
-        )
 
     def write_on_batch_end(
         self,
@@ -203,33 +174,29 @@ class CaptionWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         """Keep the batch's rows; commit the unit after its last batch."""
-        assert self._progress is not None
         self._rows[batch.unit] += prediction
         finished = len(prediction)
         if batch.drops is not None:
             write_captions(self.out, batch.unit, self._rows.pop(batch.unit), batch.drops)
             self.drops += batch.drops
             finished = batch.drops.total()
-        self._progress.update(finished if self.by_picture else int(batch.drops is not None))
+        self.advance(finished, batch.drops is not None)
 
     def on_predict_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Wait for all ranks, then merge and say what came of it."""
-        assert self._progress is not None and isinstance(pl_module, RecaptionModule)
-        self._progress.close()
-        warn_of_drops(self.drops, f" on rank {trainer.global_rank}")
+        """Say what had to be asked again, then as all writers."""
+        assert isinstance(pl_module, RecaptionModule)
         for reason, count in sorted(pl_module.captioner.retries.items()):
             logger.warning("%d requests tried again on rank %d: %s", count, trainer.global_rank, reason)
-        trainer.strategy.barrier("recaptioned")
-        if trainer.is_global_zero:
-            remove_abandoned(self.out)
-            manifest = merge_manifest(self.out, [unit.name for unit in pl_module.source.units()])
-            problems: Counter[str] = Counter()
-            for unit in manifest["shards"]:
-                problems.update(unit["problems"])
-            for problem, count in sorted(problems.items()):
-                logger.warning("%d of %d captions not usable: %s", count, manifest["rows"], problem)
-            logger.info("captions of %d pictures in %s", manifest["rows"], self.out)
-        trainer.strategy.barrier("merged")
+        super().on_predict_end(trainer, pl_module)
+
+    def conclude(self, module: RecaptionModule, manifest: dict[str, Any]) -> None:
+        """Count what is no caption."""
+        problems: Counter[str] = Counter()
+        for unit in manifest["shards"]:
+            problems.update(unit["problems"])
+        for problem, count in sorted(problems.items()):
+            logger.warning("%d of %d captions not usable: %s", count, manifest["rows"], problem)
+        logger.info("captions of %d pictures in %s", manifest["rows"], self.out)
 
 
 def recaption(
@@ -287,24 +254,10 @@ def recaption(
         "source": source.describe(),
     }
     claim_directory(directory, settings)
-    trainer = lightning.Trainer(
-        accelerator=accelerator,
-        devices=devices,
-        num_nodes=num_nodes,
-        strategy=strategy,
-        callbacks=[CaptionWriter(directory)],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = make_trainer(accelerator, devices, num_nodes, strategy, [CaptionWriter(directory)])
     wanted = {
         "long": Wanted(long_prompt, long_tokens, long_characters),
         "short": Wanted(short_prompt, short_tokens, short_characters),
     }
     module = RecaptionModule(source, captioner, directory, wanted, batch_size, num_workers, max_pixels)
-    with warnings.catch_warnings():
-        # Batches know their rows themselves, and processes take few units each.
-        warnings.filterwarnings("ignore", "Couldn't infer the batch indices.*")
-        warnings.filterwarnings("ignore", ".*does not have many workers.*")
-        trainer.predict(module, return_predictions=False)
+    predict_units(trainer, module)

@@ -32,6 +32,7 @@ from xxhash import xxh3_64_intdigest
 
 from simplear import atomic
 from simplear.atomic import whole_file
+from simplear.hashing import sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -220,12 +221,8 @@ def claim_directory(directory: Path, settings: Mapping[str, Any]) -> None:
     Raises:
         ValueError: the directory holds shards of other settings; names the first that differs.
     """
-    settings = {"format_version": FORMAT_VERSION, **settings}
     file = directory / SETTINGS_FILE
-    directory.mkdir(parents=True, exist_ok=True)
-    if not file.exists():
-        write_json(file, settings)  # under a temporary name that `remove_abandoned` knows
-    atomic.claim_directory(file, settings)
+    atomic.claim_directory(file, {"format_version": FORMAT_VERSION, **settings}, temporary_name(file))
 
 
 def merge_manifest(directory: Path, names: Iterable[str]) -> dict[str, Any]:
@@ -523,8 +520,7 @@ class TokenShards:
         """
         for shard in self._shards[rank::world_size]:
             if shard.sha256:
-                with open(shard.path, "rb") as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                digest = sha256_of(shard.path)
                 if digest != shard.sha256:
                     raise ValueError(
                         f"{shard.path} has SHA-256 {digest[:12]}…, its sidecar {shard.sha256[:12]}…: {DAMAGED}."

@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -22,9 +21,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
-from simplear.data.inspection import SECONDS_BETWEEN_LINES
 from simplear.data.shards import (
     TokenRow,
     claim_directory,
@@ -33,6 +30,7 @@ from simplear.data.shards import (
     remove_abandoned,
     write_shard,
 )
+from simplear.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -93,13 +91,7 @@ def write_texts(
     remove_abandoned(target)
     names: list[str] = []
     dropped: Counter[str] = Counter()
-    with tqdm(
-        total=sum(path.stat().st_size for path in paths),
-        desc="texts",
-        unit="B",
-        unit_scale=True,
-        mininterval=0.1 if sys.stderr.isatty() else SECONDS_BETWEEN_LINES,
-    ) as bar:
+    with progress_bar(sum(path.stat().st_size for path in paths), "texts", "B", unit_scale=True) as bar:
         for number, path in enumerate(paths):
             stem = re.sub(r"[^\w-]+", "-", path.stem)
             for rows, drops in _shards(path, column, max_characters, rows_per_shard, bar.update):

@@ -13,9 +13,7 @@ codes in place of pictures (`TokenFilesSource`) has them copied.
 from __future__ import annotations
 
 import logging
-import sys
 import time
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,33 +24,25 @@ import lightning
 import numpy as np
 import numpy.typing as npt
 import torch
-from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from simplear.data.crops import CentreCrop, Crop
 from simplear.data.drops import Dropped, merge_drops, write_unit_drops
 from simplear.data.filters import Filter, MinimumScore
 from simplear.data.funnel import draw_funnel
-from simplear.data.pictures import warn_of_drops
+from simplear.data.prediction import UnitModule, UnitWriter, make_trainer, predict_units
 from simplear.data.preparation import Preparation, UnitBatch, UnitBatches
 from simplear.data.shards import (
     MAX_CODEBOOK_SIZE,
     TokenRow,
     claim_directory,
-    is_committed,
-    merge_manifest,
-    remove_abandoned,
     write_shard,
 )
-from simplear.data.sources import Sample, Source, Unit
+from simplear.data.sources import Sample, Source
 from simplear.visual_tokenizer import VisualTokenizer, load_visual_tokenizer
 
 logger = logging.getLogger(__name__)
-
-SECONDS_BETWEEN_LINES = 10
-"""Of progress, where there is no terminal to draw a bar on."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +55,8 @@ class Encoded:
     """For each picture of the batch the reason to drop it; None for the kept ones."""
 
 
-class TokenizeModule(lightning.LightningModule):
-    """Encodes pictures, and divides the unfinished units over ranks."""
+class TokenizeModule(UnitModule):
+    """Encodes pictures."""
 
     def __init__(
         self,
@@ -78,15 +68,11 @@ class TokenizeModule(lightning.LightningModule):
         num_workers: int,
         compile: bool = False,
     ) -> None:
-        super().__init__()
-        self.source, self.visual_tokenizer, self.out = source, visual_tokenizer, out
+        super().__init__(source, out)
+        self.visual_tokenizer = visual_tokenizer
         self.preparation, self.batch_size, self.num_workers = preparation, batch_size, num_workers
         self.encode = torch.compile(visual_tokenizer.encode) if compile else visual_tokenizer.encode
         self.scores = [filter_ for filter_ in preparation.filters if isinstance(filter_, MinimumScore)]
-        self.units: list[Unit] = []
-        """This rank's share."""
-        self.committed_before = 0
-        """Units that need no work, of all ranks."""
 
     def on_predict_start(self) -> None:
         """Rewards that have weights read them now."""
@@ -95,11 +81,8 @@ class TokenizeModule(lightning.LightningModule):
                 score.scorer.to(self.device)
 
     def predict_dataloader(self) -> DataLoader[UnitBatch]:
-        """Batches of this rank's units. Lightning lets no rank begin before all have looked which units are left."""
-        units = self.source.units()
-        unfinished = [unit for unit in units if not is_committed(self.out, unit.name)]
-        self.committed_before = len(units) - len(unfinished)
-        self.units = unfinished[self.trainer.global_rank :: self.trainer.world_size]
+        """Batches of this rank's units."""
+        self.take_share()
         batches = UnitBatches(self.source, self.units, self.batch_size, self.preparation)
         return DataLoader(
             batches,
@@ -108,10 +91,6 @@ class TokenizeModule(lightning.LightningModule):
             collate_fn=_as_made,
             pin_memory=self.device.type == "cuda",
         )
-
-    def transfer_batch_to_device(self, batch: UnitBatch, device: torch.device, dataloader_idx: int) -> UnitBatch:
-        """Pictures move to the device by themselves: captions and metadata need no walk through them."""
-        return batch
 
     def predict_step(self, batch: UnitBatch) -> Encoded:
         """Codes of the batch's pictures, scored first where a filter asks for it."""
@@ -155,31 +134,19 @@ def _as_made(batch: Any) -> Any:
     return batch
 
 
-class ShardWriter(BasePredictionWriter):
-    """Gathers codes by unit, commits a unit when its last batch has come, and at the end merges the manifest."""
+class ShardWriter(UnitWriter):
+    """Gathers codes by unit, commits a unit when its last batch has come."""
 
     def __init__(self, out: Path) -> None:
-        super().__init__(write_interval="batch")
-        self.out = out
-        self.drops: Counter[str] = Counter()
+        super().__init__(out, "tokenize")
         self._rows: dict[str, list[tuple[int, TokenRow]]] = {}
         self._scored: dict[str, list[tuple[int, Dropped]]] = {}
-        self._progress: tqdm | None = None
         self._pictures = 0
+        self._began = time.monotonic()
 
     def on_predict_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Open the progress bar: pictures of this rank's units, or units where their sizes are unknown."""
-        assert isinstance(pl_module, TokenizeModule)
-        self.by_picture = all(unit.count is not None for unit in pl_module.units)
-        total = sum(unit.count or 0 for unit in pl_module.units) if self.by_picture else len(pl_module.units)
-        noun = " pictures" if self.by_picture else " units"
-        self._progress = tqdm(
-            total=total,
-            unit=noun,
-            desc="tokenize" if trainer.world_size == 1 else f"tokenize (1 of {trainer.world_size} processes)",
-            disable=not (total and trainer.is_global_zero),
-            mininterval=0.1 if sys.stderr.isatty() else SECONDS_BETWEEN_LINES,
-        )
+        """Begin to count."""
+        super().on_predict_start(trainer, pl_module)
         self._began = time.monotonic()
 
     def write_on_batch_end(
@@ -193,7 +160,6 @@ class ShardWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         """Keep the batch's rows; commit the unit after its last batch."""
-        assert self._progress is not None
         rows, scored = self._rows.setdefault(batch.unit, []), self._scored.setdefault(batch.unit, [])
         codes = iter(prediction.codes)
         for index, sample, reason in zip(batch.indices, batch.samples, prediction.dropped, strict=True):
@@ -207,10 +173,8 @@ class ShardWriter(BasePredictionWriter):
             self._commit(batch.unit, batch.dropped)
             finished = len(batch.dropped)
         self._pictures += finished
-        if not self.by_picture:
-            rate = self._pictures / max(time.monotonic() - self._began, 1e-9)
-            self._progress.set_postfix_str(f"{rate:.3g} pictures/s", refresh=False)
-        self._progress.update(finished if self.by_picture else int(batch.dropped is not None))
+        rate = self._pictures / max(time.monotonic() - self._began, 1e-9)
+        self.advance(finished, batch.dropped is not None, f"{rate:.3g} pictures/s")
 
     def _commit(self, unit: str, dropped: list[Dropped]) -> None:
         # Batches of several sizes overlap, so rows and scores come in another order than the source's.
@@ -222,29 +186,20 @@ class ShardWriter(BasePredictionWriter):
         write_shard(self.out, unit, rows, counts)
         self.drops += counts
 
-    def on_predict_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Wait for all ranks, then merge."""
-        assert self._progress is not None and isinstance(pl_module, TokenizeModule)
-        self._progress.close()
-        warn_of_drops(self.drops, f" on rank {trainer.global_rank}")
-        trainer.strategy.barrier("tokenized")
-        if trainer.is_global_zero:
-            remove_abandoned(self.out)
-            manifest = merge_manifest(self.out, [unit.name for unit in pl_module.source.units()])
-            logger.info("%d rows in %s", manifest["rows"], self.out)
-            if any(shard["drops"] for shard in manifest["shards"]):
-                listed = merge_drops(self.out, manifest["shards"])
-                reasons = [filter_.reasons() for filter_ in pl_module.preparation.filters]
-                picture = draw_funnel(self.out, manifest, reasons)
-                logger.info("what was dropped, by key: %s; by reason: %s", listed, picture)
-            if pl_module.committed_before:
-                # A source is known by its settings: pictures or captions that changed since are not seen.
-                logger.info(
-                    "%d of %d units were there already; remove the directory to tokenize them anew",
-                    pl_module.committed_before,
-                    len(manifest["shards"]),
-                )
-        trainer.strategy.barrier("merged")
+    def conclude(self, module: TokenizeModule, manifest: dict[str, Any]) -> None:
+        """Say how many rows there are, and what was dropped."""
+        logger.info("%d rows in %s", manifest["rows"], self.out)
+        if any(shard["drops"] for shard in manifest["shards"]):
+            listed = merge_drops(self.out, manifest["shards"])
+            picture = draw_funnel(self.out, manifest, [filter_.reasons() for filter_ in module.preparation.filters])
+            logger.info("what was dropped, by key: %s; by reason: %s", listed, picture)
+        if module.committed_before:
+            # A source is known by its settings: pictures or captions that changed since are not seen.
+            logger.info(
+                "%d of %d units were there already; remove the directory to tokenize them anew",
+                module.committed_before,
+                len(manifest["shards"]),
+            )
 
 
 def tokenize(
@@ -315,36 +270,23 @@ def tokenize(
     if bf16 or compile:
         settings["encoder"] = {"bf16": bf16, "compile": compile}
     claim_directory(directory, settings)
-    trainer = lightning.Trainer(
-        accelerator=accelerator,
-        devices=devices,
-        num_nodes=num_nodes,
-        strategy=strategy,
-        precision="bf16-mixed" if bf16 else "32-true",
-        callbacks=[ShardWriter(directory)],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    precision = "bf16-mixed" if bf16 else "32-true"
+    writer = ShardWriter(directory)
+    trainer = make_trainer(accelerator, devices, num_nodes, strategy, [writer], precision=precision)
     preparation = Preparation(
         size, tokenizer.downsample, tokenizer.codebook_size, crop or CentreCrop(), tuple(filters or ())
     )
     module = TokenizeModule(source, tokenizer, directory, preparation, batch_size, num_workers, compile)
-    with warnings.catch_warnings():
-        # Batches know their rows themselves, and processes take few units each.
-        warnings.filterwarnings("ignore", "Couldn't infer the batch indices.*")
-        warnings.filterwarnings("ignore", ".*does not have many workers.*")
-        try:
-            trainer.predict(module, return_predictions=False)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise ChildProcessError(
-                f"a loader process was killed ({str(error).splitlines()[0]}): often memory has run out. Take fewer "
-                "num_workers or a smaller batch_size, or leave out huge pictures by PixelLimit, and run it again: "
-                f"{directory} goes on where it stopped."
-            ) from error
+    try:
+        predict_units(trainer, module)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ChildProcessError(
+            f"a loader process was killed ({str(error).splitlines()[0]}): often memory has run out. Take fewer "
+            "num_workers or a smaller batch_size, or leave out huge pictures by PixelLimit, and run it again: "
+            f"{directory} goes on where it stopped."
+        ) from error
 
 
 def _size(height: int | None, width: int | None, downsample: int) -> tuple[int, int] | None:

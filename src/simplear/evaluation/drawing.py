@@ -21,7 +21,8 @@ import torch
 from PIL import Image
 
 from simplear.atomic import claim_directory, require_writable, whole_directory, whole_file
-from simplear.evaluation.prediction import make_trainer, predict_prompts
+from simplear.data.prediction import make_trainer
+from simplear.evaluation.prediction import predict_prompts
 from simplear.evaluation.scenes import image_seed
 from simplear.generation import SimpleARPipeline
 from simplear.language_model import checkpoint_hash, find_checkpoint, load_checkpoint
@@ -156,7 +157,7 @@ def draw_prompts(
     rows = list(prompts)[:limit]
     paths = [directory / layout.name(number, row) for number, row in enumerate(rows)]
     task = _Drawing(source, rows, paths, layout, settings, visual_tokenizer, batch_size)
-    trainer = make_trainer(accelerator, devices, num_nodes, strategy)
+    trainer = make_trainer(accelerator, devices, num_nodes, strategy, inference_mode=False)
     predict_prompts(trainer, task, len(rows), max(1, batch_size // samples))
     return DrawnPrompts(rows, paths, settings, trainer)
 

@@ -8,7 +8,6 @@ were killed, not even by the rounding that another batch shape brings.
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Protocol
@@ -18,8 +17,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
-SECONDS_BETWEEN_LINES = 10
-"""Of progress, where there is no terminal to draw a bar on."""
+from simplear.progress import progress_bar
 
 
 class PromptTask(Protocol):
@@ -38,28 +36,12 @@ class PromptTask(Protocol):
         """Make it for one batch of prompts; what is there already is left as it is."""
 
 
-def make_trainer(
-    accelerator: str = "auto", devices: int = 1, num_nodes: int = 1, strategy: str = "auto"
-) -> lightning.Trainer:
-    """A Trainer that predicts and keeps nothing. Arguments as Lightning's."""
-    return lightning.Trainer(
-        accelerator=accelerator,
-        devices=devices,
-        num_nodes=num_nodes,
-        strategy=strategy,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        inference_mode=False,  # engines keep to no_grad by themselves, and compile for it
-    )
-
-
 def predict_prompts(trainer: lightning.Trainer, task: PromptTask, count: int, prompts_per_batch: int) -> None:
     """Have `task` done for prompts 0 to ``count - 1``; returns on every rank when all ranks are through.
 
     Args:
-        trainer: of `make_trainer`; one may be used for several tasks in turn.
+        trainer: of `simplear.data.prediction.make_trainer`, without inference mode, for engines keep to no_grad by
+            themselves and compile for it; one may be used for several tasks in turn.
         task: what is made.
         count: prompts.
         prompts_per_batch: prompts given to the task at once.
@@ -104,12 +86,11 @@ class _PromptModule(lightning.LightningModule):
 
     def on_predict_start(self) -> None:
         """Open the progress bar, over the first rank's share."""
-        self._bar = tqdm(
-            total=sum(map(len, self.batches)),
-            unit=" prompts",
-            desc=self.task.title,
-            disable=not (self.batches and self.trainer.is_global_zero),
-            mininterval=0.1 if sys.stderr.isatty() else SECONDS_BETWEEN_LINES,
+        self._bar = progress_bar(
+            sum(map(len, self.batches)),
+            self.task.title,
+            " prompts",
+            shown=bool(self.batches) and self.trainer.is_global_zero,
         )
 
     def predict_step(self, batch: list[int]) -> None:

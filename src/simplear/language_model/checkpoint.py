@@ -13,7 +13,6 @@ Lightning's own .ckpt files are for resuming alone and are not read here.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from simplear.atomic import whole_directory
+from simplear.hashing import sha256_of_all
 from simplear.hub import is_hub_id
 from simplear.language_model.model import (
     _CLASSES,
@@ -265,12 +265,7 @@ def checkpoint_hash(directory: str | Path) -> str:
     files = sorted(Path(directory).glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{directory} has no *.safetensors: it is not a checkpoint directory, or has no weights.")
-    lines = []
-    for file in (*files, Path(directory) / SETTINGS_FILE):
-        if file.exists():
-            with file.open("rb") as content:
-                lines.append(f"{hashlib.file_digest(content, 'sha256').hexdigest()}  {file.name}\n")
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    return sha256_of_all(file for file in (*files, Path(directory) / SETTINGS_FILE) if file.exists())
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -27,7 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simplear.hub import SHA256, sha256_of, stated_sha256
+from simplear.hashing import sha256_of
+from simplear.hub import SHA256, stated_sha256
 from simplear.visual_tokenizer import protocol
 
 ENCODER_FILE, DECODER_FILE = "encoder.jit", "decoder.jit"
