@@ -13,18 +13,21 @@ is not tried, and drafts that lose are hardly paid for. Nothing here knows of mo
 from __future__ import annotations
 
 from collections import deque
+from itertools import pairwise
 
 WINDOWS = (0, 1, 3, 7, 15)
 """To choose from; W drafts and the code before them make W + 1 tokens a row. 0 is drawing code by code."""
 TIMES_KEPT = 9
-"""Passes whose shortest time is a window's cost: neighbours on the machine make single passes slow."""
+"""Passes whose lower quartile is a window's cost: neighbours on the machine make single passes slow, and the quickest
+was lucky.
+"""
 TIMED_AT_FIRST = 2
-"""Passes of a window before its time is believed."""
-TIMED_AGAIN = 1000
+"""Passes of a window before its time is believed; without drafts, which risks nothing, all that are kept."""
+TIMED_AGAIN = 300
 """Passes after which the time of a window that was not chosen is forgotten."""
 ASKED_AGAIN = 50
 """Passes without drafts after which one is made, to see whether it would be right."""
-MEMORY = 10
+MEMORY = 20
 """Passes after which what was seen of drafts weighs 1/e, also where there were none: what is not known is tried again
 where it costs little.
 """
@@ -37,6 +40,7 @@ class WindowChoice:
 
     def __init__(self) -> None:
         self._seconds: dict[int, deque[float]] = {window: deque(maxlen=TIMES_KEPT) for window in WINDOWS}
+        self._cost: dict[int, float] = {}  # of windows that were timed
         self._last = dict.fromkeys(WINDOWS, 0)
         self._passes = self._last_draft = 0
         self._right = self._wrong = 0.0
@@ -44,8 +48,11 @@ class WindowChoice:
     def observe(self, window: int, seconds: float, codes: int) -> None:
         """One pass: its window, what it took, and how many codes it made final in the image that is behind."""
         self._passes += 1
-        self._seconds[window].append(seconds)
         self._last[window] = self._passes
+        times = self._seconds[window]
+        times.append(seconds)
+        if len(times) >= (TIMED_AT_FIRST if window else TIMES_KEPT):
+            self._cost[window] = sorted(times)[len(times) // 4]
         fade = 1 - 1 / MEMORY
         self._right, self._wrong = self._right * fade, self._wrong * fade
         if window:
@@ -55,34 +62,28 @@ class WindowChoice:
 
     def best(self) -> int:
         """The window for the next pass."""
-        for window, seconds in self._seconds.items():
-            if self._passes - self._last[window] >= TIMED_AGAIN:
-                seconds.clear()
-        if not self._timed(0):
+        for window, last in self._last.items():
+            if self._passes - last >= TIMED_AGAIN:
+                self._seconds[window].clear()
+                self._cost.pop(window, None)
+        if 0 not in self._cost:
             return 0
         if self._passes - self._last_draft >= ASKED_AGAIN:
             return min(window for window in WINDOWS if window)
-        most = max(WINDOWS, key=self._codes_a_second)
-        if self._codes_a_second(most) <= GAIN * self._codes_a_second(0):
-            return 0
-        return next(window for window in WINDOWS if window == most or not self._timed(window))
-
-    def codes(self, window: int) -> float:
-        """Codes that a pass is expected to make final."""
         chance = (self._right + 0.5) / (self._right + self._wrong + 1)
-        return sum(chance**draft for draft in range(window + 1))
+        best, most = 0, GAIN / self._least_cost(0)
+        codes = 1.0
+        for narrower, window in pairwise(WINDOWS):
+            codes += sum(chance**draft for draft in range(narrower + 1, window + 1))
+            promised = codes / self._least_cost(window)
+            if promised > most:
+                best, most = window, promised
+        return next(window for window in WINDOWS if window == best or window not in self._cost)
 
-    def _codes_a_second(self, window: int) -> float:
-        return self.codes(window) / self._cost(window)
-
-    def _cost(self, window: int) -> float:
+    def _least_cost(self, window: int) -> float:
         """Seconds of a pass, or at least so many where it was not timed: those of the widest narrower one that was.
 
         A wider one that was faster shows that this one was disturbed.
         """
-        timed = [each for each in WINDOWS if self._timed(each)]
-        from_here = [each for each in timed if each >= max(narrower for narrower in timed if narrower <= window)]
-        return min(min(self._seconds[each]) for each in from_here)
-
-    def _timed(self, window: int) -> bool:
-        return len(self._seconds[window]) >= TIMED_AT_FIRST
+        narrower = max(each for each in self._cost if each <= window)
+        return min(seconds for each, seconds in self._cost.items() if each >= narrower)
