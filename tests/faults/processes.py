@@ -25,8 +25,8 @@ PROCESSES.set_forkserver_preload(
 
 SLOW_SYNC = 0.01
 """Seconds of an fsync and of a rename, as of a real disk: on one in memory a kill would hardly ever fall into one."""
-PATIENCE = 120.0
-"""Seconds that a rank may outlive another one, before this counts as hanging."""
+GRACE = 30.0
+"""Seconds that ranks have to end after one that has ended with an error, before they are killed, as by any launcher."""
 
 
 @dataclass
@@ -50,12 +50,12 @@ class Run:
         return self.wait()
 
     def wait(self) -> list[int]:
-        """Exit codes by rank. One that fails has the others killed, as every launcher does."""
+        """Exit codes by rank."""
         while any(process.is_alive() for process in self.ranks):
             for process in self.ranks:
                 process.join(0.02)
             if any(process.exitcode for process in self.ranks):
-                end = time.monotonic() + 2
+                end = time.monotonic() + GRACE
                 for process in self.ranks:
                     process.join(max(0.0, end - time.monotonic()))
                     process.kill()

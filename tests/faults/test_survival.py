@@ -13,8 +13,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import pytest
 import torch
 import yaml
 
-from faults.processes import Run, finish, start
+from faults.processes import GRACE, Run, finish, start
 from simplear.callbacks.preemption import RESUME_ME
 from simplear.states import LIGHTNING_METADATA, damage
 from toys import make_shards, write_grpo, write_pretraining, write_sft, write_visual_tokenizer_training
@@ -79,7 +79,10 @@ class Training:
         return found
 
     def step(self) -> int:
+        """Of the last state; 0 if there is none."""
         state = self.root / "states" / "last.ckpt"
+        if not state.exists():
+            return 0
         state = state / LIGHTNING_METADATA if state.is_dir() else state
         return int(torch.load(state)["global_step"])
 
@@ -215,6 +218,7 @@ def test_disturbed_training_is_bit_identical(
     for _ in range(MOST_ATTEMPTS):
         if not left:
             break
+        before = disturbed.step()
         run = disturbed.start()
         wait_for(left[0], disturbed, run, seconds, chances.random())
         rank = chances.choice([None, *range(ranks)]) if ranks > 1 else None
@@ -222,13 +226,13 @@ def test_disturbed_training_is_bit_identical(
             run.ranks[rank or 0].terminate()  # whichever it is, all of them stop
             codes = run.wait()
             assert codes in ([0] * ranks, [RESUME_ME] * ranks), run.printed()
-            assert codes[0] == 0 or "resume me" in run.printed()
+            assert codes[0] == 0 or ("resume me" in run.printed() and disturbed.step() > before)
             assert codes[0] == 0 or stage != "grpo" or disturbed.step() % 2 == 0, "between two updates of a rollout"
         else:
             codes = run.kill(rank)
             # A rank that sees another one vanish ends by itself, with 1, if it is not killed before.
             assert codes == [0] * ranks or -signal.SIGKILL in codes, run.printed()
-        print(stage, strategy, left[0], "rank", rank, codes, disturbed.step() if disturbed.is_named() else None)
+        print(stage, strategy, left[0], "rank", rank, codes, disturbed.step())
         assert_states_are_whole(disturbed)
         if codes == [0] * ranks:
             assert_same(whole.root, disturbed.root)
@@ -237,4 +241,54 @@ def test_disturbed_training_is_bit_identical(
             left.pop(0)
     assert not left, "the training is too short to be disturbed"
     finish(disturbed.words(), log, ranks)
+    assert_same(whole.root, disturbed.root)
+
+
+def children(process: subprocess.Popen[bytes]) -> list[int]:
+    """Numbers of the processes that it started: here its ranks."""
+    try:
+        return [int(number) for number in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    except FileNotFoundError:
+        return []
+
+
+def is_running(number: int) -> bool:
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.usefixtures("warm")
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_ranks_that_lightning_started_end_together(
+    make_command: Callable[[str, str], list[str]], tmp_path: Path, strategy: str
+) -> None:
+    """The first one killed before it met the other, either one killed in a step, and the first one asked to stop."""
+    log, command = tmp_path / "log", make_command("pretrain", strategy)
+    whole, disturbed = (Training(command, tmp_path / name, 2, log) for name in ("whole", "disturbed"))
+    finish(whole.words(), log, 2)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    for kind in ("first rank at start-up", "other rank", "first rank", "stop", "end"):
+        stepped = disturbed.stepped()
+        with log.open("ab") as out:
+            words = [sys.executable, "-m", "simplear.cli", *disturbed.words()]
+            first = subprocess.Popen(words, stdout=out, stderr=out, env=environment)
+        while not (others := children(first)) and first.poll() is None:
+            time.sleep(0.01)
+        if kind != "first rank at start-up":
+            while first.poll() is None and disturbed.stepped() == stepped:
+                time.sleep(0.01)
+        assert first.poll() is None, log.read_text()[-3000:]
+        began = time.monotonic()
+        if kind == "other rank":
+            os.kill(others[0], signal.SIGKILL)
+        elif kind != "end":
+            first.send_signal(signal.SIGTERM if kind == "stop" else signal.SIGKILL)
+        code = first.wait(GRACE * 2)
+        while any(map(is_running, others)) and time.monotonic() < began + GRACE * 2:
+            time.sleep(0.05)
+        print(strategy, kind, code, f"{time.monotonic() - began:.1f} s", disturbed.step())
+        assert not any(map(is_running, others)), f"{kind}: a rank is left over"
+        assert code == {"end": 0, "stop": RESUME_ME}.get(kind, code) and (code != 0 or kind == "end")
     assert_same(whole.root, disturbed.root)

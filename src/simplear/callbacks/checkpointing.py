@@ -56,12 +56,21 @@ class StateIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
         """Raises ValueError, naming the file, for one that is damaged or cut short."""
-        state = Path(path).absolute()
-        if state.exists() and state not in self.whole:
-            if (reason := damage(state)) is not None:
-                raise ValueError(f"{path} is damaged ({reason}): name another state, or --ckpt_path last.")
-            self.whole.add(state)
+        if Path(path).exists():
+            require_whole(Path(path), self.whole)
         return super().load_checkpoint(path, *arguments, **options)
+
+
+def require_whole(state: Path, whole: set[Path]) -> None:
+    """Make sure that a state, file or directory, is what was written, unless it is among `whole`; then it is.
+
+    Raises ValueError, naming it, for one that is damaged or cut short.
+    """
+    if state.absolute() in whole:
+        return
+    if (reason := damage(state)) is not None:
+        raise ValueError(f"{state} is damaged ({reason}): name another state, or --ckpt_path last.")
+    whole.add(state.absolute())
 
 
 class AtomicCheckpoint(ModelCheckpoint):
@@ -87,10 +96,12 @@ class AtomicCheckpoint(ModelCheckpoint):
         """States that this process has written or checked."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Raises OSError, before any training, when states cannot be saved."""
+        """Raises, before any training, OSError when states cannot be saved, ValueError for a damaged one to resume."""
         super().setup(trainer, pl_module, stage)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = StateIO(self._whole)
+        if trainer.ckpt_path is not None and Path(trainer.ckpt_path).is_dir():
+            require_whole(Path(trainer.ckpt_path), self._whole)  # strategies read a sharded one without asking StateIO
         if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._check_places()
 
@@ -148,7 +159,8 @@ class AtomicCheckpoint(ModelCheckpoint):
             with writing(final):
                 self._write(trainer, partial)
                 if trainer.is_global_zero:
-                    sync(partial)
+                    for path in (*partial.glob("*"), partial):  # a sharded state is a directory
+                        sync(path)
         except BaseException:
             if trainer.is_global_zero:
                 _remove_both(partial)
@@ -195,7 +207,6 @@ class HuggingFaceCheckpoint(AtomicCheckpoint):
     def __init__(self, export_dir: str | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.export_dir = export_dir
-        self._trained = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Raises, before any training, TypeError for a module without a language model to export, ValueError for states
@@ -220,18 +231,21 @@ class HuggingFaceCheckpoint(AtomicCheckpoint):
         if self.export_dir is not None:
             require_replaceable(self.export_dir, "the trained model", "export_dir of the checkpoint callback")
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        self._trained = True
-
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write ``export_dir``; also when a training that had only this left to do is started again."""
         if self.export_dir is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        missing = trainer.strategy.broadcast(not Path(self.export_dir).exists())
-        if missing or self._trained:
+        if trainer.strategy.broadcast(not self._is_exported(trainer)):
             export(pl_module, self.export_dir, trainer.is_global_zero)
             trainer.strategy.barrier("HuggingFaceCheckpoint.export")
+
+    def _is_exported(self, trainer: Trainer) -> bool:
+        """Whether ``export_dir`` is of the last state: what is older is a shorter training's."""
+        assert self.export_dir is not None
+        exported, state = Path(self.export_dir), self._last_checkpoint_saved or trainer.ckpt_path
+        if state is None or not exported.exists() or not Path(state).exists():
+            return False
+        return exported.stat().st_mtime_ns > Path(state).stat().st_mtime_ns
 
     def _write(self, trainer: Trainer, partial: Path) -> None:
         export(trainer.lightning_module, partial.with_suffix(""), trainer.is_global_zero)
