@@ -191,7 +191,8 @@ from evaluation.test_drawing import drawn
 
 if __name__ == "__main__":
     done = drawn(Path(sys.argv[1]), Path(sys.argv[2]), batch_size=4, devices=2)
-    print("whole" if all(path.exists() for path in done.paths) else "half", flush=True)
+    # Not by print, whose text and line end are two writes without a buffer (PYTHONUNBUFFERED): ranks would mix theirs.
+    sys.stdout.write("whole\n" if all(path.exists() for path in done.paths) else "half\n")
 """
 
 

@@ -6,6 +6,7 @@ Ranks are forked by `faults.processes` here, which plays the launcher; Lightning
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import random
@@ -244,12 +245,15 @@ def test_disturbed_training_is_bit_identical(
     assert_same(whole.root, disturbed.root)
 
 
-def children(process: subprocess.Popen[bytes]) -> list[int]:
-    """Numbers of the processes that it started: here its ranks."""
-    try:
-        return [int(number) for number in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-    except FileNotFoundError:
-        return []
+def other_ranks(first: subprocess.Popen[bytes]) -> list[int]:
+    """Numbers of the processes that Lightning started from it, among others that libraries start to look around."""
+    found = []
+    for file in Path(f"/proc/{first.pid}/task/{first.pid}").glob("children"):
+        for number in file.read_text().split():
+            with contextlib.suppress(OSError):
+                if b"\0LOCAL_RANK=1\0" in Path(f"/proc/{number}/environ").read_bytes():
+                    found.append(int(number))
+    return found
 
 
 def is_running(number: int) -> bool:
@@ -274,7 +278,7 @@ def test_ranks_that_lightning_started_end_together(
         with log.open("ab") as out:
             words = [sys.executable, "-m", "simplear.cli", *disturbed.words()]
             first = subprocess.Popen(words, stdout=out, stderr=out, env=environment)
-        while not (others := children(first)) and first.poll() is None:
+        while not (others := other_ranks(first)) and first.poll() is None:
             time.sleep(0.01)
         if kind != "first rank at start-up":
             while first.poll() is None and disturbed.stepped() == stepped:

@@ -30,7 +30,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from simplear.atomic import require_replaceable, require_writable, sync, whole_file, writing
 from simplear.language_model import save_checkpoint
-from simplear.states import damage
+from simplear.stages import FSDP2
+from simplear.states import DAMAGED, damage
 from simplear.visual_tokenizer import copy_visual_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -56,21 +57,12 @@ class StateIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
         """Raises ValueError, naming the file, for one that is damaged or cut short."""
-        if Path(path).exists():
-            require_whole(Path(path), self.whole)
+        state = Path(path).absolute()
+        if state.exists() and state not in self.whole:
+            if (reason := damage(state)) is not None:
+                raise ValueError(DAMAGED.format(path, reason))
+            self.whole.add(state)
         return super().load_checkpoint(path, *arguments, **options)
-
-
-def require_whole(state: Path, whole: set[Path]) -> None:
-    """Make sure that a state, file or directory, is what was written, unless it is among `whole`; then it is.
-
-    Raises ValueError, naming it, for one that is damaged or cut short.
-    """
-    if state.absolute() in whole:
-        return
-    if (reason := damage(state)) is not None:
-        raise ValueError(f"{state} is damaged ({reason}): name another state, or --ckpt_path last.")
-    whole.add(state.absolute())
 
 
 class AtomicCheckpoint(ModelCheckpoint):
@@ -96,12 +88,12 @@ class AtomicCheckpoint(ModelCheckpoint):
         """States that this process has written or checked."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Raises, before any training, OSError when states cannot be saved, ValueError for a damaged one to resume."""
+        """Raises OSError, before any training, when states cannot be saved."""
         super().setup(trainer, pl_module, stage)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = StateIO(self._whole)
-        if trainer.ckpt_path is not None and Path(trainer.ckpt_path).is_dir():
-            require_whole(Path(trainer.ckpt_path), self._whole)  # strategies read a sharded one without asking StateIO
+        if isinstance(trainer.strategy, FSDP2):
+            trainer.strategy.whole = self._whole
         if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._check_places()
 
@@ -235,17 +227,20 @@ class HuggingFaceCheckpoint(AtomicCheckpoint):
         """Write ``export_dir``; also when a training that had only this left to do is started again."""
         if self.export_dir is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        if trainer.strategy.broadcast(not self._is_exported(trainer)):
+        if trainer.strategy.broadcast(not self._is_exported()):
             export(pl_module, self.export_dir, trainer.is_global_zero)
             trainer.strategy.barrier("HuggingFaceCheckpoint.export")
 
-    def _is_exported(self, trainer: Trainer) -> bool:
+    def _is_exported(self) -> bool:
         """Whether ``export_dir`` is of the last state: what is older is a shorter training's."""
         assert self.export_dir is not None
-        exported, state = Path(self.export_dir), self._last_checkpoint_saved or trainer.ckpt_path
-        if state is None or not exported.exists() or not Path(state).exists():
+        exported, state = (
+            Path(self.export_dir),
+            Path(self._last_checkpoint_saved or f"{self.dirpath}/{self.CHECKPOINT_NAME_LAST}.ckpt"),
+        )
+        if not exported.exists() or not state.exists():
             return False
-        return exported.stat().st_mtime_ns > Path(state).stat().st_mtime_ns
+        return exported.stat().st_mtime_ns > state.stat().st_mtime_ns
 
     def _write(self, trainer: Trainer, partial: Path) -> None:
         export(trainer.lightning_module, partial.with_suffix(""), trainer.is_global_zero)

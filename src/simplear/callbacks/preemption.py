@@ -1,10 +1,10 @@
 """A job that is to be moved or ended saves its state at the step boundary and says by its exit code "resume me".
 
 Lightning by itself exits with 0 on SIGTERM and saves nothing; under SLURM it saves in the signal's handler, in the
-middle of a step, into a file that goes before ``--ckpt_path`` for ever after. So from the setup of the training to its
-end the handlers are others: they set a flag, and at the next step boundary all ranks agree, save ``last.ckpt``, and exit. A step of
-GRPO is a rollout with its updates. Under SLURM the requeue signal also requeues the job, as Lightning would; SIGTERM
-does not, for `scancel` sends it too.
+middle of a step, into a file that goes before ``--ckpt_path`` for ever after. So other handlers are in place from the
+setup of a training to its end: they set a flag, and at the next step boundary all ranks agree, save ``last.ckpt``, and
+exit. A step of GRPO is a rollout with its updates. Under SLURM the requeue signal also requeues the job, as Lightning
+would; SIGTERM does not, for `scancel` sends it too.
 """
 
 from __future__ import annotations
@@ -99,8 +99,7 @@ class Preemption(Callback):
         if trainer.is_global_zero:
             name = self.received.name if self.received else "a signal on another rank"
             logger.warning(
-                "%s: the state of step %d is saved; exit code %d says resume me: the same command with --ckpt_path last "
-                "goes on from it",
+                "%s: the state of step %d is saved; exit code %d says resume me: --ckpt_path last goes on from it",
                 name,
                 trainer.global_step,
                 self.exit_code,
