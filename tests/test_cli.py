@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from faults.processes import is_running
 from simplear.cli import main
 from toys import write_pretraining
 
@@ -191,12 +192,6 @@ time.sleep(60)
 @pytest.mark.parametrize("started", ["by Lightning", "by another"])
 def test_a_rank_that_lightning_started_ends_with_the_first_one(started: str) -> None:
     """Wherever it waits. One that something else started is left to that."""
-
-    def is_running(number: int) -> bool:
-        try:
-            return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-        except FileNotFoundError:
-            return False
 
     environment = {name: value for name, value in os.environ.items() if name != "LOCAL_RANK"}
     command = [sys.executable, "-c", FIRST_RANK, started, NEXT_RANK]

@@ -87,6 +87,14 @@ def finish(arguments: Sequence[str], log: Path, ranks: int = 1) -> None:
     assert run.wait() == [0] * ranks, run.printed()
 
 
+def is_running(number: int) -> bool:
+    """Whether a process is neither gone nor a mere entry that nobody has asked for yet."""
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def _work(arguments: Sequence[str], log: Path, environment: dict[str, str]) -> None:
     os.environ.update(environment)
     from simplear.cli import main

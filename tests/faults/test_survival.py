@@ -23,7 +23,7 @@ import pytest
 import torch
 import yaml
 
-from faults.processes import GRACE, Run, finish, start
+from faults.processes import GRACE, Run, finish, is_running, start
 from simplear.callbacks.preemption import RESUME_ME
 from simplear.states import LIGHTNING_METADATA, damage
 from toys import make_shards, write_grpo, write_pretraining, write_sft, write_visual_tokenizer_training
@@ -111,7 +111,7 @@ def wait_for(moment: str, training: Training, run: Run, seconds: float, chance: 
         if moment in ("writing", "exporting") and training.unfinished(pattern) - before:
             time.sleep(chance * 0.1)
             return
-        time.sleep(LOOK_EVERY)
+        time.sleep(LOOK_EVERY * (20 if moment == "stopping" else 1))
 
 
 def assert_states_are_whole(training: Training) -> None:
@@ -254,13 +254,6 @@ def other_ranks(first: subprocess.Popen[bytes]) -> list[int]:
                 if b"\0LOCAL_RANK=1\0" in Path(f"/proc/{number}/environ").read_bytes():
                     found.append(int(number))
     return found
-
-
-def is_running(number: int) -> bool:
-    try:
-        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 @pytest.mark.usefixtures("warm")
