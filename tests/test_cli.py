@@ -183,6 +183,7 @@ time.sleep(60)
 NEXT_RANK = """
 import os, time
 import simplear.cli
+simplear.cli.LAST_WORDS = 0.5
 simplear.cli.main(["--version"])
 print("pid", os.getpid(), flush=True)
 time.sleep(60)
@@ -199,7 +200,7 @@ def test_a_rank_that_lightning_started_ends_with_the_first_one(started: str) -> 
         assert first.stdout is not None
         next_rank = int(next(line for line in first.stdout if line.startswith("pid")).split()[1])
         first.kill()
-        end = time.monotonic() + (30 if started == "by Lightning" else 2)
+        end = time.monotonic() + (30 if started == "by Lightning" else 3)
         while is_running(next_rank) and time.monotonic() < end:
             time.sleep(0.05)
         left = is_running(next_rank)

@@ -71,6 +71,8 @@ DATA_VERBS = {
 }
 STARTED_BY = "SIMPLEAR_STARTED_BY"
 """Environment variable: the process whose further ranks Lightning starts."""
+LAST_WORDS = 10
+"""Seconds that a rank has to end by itself when the first one is gone, say with the message that explains it."""
 PARSER_MODE = "omegaconf+"
 PARSER_OPTIONS: dict[str, Any] = {"parser_mode": PARSER_MODE, "allow_abbrev": False}
 """argparse would take ``--trainer.max_step`` for any option that begins so."""
@@ -287,6 +289,7 @@ def _end_with_first_rank() -> None:
 def _wait_for_the_end_of(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(1)
+    time.sleep(LAST_WORDS)
     os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -27,6 +27,8 @@ SLOW_SYNC = 0.01
 """Seconds of an fsync and of a rename, as of a real disk: on one in memory a kill would hardly ever fall into one."""
 GRACE = 30.0
 """Seconds that ranks have to end after one that has ended with an error, before they are killed, as by any launcher."""
+PATIENCE = 300.0
+"""Seconds after which a process counts as hanging; a rendezvous without the first rank takes half an hour."""
 
 
 @dataclass

@@ -23,7 +23,7 @@ import pytest
 import torch
 import yaml
 
-from faults.processes import GRACE, Run, finish, is_running, start
+from faults.processes import PATIENCE, Run, finish, is_running, start
 from simplear.callbacks.preemption import RESUME_ME
 from simplear.states import LIGHTNING_METADATA, damage
 from toys import make_shards, write_grpo, write_pretraining, write_sft, write_visual_tokenizer_training
@@ -282,8 +282,8 @@ def test_ranks_that_lightning_started_end_together(
             os.kill(others[0], signal.SIGKILL)
         elif kind != "end":
             first.send_signal(signal.SIGTERM if kind == "stop" else signal.SIGKILL)
-        code = first.wait(GRACE * 2)
-        while any(map(is_running, others)) and time.monotonic() < began + GRACE * 2:
+        code = first.wait(PATIENCE)
+        while any(map(is_running, others)) and time.monotonic() < began + PATIENCE:
             time.sleep(0.05)
         print(strategy, kind, code, f"{time.monotonic() - began:.1f} s", disturbed.step())
         assert not any(map(is_running, others)), f"{kind}: a rank is left over"
