@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from faults.processes import is_running
 from simplear.cli import main
 from toys import write_pretraining
 
@@ -163,3 +169,41 @@ def test_flags_are_spelled_with_dashes_or_underscores(tmp_path: Path, tiny_visua
         code, printed = run("tokenize", *SOURCE, flag, tiny_visual_tokenizer, "--out", str(tmp_path / str(number)))
         assert code == 0, printed
         assert (tmp_path / str(number) / "manifest.json").exists()
+
+
+FIRST_RANK = """
+import os, subprocess, sys, time
+import simplear.cli
+simplear.cli.main(["--version"])
+if sys.argv[1] == "by another":
+    del os.environ[simplear.cli.STARTED_BY]
+subprocess.Popen([sys.executable, "-c", sys.argv[2]], env={**os.environ, "LOCAL_RANK": "1"})
+time.sleep(60)
+"""
+NEXT_RANK = """
+import os, time
+import simplear.cli
+simplear.cli.LAST_WORDS = 0.5
+simplear.cli.main(["--version"])
+print("pid", os.getpid(), flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("started", ["by Lightning", "by another"])
+def test_a_rank_that_lightning_started_ends_with_the_first_one(started: str) -> None:
+    """Wherever it waits. One that something else started is left to that."""
+
+    environment = {name: value for name, value in os.environ.items() if name != "LOCAL_RANK"}
+    command = [sys.executable, "-c", FIRST_RANK, started, NEXT_RANK]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as first:
+        assert first.stdout is not None
+        next_rank = int(next(line for line in first.stdout if line.startswith("pid")).split()[1])
+        first.kill()
+        end = time.monotonic() + (30 if started == "by Lightning" else 3)
+        while is_running(next_rank) and time.monotonic() < end:
+            time.sleep(0.05)
+        left = is_running(next_rank)
+        if left:
+            os.kill(next_rank, signal.SIGKILL)
+    assert left == (started == "by another")

@@ -17,7 +17,10 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
+import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -66,6 +69,10 @@ DATA_VERBS = {
     "merge": ("simplear.data.joining", "merge"),
     "text": ("simplear.data.texts", "write_texts"),
 }
+STARTED_BY = "SIMPLEAR_STARTED_BY"
+"""Environment variable: the process whose further ranks Lightning starts."""
+LAST_WORDS = 10
+"""Seconds that a rank has to end by itself when the first one is gone, say with the message that explains it."""
 PARSER_MODE = "omegaconf+"
 PARSER_OPTIONS: dict[str, Any] = {"parser_mode": PARSER_MODE, "allow_abbrev": False}
 """argparse would take ``--trainer.max_step`` for any option that begins so."""
@@ -85,6 +92,7 @@ NOISY_LOGGERS = (
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one verb. Exits with 2 on a mistake in the command line, as argparse does."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    _end_with_first_rank()
     verb = arguments[0] if arguments else "--help"
     if verb in ("-h", "--help"):
         print(_overview())
@@ -264,6 +272,25 @@ def _own_error(raised: BaseException) -> BaseException | None:
                 return error
         error = error.__cause__
     return None
+
+
+def _end_with_first_rank() -> None:
+    """Have a rank that Lightning started end when the first rank, which started it, is gone.
+
+    Lightning looks the other way alone. Such a rank would wait at a rendezvous or in a collective for half an hour,
+    with its memory and its GPU, and beside the same training started again.
+    """
+    if "LOCAL_RANK" not in os.environ:
+        os.environ[STARTED_BY] = str(os.getpid())
+    elif os.environ.get(STARTED_BY) == str(os.getppid()):
+        threading.Thread(target=_wait_for_the_end_of, args=(os.getppid(),), daemon=True).start()
+
+
+def _wait_for_the_end_of(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    time.sleep(LAST_WORDS)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _quieten() -> None:

@@ -29,6 +29,7 @@ SHARDS_METADATA = ".metadata"
 """What torch.distributed.checkpoint says of the tensors in a sharded state."""
 WEIGHTS = "state_dict"
 """Where Lightning keeps a module's weights."""
+DAMAGED = "{} is damaged ({}): name another state, or --ckpt_path last."
 _DESCRIPTIONS = {
     "torch": {"Size"},
     "torch.serialization": {"_get_layout"},

@@ -128,6 +128,31 @@ def test_a_finished_training_started_again_writes_a_missing_export(
     untouched = (model / "config.json").stat().st_mtime_ns
     fit(3)
     assert (model / "config.json").stat().st_mtime_ns == untouched
+
+
+def test_an_export_of_a_shorter_training_is_replaced(
+    tmp_path: Path, stage: ToyStage, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when the longer one was killed with nothing left to do but that."""
+    model, states = tmp_path / "model", tmp_path / "states"
+
+    class Killed(BaseException):
+        pass
+
+    def killed(self: HuggingFaceCheckpoint, *_: object) -> None:
+        raise Killed
+
+    def fit(max_steps: int) -> None:
+        callback = HuggingFaceCheckpoint(export_dir=str(model), dirpath=states, save_top_k=0)
+        make_trainer(callback, max_steps=max_steps).fit(stage, batches(), ckpt_path="last")
+
+    fit(2)
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(HuggingFaceCheckpoint, "on_fit_end", killed)
+        fit(4)
+    fit(4)
+    assert torch.load(states / "last.ckpt", weights_only=False)["global_step"] == 4
+    assert_same_weights(model, states / "last.ckpt")
     fit(5)
     assert torch.load(states / "last.ckpt", weights_only=False)["global_step"] == 5
     assert_same_weights(model, states / "last.ckpt")

@@ -64,9 +64,25 @@ def test_saved_at_the_next_boundary(
     assert signal.getsignal(number) is before
 
 
-def test_after_the_last_step_there_is_nothing_to_resume(tmp_path: Path, tokenizers: tuple[str, str]) -> None:
+def test_after_the_last_step_there_is_nothing_to_resume(
+    tmp_path: Path, tokenizers: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither while the trained model is written; then the signal is again whose it was."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(Signalled, "on_fit_end", lambda self: os.kill(os.getpid(), signal.SIGTERM))
     trainer = fit(tmp_path, tokenizers, at=STEPS - 1)
     assert trainer.global_step == STEPS
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("hook", ["setup", "on_fit_start", "on_train_start"])
+def test_a_signal_before_the_first_step_waits_for_it(
+    tmp_path: Path, tokenizers: tuple[str, str], monkeypatch: pytest.MonkeyPatch, hook: str
+) -> None:
+    monkeypatch.setattr(Signalled, hook, lambda self, **stage: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Preempted):
+        fit(tmp_path, tokenizers, at=STEPS)
+    assert torch.load(tmp_path / "states" / "last.ckpt", weights_only=False)["global_step"] == 1
 
 
 def test_without_a_state_to_save_it_is_refused(tmp_path: Path, tokenizers: tuple[str, str]) -> None:

@@ -93,24 +93,31 @@ def test_visual_tokenizers(disk: tuple[Path, FullDisk]) -> None:
     assert load_visual_tokenizer(place).fingerprint != tokenizer.fingerprint
 
 
-@pytest.mark.parametrize("export", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "strategy"), [(AtomicCheckpoint, "auto"), (HuggingFaceCheckpoint, "auto"), (AtomicCheckpoint, "fsdp2")]
+)
 def test_states(
     disk: tuple[Path, FullDisk],
     tmp_path: Path,
     tiny_text_tokenizer: str,
     tiny_visual_tokenizer: str,
     tiny_shards: str,
-    export: bool,
+    kind: type[AtomicCheckpoint],
+    strategy: str,
+    request: pytest.FixtureRequest,
 ) -> None:
     """A training whose disk fills up stops there, and goes on from the last whole state once there is room."""
     directory, full = disk
+    if strategy == "fsdp2":
+        request.getfixturevalue("fsdp2_alone")
 
     def fit(steps: int) -> None:
         torch.manual_seed(0)
         module = PretrainModule(model_config(tiny_text_tokenizer), visual_tokenizer=tiny_visual_tokenizer)
-        kind = HuggingFaceCheckpoint if export else AtomicCheckpoint
         trainer = Trainer(
             accelerator="cpu",
+            devices=1,
+            strategy=strategy,
             max_steps=steps,
             max_epochs=-1,
             default_root_dir=tmp_path,
@@ -124,13 +131,15 @@ def test_states(
 
     fit(4)
     before = files(directory)
-    assert "states/last.ckpt" in before and len(before["states/last.ckpt"]) > ROOM
+    largest = "states/last.ckpt/__0_0.distcp" if strategy == "fsdp2" else "states/last.ckpt"
+    assert len(before[largest]) > ROOM
     with full():
         with pytest.raises(OSError, match=refusal(directory / "states" / "last.ckpt")):
             fit(6)
         assert files(directory) == before
     fit(6)
-    assert torch.load(directory / "states" / "last.ckpt")["global_step"] == 6
+    said = "states/last.ckpt/meta.pt" if strategy == "fsdp2" else "states/last.ckpt"
+    assert torch.load(directory / said)["global_step"] == 6
 
 
 def test_what_libraries_wrap_is_seen_through_and_other_errors_are_left_alone() -> None:

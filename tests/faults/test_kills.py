@@ -1,63 +1,29 @@
-"""Work that is killed again and again, at any moment, ends in the same bytes as work that never was."""
+"""Work that is killed again and again, at any moment, ends in the same bytes as work that never was.
+
+All stages on one process and on two: `test_survival.py`.
+"""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from faults.processes import finish, start
 from simplear.callbacks.preemption import RESUME_ME
 from simplear.data import TokenShards
 from simplear.data.drops import DROPS_FILE
 from simplear.data.shards import MANIFEST_FILE, TEMPORARY_MARK
 from simplear.language_model import load_checkpoint
 from simplear.states import damage
-from simplear.visual_tokenizer import load_visual_tokenizer
-from toys import write_grpo, write_pretraining, write_sft, write_visual_tokenizer_training
-
-PROCESSES = multiprocessing.get_context("forkserver")
-"""Each piece of work is a process of its own, forked from one that has the libraries loaded and has run nothing."""
-PROCESSES.set_forkserver_preload(["simplear.cli", "simplear.callbacks", "simplear.stages", "lightning.pytorch.cli"])
-
-STAGES = ("visual_tokenizer", "pretrain", "sft")
-SLOW_SYNC = 0.01
-"""Seconds of an fsync, as of a real disk: on one in memory a kill would hardly ever fall into a write."""
-
-
-def work(arguments: Sequence[str], log: Path) -> None:
-    """One `simplear` command, in a child process."""
-    from simplear.cli import main
-
-    with log.open("ab") as out:
-        os.dup2(out.fileno(), 1)
-        os.dup2(out.fileno(), 2)
-    torch.set_num_threads(1)
-    os.fsync = lambda descriptor: time.sleep(SLOW_SYNC)
-    main(arguments)
-
-
-def start(arguments: Sequence[str], log: Path) -> BaseProcess:
-    process = PROCESSES.Process(target=work, args=(list(arguments), log))
-    process.start()
-    return process
-
-
-def finish(arguments: Sequence[str], log: Path) -> None:
-    process = start(arguments, log)
-    process.join()
-    assert process.exitcode == 0, log.read_text()[-3000:]
+from toys import write_grpo, write_pretraining
 
 
 def kill_often(
@@ -70,131 +36,97 @@ def kill_often(
     moments, left = random.Random(0), []
     for attempt in range(kills):
         before = written()
-        process = start(arguments, log)
-        while process.is_alive() and written() == before and attempt % 4 != 3:
+        run = start(arguments, log)
+        while run.is_alive() and written() == before and attempt % 4 != 3:
             time.sleep(0.001)
         time.sleep(moments.uniform(0, longest))
-        process.kill()
-        process.join()
-        if process.exitcode == 0:
+        (code,) = run.kill()
+        if code == 0:
             break
-        assert process.exitcode == -signal.SIGKILL, log.read_text()[-3000:]
+        assert code == -signal.SIGKILL, run.printed()
         left.append(written())
     return left
 
 
-def assert_trained_alike(
-    config: Path, directory: Path, stage: str, steps: int, kills: int, at_least: int, longest: float
+def final_weights(root: Path) -> dict[str, torch.Tensor]:
+    weights: dict[str, torch.Tensor] = torch.load(root / "states" / "last.ckpt")["state_dict"]
+    return weights
+
+
+def test_training_killed_a_few_times_is_bit_identical(
+    tmp_path: Path, tiny_text_tokenizer: str, tiny_visual_tokenizer: str, tiny_shards: str
 ) -> None:
-    """Also: whatever a kill leaves under the name of a state is whole."""
-    command = ["fit", "--config", str(config), "--trainer.max_steps", str(steps), "--ckpt_path", "last"]
-    whole, killed, log = directory / "whole", directory / "killed", directory / "log"
+    config = write_pretraining(tmp_path, tiny_text_tokenizer, tiny_visual_tokenizer, tiny_shards, save_every=3)
+    command = ["fit", "--config", str(config), "--trainer.max_steps", "60", "--ckpt_path", "last"]
+    whole, killed, log = tmp_path / "whole", tmp_path / "killed", tmp_path / "log"
     finish([*command, "--trainer.default_root_dir", str(whole)], log)
     command += ["--trainer.default_root_dir", str(killed)]
 
-    def is_whole(state: Path) -> bool:
-        """By a name of our own, for training goes on and renames its states while they are read."""
-        held = directory / "held.ckpt"
-        held.unlink(missing_ok=True)
+    def saved() -> int | None:
+        state = killed / "states" / "last.ckpt"
         try:
-            os.link(state, held)
+            return state.stat().st_mtime_ns
         except FileNotFoundError:
-            return True  # renamed since it was listed
-        return damage(held) is None
+            return None
 
-    def states() -> dict[str, int]:
-        assert all(is_whole(state) for state in killed.glob("states/[!.]*.ckpt"))
-        try:
-            return {"last.ckpt": (killed / "states" / "last.ckpt").stat().st_mtime_ns}
-        except FileNotFoundError:
-            return {}
-
-    left = kill_often(command, log, kills, longest, states)
-    assert len(left) >= at_least, "the training is too short to be killed often"
+    assert len(kill_often(command, log, 2, 0.2, saved)) == 2, "the training is too short to be killed twice"
+    assert all(damage(state) is None for state in killed.glob("states/[!.]*.ckpt"))
     finish(command, log)
-    one, other = (torch.load(root / "states" / "last.ckpt")["state_dict"] for root in (whole, killed))
+    one, other = final_weights(whole), final_weights(killed)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-    if stage == "visual_tokenizer":
-        exports = [load_visual_tokenizer(root / "model").state_dict() for root in (whole, killed)]
-    else:
-        exports = [load_checkpoint(root / "model").model.state_dict() for root in (whole, killed)]
+    exports = [load_checkpoint(root / "model").model.state_dict() for root in (whole, killed)]
     assert all(torch.equal(exports[0][name], exports[1][name]) for name in exports[0])
     assert not [path.name for path in killed.glob("states/.*")]
 
 
-@pytest.fixture
-def make_config(
-    tmp_path: Path, tiny_text_tokenizer: str, tiny_visual_tokenizer: str, tiny_shards: str, tiny_checkpoint: Path
-) -> Callable[[str, int], Path]:
-    def make(stage: str, save_every: int) -> Path:
-        if stage == "grpo":
-            return write_grpo(tmp_path, str(tiny_checkpoint), tiny_visual_tokenizer, save_every)
-        if stage == "visual_tokenizer":
-            return write_visual_tokenizer_training(tmp_path, save_every)
-        if stage == "sft":
-            return write_sft(tmp_path, str(tiny_checkpoint), tiny_visual_tokenizer, tiny_shards, save_every)
-        return write_pretraining(tmp_path, tiny_text_tokenizer, tiny_visual_tokenizer, tiny_shards, save_every)
-
-    return make
-
-
 @pytest.mark.long
-@pytest.mark.parametrize("stage", STAGES)
-def test_killed_training_is_bit_identical(make_config: Callable[[str, int], Path], tmp_path: Path, stage: str) -> None:
-    """With states of every third step, so that many kills fall into saving one."""
-    assert_trained_alike(make_config(stage, 3), tmp_path, stage, steps=400, kills=16, at_least=12, longest=1.0)
-
-
-def test_training_killed_a_few_times_is_bit_identical(make_config: Callable[[str, int], Path], tmp_path: Path) -> None:
-    assert_trained_alike(make_config("pretrain", 3), tmp_path, "pretrain", steps=60, kills=2, at_least=2, longest=0.2)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("stage", ["pretrain", "sft", "grpo"])
-def test_terminated_training_is_bit_identical(
-    make_config: Callable[[str, int], Path], tmp_path: Path, stage: str, processes: int
+@pytest.mark.parametrize(("stage", "ranks", "signals"), [("pretrain", 1, 5), ("grpo", 2, 3)])
+def test_training_terminated_again_and_again_is_bit_identical(
+    tmp_path: Path,
+    tiny_text_tokenizer: str,
+    tiny_visual_tokenizer: str,
+    tiny_shards: str,
+    tiny_checkpoint: Path,
+    stage: str,
+    ranks: int,
+    signals: int,
 ) -> None:
-    """Five times on one process, twice on two, of which the first alone gets the signal. No state but those that the
-    signals leave: each resumes where the one before stopped, in GRPO between two rollouts of two updates each.
+    """With no states but those that the signals leave: each resumes where the one before stopped, in GRPO between two
+    rollouts of two updates each. Of two ranks the first alone gets the signal.
     """
-    steps, signals = (40, 2) if processes == 2 else (200, 5)
-    command = ["fit", "--config", str(make_config(stage, 100_000)), "--trainer.max_steps", str(steps)]
-    command += ["--ckpt_path", "last", "--trainer.devices", str(processes)]
-    command += ["--trainer.strategy", "ddp"] if processes == 2 else []
+    if stage == "grpo":
+        config = write_grpo(tmp_path, str(tiny_checkpoint), tiny_visual_tokenizer, save_every=100_000)
+    else:
+        config = write_pretraining(tmp_path, tiny_text_tokenizer, tiny_visual_tokenizer, tiny_shards, 100_000)
+    steps = 200 if ranks == 1 else 40
+    command = ["fit", "--config", str(config), "--trainer.max_steps", str(steps), "--ckpt_path", "last"]
+    command += ["--trainer.callbacks+", "simplear.callbacks.Preemption", "--trainer.devices", str(ranks)]
+    command += ["--trainer.strategy", "ddp"] if ranks > 1 else []
     whole, stopped, log = tmp_path / "whole", tmp_path / "stopped", tmp_path / "log"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
-    def begin(root: Path) -> subprocess.Popen[bytes]:
-        words = [*command, "--trainer.default_root_dir", str(root)]
-        words += ["--trainer.callbacks+", "simplear.callbacks.Preemption"]
-        with log.open("ab") as out:
-            return subprocess.Popen(
-                [sys.executable, "-m", "simplear.cli", *words], stdout=out, stderr=out, env=environment
-            )
-
-    def stepped(root: Path) -> int:
+    def stepped() -> int:
         """Lines in all tables of curves: one a logged step."""
-        return sum(len(file.read_text().splitlines()) for file in root.rglob("metrics.csv"))
+        return sum(len(file.read_text().splitlines()) for file in stopped.rglob("metrics.csv"))
 
-    assert begin(whole).wait() == 0, log.read_text()[-3000:]
+    finish([*command, "--trainer.default_root_dir", str(whole)], log, ranks)
+    command += ["--trainer.default_root_dir", str(stopped)]
     moments, found = random.Random(0), []
     for _ in range(signals):
-        before = stepped(stopped)
-        process = begin(stopped)
-        while process.poll() is None and stepped(stopped) == before:
+        before = stepped()
+        run = start(command, log, ranks)
+        while run.is_alive() and stepped() == before:
             time.sleep(0.02)  # looking more often would keep a processor busy
         time.sleep(moments.uniform(0, 0.05))
-        process.send_signal(signal.SIGTERM)
-        assert process.wait() == RESUME_ME, log.read_text()[-3000:]
+        run.ranks[0].terminate()
+        assert run.wait() == [RESUME_ME] * ranks, run.printed()
         state = torch.load(stopped / "states" / "last.ckpt", weights_only=False)
         assert stage != "grpo" or state["global_step"] == 2 * state["rollouts_done"]
         found.append(state["global_step"])
     assert found == sorted(set(found)) and found[-1] < steps, found
-    assert begin(stopped).wait() == 0, log.read_text()[-3000:]
+    finish(command, log, ranks)
     states = [torch.load(root / "states" / "last.ckpt", weights_only=False) for root in (whole, stopped)]
     assert [state["global_step"] for state in states] == [steps, steps]
-    one, other = (state["state_dict"] for state in states)
+    one, other = final_weights(whole), final_weights(stopped)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 

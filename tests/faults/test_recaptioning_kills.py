@@ -10,7 +10,8 @@ import pytest
 from data.vision_language import write_vision_language_model
 from simplear.data.shards import MANIFEST_FILE, TEMPORARY_MARK
 
-from .test_kills import finish, kill_often
+from .processes import finish
+from .test_kills import kill_often
 
 
 def assert_captions_alike(directory: Path, pictures: int, kills: int, at_least: int, longest: float) -> list[set[str]]:

@@ -18,8 +18,6 @@ from simplear.language_model import load_checkpoint
 from simplear.states import damage
 from toys import write_pretraining, write_sft, write_visual_tokenizer_training
 
-STAGES = ("visual_tokenizer", "pretrain", "sft")
-
 
 @pytest.fixture
 def make_config(
@@ -61,16 +59,32 @@ def cut(file: Path) -> None:
     file.write_bytes(content[: len(content) * 2 // 3])
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_truncated_last_state_gives_way_to_the_one_before(
-    make_config: Callable[[str, Path], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, stage: str
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("stage", "harm"), [("visual_tokenizer", cut), ("pretrain", cut), ("pretrain", flip), ("sft", empty)]
+)
+def test_a_damaged_last_state_gives_way_to_the_one_before(
+    make_config: Callable[[str, Path], Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    stage: str,
+    harm: Callable[[Path], None],
 ) -> None:
     config, whole, broken = make_config(stage, tmp_path), tmp_path / "whole", tmp_path / "broken"
     fit(config, 7, whole)
     fit(config, 5, broken)
     last, previous = broken / "states" / "last.ckpt", broken / "states" / "previous.ckpt"
     assert [torch.load(state)["global_step"] for state in (previous, last)] == [4, 5]
-    cut(last)
+    harm(last)
     fit(config, 7, broken, "--ckpt_path", "last")
     (line,) = [record.getMessage() for record in caplog.records if "damaged" in record.getMessage()]
     assert str(last) in line and f"going on from {previous}" in line
@@ -236,6 +250,43 @@ def test_the_demo_goes_on_from_the_state_before(
         assert ("going on from" in caplog.text) == damaged
         one, other = weights(tmp_path / "whole"), weights(root)
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def content(state: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in state.glob("*.distcp")}
+
+
+def test_a_damaged_sharded_state_gives_way_to_the_one_before(
+    make_config: Callable[[str, Path], Path],
+    fsdp2_alone: None,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A shard file that is missing or cut, by word and by name; with no whole state left, nothing is trained."""
+    config, whole, broken = make_config("pretrain", tmp_path), tmp_path / "whole", tmp_path / "broken"
+    sharded = ("--trainer.strategy", "fsdp2")
+    fit(config, 7, whole, *sharded)
+    fit(config, 5, broken, *sharded)
+    last, previous = (broken / "states" / f"{name}.ckpt" for name in ("last", "previous"))
+    assert [torch.load(state / "meta.pt")["global_step"] for state in (previous, last)] == [4, 5]
+    for harm in (cut, Path.unlink):
+        harm(last / "__0_0.distcp")
+        with pytest.raises(SystemExit):
+            fit(config, 7, broken, *sharded, "--ckpt_path", str(last))
+        assert f"{last} is damaged" in capsys.readouterr().err
+    fit(config, 7, broken, *sharded, "--ckpt_path", "last")
+    (line,) = [record.getMessage() for record in caplog.records if "going on from" in record.getMessage()]
+    assert f"{last} is damaged" in line and "__0_0.distcp" in line and f"going on from {previous}" in line
+    assert content(last) == content(whole / "states" / "last.ckpt") and len(content(last)) == 1
+    assert [torch.load(state / "meta.pt")["global_step"] for state in (previous, last)] == [6, 7]
+
+    cut(previous / "__0_0.distcp")
+    (last / ".metadata").unlink()
+    with pytest.raises(SystemExit):
+        fit(config, 9, broken, *sharded, "--ckpt_path", "last")
+    printed = capsys.readouterr().err
+    assert f"no state in {broken / 'states'} is whole" in printed and "Traceback" not in printed
 
 
 def test_sharded_states_are_checked_too(tmp_path: Path) -> None:

@@ -30,7 +30,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from simplear.atomic import require_replaceable, require_writable, sync, whole_file, writing
 from simplear.language_model import save_checkpoint
-from simplear.states import damage
+from simplear.stages import FSDP2
+from simplear.states import DAMAGED, damage
 from simplear.visual_tokenizer import copy_visual_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class StateIO(TorchCheckpointIO):
         state = Path(path).absolute()
         if state.exists() and state not in self.whole:
             if (reason := damage(state)) is not None:
-                raise ValueError(f"{path} is damaged ({reason}): name another state, or --ckpt_path last.")
+                raise ValueError(DAMAGED.format(path, reason))
             self.whole.add(state)
         return super().load_checkpoint(path, *arguments, **options)
 
@@ -91,6 +92,8 @@ class AtomicCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = StateIO(self._whole)
+        if isinstance(trainer.strategy, FSDP2):
+            trainer.strategy.whole = self._whole
         if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._check_places()
 
@@ -148,7 +151,8 @@ class AtomicCheckpoint(ModelCheckpoint):
             with writing(final):
                 self._write(trainer, partial)
                 if trainer.is_global_zero:
-                    sync(partial)
+                    for path in (*partial.glob("*"), partial):  # a sharded state is a directory
+                        sync(path)
         except BaseException:
             if trainer.is_global_zero:
                 _remove_both(partial)
@@ -195,7 +199,6 @@ class HuggingFaceCheckpoint(AtomicCheckpoint):
     def __init__(self, export_dir: str | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.export_dir = export_dir
-        self._trained = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Raises, before any training, TypeError for a module without a language model to export, ValueError for states
@@ -220,18 +223,24 @@ class HuggingFaceCheckpoint(AtomicCheckpoint):
         if self.export_dir is not None:
             require_replaceable(self.export_dir, "the trained model", "export_dir of the checkpoint callback")
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        self._trained = True
-
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write ``export_dir``; also when a training that had only this left to do is started again."""
         if self.export_dir is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        missing = trainer.strategy.broadcast(not Path(self.export_dir).exists())
-        if missing or self._trained:
+        if trainer.strategy.broadcast(not self._is_exported()):
             export(pl_module, self.export_dir, trainer.is_global_zero)
             trainer.strategy.barrier("HuggingFaceCheckpoint.export")
+
+    def _is_exported(self) -> bool:
+        """Whether ``export_dir`` is of the last state: what is older is a shorter training's."""
+        assert self.export_dir is not None
+        exported, state = (
+            Path(self.export_dir),
+            Path(self._last_checkpoint_saved or f"{self.dirpath}/{self.CHECKPOINT_NAME_LAST}.ckpt"),
+        )
+        if not exported.exists() or not state.exists():
+            return False
+        return exported.stat().st_mtime_ns > state.stat().st_mtime_ns
 
     def _write(self, trainer: Trainer, partial: Path) -> None:
         export(trainer.lightning_module, partial.with_suffix(""), trainer.is_global_zero)

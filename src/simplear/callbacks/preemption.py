@@ -1,10 +1,10 @@
 """A job that is to be moved or ended saves its state at the step boundary and says by its exit code "resume me".
 
 Lightning by itself exits with 0 on SIGTERM and saves nothing; under SLURM it saves in the signal's handler, in the
-middle of a step, into a file that goes before ``--ckpt_path`` for ever after. So the handlers are replaced while
-training runs: they set a flag, and at the next step boundary all ranks agree, save ``last.ckpt``, and exit. A step of
-GRPO is a rollout with its updates. Under SLURM the requeue signal also requeues the job, as Lightning would; SIGTERM
-does not, for `scancel` sends it too.
+middle of a step, into a file that goes before ``--ckpt_path`` for ever after. So other handlers are in place from the
+setup of a training to its end: they set a flag, and at the next step boundary all ranks agree, save ``last.ckpt``, and
+exit. A step of GRPO is a rollout with its updates. Under SLURM the requeue signal also requeues the job, as Lightning
+would; SIGTERM does not, for `scancel` sends it too.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Preemption(Callback):
     """Stops training at a step boundary when a signal asks for it, with the state saved, and exits with `RESUME_ME`.
 
     Needs an `AtomicCheckpoint` (or `HuggingFaceCheckpoint`) with ``save_last`` beside it. One rank that gets the signal
-    is enough. A training that has done its last step ends as always, with 0.
+    is enough. A training that has done its last step ends as always, its export included, with 0.
 
     Args:
         exit_code: of all ranks.
@@ -63,15 +63,10 @@ class Preemption(Callback):
             )
         # After those that save at this step by themselves. A new list: this hook runs over the old one.
         trainer.callbacks = [*(other for other in trainer.callbacks if other is not self), self]  # type: ignore[attr-defined]
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Replace the handlers, Lightning's own included, which it has set by now."""
-        connector = trainer._signal_connector
-        if connector.received_sigterm:
-            self.received = signal.SIGTERM
-            connector.received_sigterm = False
         if threading.current_thread() is not threading.main_thread():
             raise RuntimeError("Preemption needs the main thread, which alone can handle signals.")
+        # From here on Lightning would set its own, whose broadcast meets what the other ranks are just waiting for.
+        trainer._signal_connector.register_signal_handlers = _do_nothing  # type: ignore[method-assign]
         requeue = _requeue_signal(trainer)
         for number in self.signals | ({requeue} if requeue else set()):
             self._handlers[number] = signal.signal(number, self._note)
@@ -104,7 +99,7 @@ class Preemption(Callback):
         if trainer.is_global_zero:
             name = self.received.name if self.received else "a signal on another rank"
             logger.warning(
-                "%s: the state of step %d is saved; exit code %d says that --ckpt_path last goes on from it",
+                "%s: the state of step %d is saved; exit code %d says resume me: --ckpt_path last goes on from it",
                 name,
                 trainer.global_step,
                 self.exit_code,
@@ -115,13 +110,14 @@ class Preemption(Callback):
         raise Preempted(0 if started and trainer.local_rank > 0 else self.exit_code)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._restore()
+        self._restore(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the signals back to whoever had them."""
-        self._restore()
+        self._restore(trainer)
 
-    def _restore(self) -> None:
+    def _restore(self, trainer: Trainer) -> None:
+        vars(trainer._signal_connector).pop("register_signal_handlers", None)
         while self._handlers:
             number, handler = self._handlers.popitem()
             signal.signal(number, handler)
@@ -136,6 +132,10 @@ def requeue_job() -> None:
         subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError) as error:
         logger.error("job %s could not be requeued (%s): submit it again", job, getattr(error, "stderr", "") or error)
+
+
+def _do_nothing() -> None:
+    pass
 
 
 def _checkpoints(trainer: Trainer) -> list[AtomicCheckpoint]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
@@ -15,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 from simplear.language_model import LanguageModel
+from simplear.states import DAMAGED, damage
 
 FSDP2_NAME = "fsdp2"
 
@@ -28,6 +30,18 @@ class FSDP2(ModelParallelStrategy):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+
+        self.whole: set[Path] = set()
+        """States that are known to be so."""
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Raises ValueError, naming it, for a state that is not what was written, of which PyTorch would load much."""
+        state = Path(checkpoint_path)
+        look = self.global_rank == 0 and state.exists() and state.absolute() not in self.whole
+        reason = self.broadcast(damage(state) if look else None)
+        if reason is not None:
+            raise ValueError(DAMAGED.format(state, reason))
+        return super().load_checkpoint(checkpoint_path, weights_only)
 
     def setup_environment(self) -> None:
         """One mesh of all processes, once their number is known."""
