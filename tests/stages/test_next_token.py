@@ -30,7 +30,11 @@ def adamw(params: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, lr=1e-2, weight_decay=0.01)
 
 
-OPTIMIZERS: dict[str, Any] = {"AdamW": adamw, "MuonWithAdamW": MuonWithAdamW}
+def fused_adamw(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, lr=1e-2, weight_decay=0.01, fused=True)
+
+
+OPTIMIZERS: dict[str, Any] = {"AdamW": adamw, "fused AdamW": fused_adamw, "MuonWithAdamW": MuonWithAdamW}
 
 
 def schedule(optimizer: Any) -> Any:
@@ -196,6 +200,25 @@ def test_accumulation_gives_the_weights_of_the_whole_batch(
     # Muon and AdamW make large steps of small gradients, so rounding shows; a wrong mean would differ by a step, 1e-2.
     assert largest_difference(made[0], made[1]) < 1e-4
     assert largest_difference(made[0], made[2]) < 1e-4
+
+
+def test_a_state_of_an_unfused_optimizer_goes_on_fused(pretrain: Any, make_data: Any, tmp_path: Path) -> None:
+    whole = pretrain()
+    fit(whole, make_data(), tmp_path, max_steps=4)
+    fit(pretrain(), make_data(), tmp_path, max_steps=2).save_checkpoint(tmp_path / "state.ckpt")
+    resumed = pretrain(optimizer=fused_adamw)
+    trainer = fit(resumed, make_data(), tmp_path, max_steps=4, ckpt_path=tmp_path / "state.ckpt")
+    assert all(group["fused"] for group in trainer.optimizers[0].param_groups)
+    assert largest_difference(weights(whole), weights(resumed)) < 1e-5
+
+
+def test_a_fused_optimizer_clips_in_mixed_precision(pretrain: Any, make_data: Any, tmp_path: Path) -> None:
+    made = []
+    for optimizer in (adamw, fused_adamw):
+        module = pretrain(optimizer=optimizer)
+        fit(module, make_data(), tmp_path, max_steps=2, precision="bf16-mixed", gradient_clip_val=0.1)
+        made.append(weights(module))
+    assert largest_difference(*made) < 1e-5
 
 
 def test_activation_checkpointing_changes_nothing(pretrain: Any, make_data: Any, tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ RESERVED_GIB = 4.0
 """CUDA's context, NCCL's buffers, and what the allocator cannot use."""
 
 SAVED_BYTES = {"bf16-mixed": (26, 8, 4, 4), "bf16-true": (16, 8, 4, 4), "32-true": (24, 16, 8, 8)}
-"""Bytes that a layer keeps for each token if it computes nothing again: per hidden unit, MLP unit, query unit, and key or value unit."""
+"""Bytes that a layer which computes nothing again keeps for each token: per hidden unit, MLP unit, query unit, and key
+or value unit."""
 LAYER_INPUT_BYTES = {"bf16-mixed": 4, "bf16-true": 2, "32-true": 4}
 """Of a number of the residual stream, which a layer that computes again always keeps."""
 WEIGHT_BYTES = {"bf16-mixed": 4, "bf16-true": 2, "32-true": 4}
