@@ -17,6 +17,7 @@ from torch import Tensor
 from simplear.data import TokenDataModule
 from simplear.language_model import GenerationDefaults, load_checkpoint, save_checkpoint, train_text_tokenizer
 from simplear.stages import MuonWithAdamW, NextTokenModule, NextTokenObjective, PretrainModule, SFTModule
+from simplear.stages.activation_checkpointing import MODES
 from simplear.visual_tokenizer import load_visual_tokenizer
 from toys import CODEBOOK, DOWNSAMPLE, make_shards, make_trainer, make_visual_tokenizer, model_config
 
@@ -29,7 +30,11 @@ def adamw(params: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, lr=1e-2, weight_decay=0.01)
 
 
-OPTIMIZERS: dict[str, Any] = {"AdamW": adamw, "MuonWithAdamW": MuonWithAdamW}
+def fused_adamw(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, lr=1e-2, weight_decay=0.01, fused=True)
+
+
+OPTIMIZERS: dict[str, Any] = {"AdamW": adamw, "fused AdamW": fused_adamw, "MuonWithAdamW": MuonWithAdamW}
 
 
 def schedule(optimizer: Any) -> Any:
@@ -220,14 +225,34 @@ def test_packing_changes_nothing(pretrain: Any, make_data: Any, tiny_shards: str
     assert losses[0] == pytest.approx(losses[1], rel=1e-9)
 
 
+def test_a_state_of_an_unfused_optimizer_goes_on_fused(pretrain: Any, make_data: Any, tmp_path: Path) -> None:
+    whole = pretrain()
+    fit(whole, make_data(), tmp_path, max_steps=4)
+    fit(pretrain(), make_data(), tmp_path, max_steps=2).save_checkpoint(tmp_path / "state.ckpt")
+    resumed = pretrain(optimizer=fused_adamw)
+    trainer = fit(resumed, make_data(), tmp_path, max_steps=4, ckpt_path=tmp_path / "state.ckpt")
+    assert all(group["fused"] for group in trainer.optimizers[0].param_groups)
+    assert largest_difference(weights(whole), weights(resumed)) < 1e-5
+
+
+def test_a_fused_optimizer_clips_in_mixed_precision(pretrain: Any, make_data: Any, tmp_path: Path) -> None:
+    made = []
+    for optimizer in (adamw, fused_adamw):
+        module = pretrain(optimizer=optimizer)
+        fit(module, make_data(), tmp_path, max_steps=2, precision="bf16-mixed", gradient_clip_val=0.1)
+        made.append(weights(module))
+    assert largest_difference(*made) < 1e-5
+
+
 def test_activation_checkpointing_changes_nothing(pretrain: Any, make_data: Any, tmp_path: Path) -> None:
     made = []
-    for checkpointing in (False, True):
-        module = pretrain(activation_checkpointing=checkpointing)
+    for mode in MODES:
+        module = pretrain(activation_checkpointing=mode)
         fit(module, make_data(), tmp_path, max_steps=2)
-        assert module.language_model.decoder.is_activation_checkpointing is checkpointing
+        assert module.language_model.decoder.is_activation_checkpointing is (mode != "none")
         made.append(weights(module))
-    assert_equal(*made)
+    assert_equal(made[0], made[1])
+    assert_equal(made[0], made[2])
 
 
 def test_a_finished_run_started_again_still_knows_its_grid(pretrain: Any, make_data: Any, tmp_path: Path) -> None:

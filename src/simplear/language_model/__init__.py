@@ -15,6 +15,7 @@ from simplear.language_model.checkpoint import (
 from simplear.language_model.loss import Normalizer, next_token_losses
 from simplear.language_model.model import LanguageModel, LanguageModelConfig, load_text_tokenizer
 from simplear.language_model.text_tokenizer import train_text_tokenizer
+from simplear.language_model.weights import NamedWeights, stored_weights
 
 __all__ = [
     "Architecture",
@@ -24,6 +25,7 @@ __all__ = [
     "GenerationDefaults",
     "LanguageModel",
     "LanguageModelConfig",
+    "NamedWeights",
     "Normalizer",
     "StepWork",
     "checkpoint_hash",
@@ -32,6 +34,7 @@ __all__ = [
     "load_text_tokenizer",
     "next_token_losses",
     "save_checkpoint",
+    "stored_weights",
     "train_text_tokenizer",
     "write_checkpoint",
 ]

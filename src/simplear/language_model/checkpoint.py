@@ -33,6 +33,7 @@ from simplear.language_model.model import (
     _CLASSES,
     LanguageModel,
     RopeKind,
+    keep_generation_config,
     load_decoder,
     load_text_tokenizer,
 )
@@ -224,6 +225,7 @@ def load_checkpoint(path: str | Path, *, dtype: torch.dtype | None = None, with_
             with torch.device("meta"):
                 decoder = model_class(config)
             decoder = decoder.type(dtype or config.dtype or torch.float32)
+            keep_generation_config(decoder, directory)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
             f"cannot read the weights (model.safetensors or its parts) in {directory}: {error} Export or download the "

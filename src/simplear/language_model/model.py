@@ -10,17 +10,20 @@ Under FSDP2 the root module is this one, so the head's weights are gathered insi
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoTokenizer,
     Cache,
+    GenerationConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -32,6 +35,7 @@ from simplear.hub import is_hub_id
 from simplear.language_model.loss import Normalizer, next_token_losses, token_cross_entropy, token_entropy
 from simplear.language_model.packing import PACKED_ATTENTION, Packing
 from simplear.language_model.rope import Qwen2Rope2DConfig, Qwen2Rope2DForCausalLM
+from simplear.language_model.weights import NamedWeights, random_weights, require_all, require_rows, stored_weights
 from simplear.sequence import (
     TokenLayout,
     add_special_tokens,
@@ -201,14 +205,20 @@ class LanguageModel(nn.Module):
         """
         # A dict passes the decoder's mask construction by: with None, attention is causal and needs no mask tensor.
         mask = {"full_attention": None} if attention_mask is None else attention_mask
-        return self.decoder.model(
-            input_ids=input_ids,
-            position_ids=position_ids,
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=cache is not None,
-            packing=packing,
-        ).last_hidden_state
+        with nullcontext() if cache is None else self._uncompiled():
+            return self.decoder.model(
+                input_ids=input_ids,
+                position_ids=position_ids,
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=cache is not None,
+                packing=packing,
+            ).last_hidden_state
+
+    def _uncompiled(self) -> AbstractContextManager[Any]:
+        """Layers that are compiled for training run as they are: with a cache each would compile anew by itself."""
+        compiled = self.decoder.model.layers[0]._compiled_call_impl is not None
+        return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
     @property
     def image_head_weight(self) -> Tensor:
@@ -241,20 +251,45 @@ class LanguageModelConfig:
         Random weights come from torch's global generator: seed it first. Grown rows of a pretrained model start at
         the mean of the rows that its tokenizer uses.
         """
-        tokenizer = load_text_tokenizer(self.tokenizer)
-        text_rows = len(tokenizer)
-        add_special_tokens(tokenizer)
-        layout = token_layout(tokenizer, self.codebook_size)
+        tokenizer, text_rows, layout = self._tokenizer()
         if self.pretrained is None:
             decoder = self.random_decoder(layout.vocab_size)
         else:
-            config_class, model_class = _CLASSES[self.rope]
-            base = AutoConfig.from_pretrained(self.pretrained).to_dict()
-            base.pop("model_type", None)
-            config = config_class(**{**base, **self.architecture})
-            decoder = load_decoder(model_class, self.pretrained, config, torch.float32)
+            config = self._pretrained_config(self.pretrained)
+            decoder = load_decoder(_CLASSES[self.rope][1], self.pretrained, config, torch.float32)
             grow_vocabulary(decoder, text_rows, layout.vocab_size)
         return LanguageModel(decoder, layout), tokenizer
+
+    def build_empty(self) -> tuple[LanguageModel, PreTrainedTokenizerBase, NamedWeights]:
+        """The same on the meta device, and the weights that `build` gives it, one at a time."""
+        tokenizer, text_rows, layout = self._tokenizer()
+        if self.pretrained is None:
+            with torch.device("meta"):
+                decoder = self.random_decoder(layout.vocab_size)
+            weights = random_weights(decoder)
+        else:
+            directory = self.pretrained
+            if not Path(directory).is_dir():
+                directory = snapshot_download(directory, allow_patterns=["*.safetensors", "*.json"])
+            config = self._pretrained_config(directory)
+            config.vocab_size = layout.vocab_size
+            with torch.device("meta"):
+                decoder = _CLASSES[self.rope][1](config)
+            weights = stored_weights(decoder, directory, text_rows)
+            keep_generation_config(decoder, directory)
+        return LanguageModel(decoder, layout), tokenizer, weights
+
+    def _tokenizer(self) -> tuple[PreTrainedTokenizerBase, int, TokenLayout]:
+        """With all special tokens; how many ids it had before; and the layout of ids."""
+        tokenizer = load_text_tokenizer(self.tokenizer)
+        text_rows = len(tokenizer)
+        add_special_tokens(tokenizer)
+        return tokenizer, text_rows, token_layout(tokenizer, self.codebook_size)
+
+    def _pretrained_config(self, path: str) -> Qwen2Config:
+        base = AutoConfig.from_pretrained(path).to_dict()
+        base.pop("model_type", None)
+        return _CLASSES[self.rope][0](**{**base, **self.architecture})
 
     def random_decoder(self, vocab_size: int) -> Qwen2ForCausalLM:
         """A decoder of this architecture with random weights, on torch's current default device."""
@@ -295,13 +330,14 @@ def load_decoder(
         path, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
     )
     decoder, found = loaded
-    wrong = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
-    if wrong:
-        raise ValueError(
-            f"the weights in {path} are no Qwen2 of this configuration: {len(wrong)} are missing or of another shape, "
-            f"the first is {wrong[0]}."
-        )
+    require_all(path, list({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}))
     return decoder
+
+
+def keep_generation_config(decoder: Qwen2ForCausalLM, directory: str | Path) -> None:
+    """Give a decoder that was not loaded by transformers the defaults of generation beside its weights, if any."""
+    if (Path(directory) / "generation_config.json").is_file():
+        decoder.generation_config = GenerationConfig.from_pretrained(str(directory))
 
 
 @torch.no_grad()
@@ -314,11 +350,7 @@ def grow_vocabulary(decoder: Qwen2ForCausalLM, text_rows: int, vocab_size: int) 
     Raises ValueError when the tokenizer has more ids than the model has rows.
     """
     original_rows = decoder.config.vocab_size
-    if text_rows > original_rows:
-        raise ValueError(
-            f"the tokenizer has {text_rows} ids but the pretrained model {original_rows} rows: "
-            "they do not belong together."
-        )
+    require_rows(text_rows, original_rows)
     decoder.resize_token_embeddings(vocab_size, mean_resizing=False)
     # Tied embeddings are one weight, and setting it twice is harmless.
     for weight in (decoder.model.embed_tokens.weight, decoder.lm_head.weight):

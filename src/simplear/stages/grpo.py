@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from simplear.data import TokenDataModule
 from simplear.generation import SamplingSettings, make_engine
-from simplear.language_model import Architecture, LanguageModel, StepWork
+from simplear.language_model import Architecture, Checkpoint, LanguageModel, NamedWeights, StepWork
 from simplear.language_model.arithmetic import TRAINING_PASSES
 from simplear.rewards import Reward, move, score
 from simplear.sequence import text_lengths, training_batch
@@ -139,14 +139,23 @@ class GRPOModule(LanguageModelModule):
         """Of the training step that ended last, for callbacks to show."""
         self._reference: Reference | None = None
 
+    def load_checkpoint(self, checkpoint: str, with_weights: bool = True) -> Checkpoint:
+        """As every stage; the grid to draw is the checkpoint's where none is given."""
+        loaded = super().load_checkpoint(checkpoint, with_weights)
+        self.grid = self.grid or loaded.settings.grid
+        return loaded
+
     def load_language_model(self) -> tuple[LanguageModel, PreTrainedTokenizerBase]:
         """Load the checkpoint's weights in float32, to be trained."""
         loaded = self.load_checkpoint(self.checkpoint)
-        self.grid = self.grid or loaded.settings.grid
         return loaded.model, loaded.tokenizer
 
+    def empty_language_model(self) -> tuple[LanguageModel, PreTrainedTokenizerBase, NamedWeights]:
+        """As above, one weight at a time."""
+        return self.empty_checkpoint(self.checkpoint)
+
     def copy_model(self, model: LanguageModel) -> None:
-        """Copy the reference before the policy is sharded."""
+        """Copy the reference before the policy is trained."""
         if self.beta > 0:
             strategy = None if self._trainer is None else self.trainer.strategy
             sharded = isinstance(strategy, ModelParallelStrategy) and self.device_mesh is not None
@@ -220,7 +229,8 @@ class GRPOModule(LanguageModelModule):
     def step_work(self, batch: dict[str, Any]) -> StepWork:
         """What a rollout and its updates take: a forward pass to draw, those of reference and old policy, the updates.
 
-        With activation checkpointing the layers once more for each update. Reward and visual tokenizer are not counted.
+        With full activation checkpointing the layers once more for each update. Reward and visual tokenizer are not
+        counted.
         """
         assert self.grid is not None
         architecture, layout = Architecture.of(self.language_model.decoder.config), self.language_model.layout
@@ -230,7 +240,8 @@ class GRPOModule(LanguageModelModule):
         sums = lengths.sum() * self.group_size, lengths.square().sum() * self.group_size
         forward = architecture.layer_flops(*sums) + architecture.head_flops(images * codes * layout.codebook_size)
         passes = 1 + (self.beta > 0) + (self.inner_updates > 1) + TRAINING_PASSES * self.inner_updates
-        recomputed = self.inner_updates * architecture.recomputed_flops(*sums) if self.activation_checkpointing else 0
+        again = self.inner_updates if self.activation_checkpointing == "full" else 0
+        recomputed = again * architecture.recomputed_flops(*sums)
         return StepWork(images, sums[0], passes * forward, recomputed)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:

@@ -15,10 +15,20 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from transformers import PreTrainedTokenizerBase
 
 from simplear.data import TokenDataModule
-from simplear.language_model import Checkpoint, CheckpointSettings, GenerationDefaults, LanguageModel, load_checkpoint
+from simplear.language_model import (
+    Checkpoint,
+    CheckpointSettings,
+    GenerationDefaults,
+    LanguageModel,
+    NamedWeights,
+    load_checkpoint,
+    stored_weights,
+)
 from simplear.sequence import MAX_TEXT_TOKENS
+from simplear.stages.activation_checkpointing import ActivationCheckpointing, checkpoint_activations, require_mode
+from simplear.stages.compilation import compile_decoder_layers, require_compiler
 from simplear.stages.optimized import OptimizedModule
-from simplear.stages.sharding import refuse_fsdp1, shard_language_model
+from simplear.stages.sharding import fill_shards, refuse_fsdp1, shard_language_model
 from simplear.visual_tokenizer import VisualTokenizer, load_visual_tokenizer
 
 DEFAULT_DOWNSAMPLE = 16
@@ -33,9 +43,13 @@ class LanguageModelModule(OptimizedModule):
         optimizer: any torch optimizer class by class_path. Norms and biases get no weight decay.
         lr_scheduler: any scheduler class by class_path, stepped every optimizer step; None keeps the rate constant.
         generation: defaults of generation that are written into the checkpoint.
-        activation_checkpointing: recompute each layer's activations in the backward pass: less memory, about a third
-            more arithmetic.
+        activation_checkpointing: what a layer computes again in the backward pass instead of keeping it: `none`;
+            `selective`, all but matrix products and attention; `full`, everything, a third more arithmetic.
         packed: cut the padding out of each micro-batch: same losses, and only attention still computes it.
+        compile_layers: run the decoder layers under `torch.compile`; the first steps compile, which takes minutes.
+
+    Raises:
+        ValueError: another word for ``activation_checkpointing``, or ``compile_layers`` without a C++ compiler.
     """
 
     language_model: LanguageModel
@@ -44,17 +58,22 @@ class LanguageModelModule(OptimizedModule):
     def __init__(
         self,
         visual_tokenizer: str | None = None,
-        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-4, weight_decay=0.01),
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-4, weight_decay=0.01, fused=True),
         lr_scheduler: LRSchedulerCallable | None = None,
         generation: GenerationDefaults | None = None,
-        activation_checkpointing: bool = False,
+        activation_checkpointing: ActivationCheckpointing = "none",
         packed: bool = False,
+        compile_layers: bool = False,
     ) -> None:
         super().__init__(optimizer, lr_scheduler)
+        require_mode(activation_checkpointing)
+        if compile_layers:
+            require_compiler()
         self.visual_tokenizer_path = visual_tokenizer
         self.generation = generation
         self.activation_checkpointing = activation_checkpointing
         self.packed = packed
+        self.compile_layers = compile_layers
         self.grid: tuple[int, int] | None = None
         self.start_fingerprint: str | None = None
         """Of the visual tokenizer whose codes the model already knows; None for a new model."""
@@ -65,13 +84,24 @@ class LanguageModelModule(OptimizedModule):
         """The model to train and its text tokenizer; whole, on CPU, in float32."""
         raise NotImplementedError
 
-    def load_checkpoint(self, checkpoint: str) -> Checkpoint:
+    def empty_language_model(self) -> tuple[LanguageModel, PreTrainedTokenizerBase, NamedWeights]:
+        """The same on the meta device, and its decoder's weights one at a time, for FSDP2.
+
+        This one has all of them in memory first; a stage that can do without overrides it.
+        """
+        model, tokenizer = self.load_language_model()
+        weights = dict(model.decoder.named_parameters())
+        model.to("meta").decoder.tie_weights()
+        return model, tokenizer, iter(weights.items())
+
+    def load_checkpoint(self, checkpoint: str, with_weights: bool = True) -> Checkpoint:
         """A checkpoint to go on from, in float32; its own settings hold where the configuration says nothing.
 
         Args:
             checkpoint: directory or hub id of a checkpoint of this project or one released with the paper.
+            with_weights: False leaves the model on the meta device.
         """
-        loaded = load_checkpoint(checkpoint, dtype=torch.float32)
+        loaded = load_checkpoint(checkpoint, dtype=torch.float32, with_weights=with_weights)
         self.start_fingerprint = loaded.settings.visual_tokenizer_fingerprint
         self.start_downsample = loaded.settings.downsample
         if self.generation is None:
@@ -80,25 +110,39 @@ class LanguageModelModule(OptimizedModule):
             self.visual_tokenizer_path = str(loaded.visual_tokenizer_path)
         return loaded
 
+    def empty_checkpoint(self, checkpoint: str) -> tuple[LanguageModel, PreTrainedTokenizerBase, NamedWeights]:
+        """As `empty_language_model`, of a checkpoint to go on from."""
+        loaded = self.load_checkpoint(checkpoint, with_weights=False)
+        return loaded.model, loaded.tokenizer, stored_weights(loaded.model.decoder, loaded.directory)
+
     def configure_model(self) -> None:
         """Build the model, and shard it under FSDP2."""
         if hasattr(self, "language_model"):
             return
         if self._trainer is not None:
             refuse_fsdp1(self.trainer.strategy)
-        self.language_model, self.text_tokenizer = self.load_language_model()
-        self.language_model.train()
-        self.copy_model(self.language_model)
-        if self.activation_checkpointing:
-            self.language_model.decoder.activation_checkpointing_enable()
         if self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
             assert self.device_mesh is not None, "the strategy sets the mesh before configure_model."
-            shard_language_model(self.language_model, self.device_mesh["data_parallel"])
+            model, self.text_tokenizer, weights = self.empty_language_model()
+            self._prepare(model)
+            shard_language_model(model, self.device_mesh["data_parallel"])
+            fill_shards(model, weights, self.trainer.strategy.root_device)
             # FSDP2 keeps the buffers of its first gathering: made in inference mode, they could not be trained with.
             self.trainer.fit_loop.epoch_loop.val_loop.inference_mode = False
+        else:
+            model, self.text_tokenizer = self.load_language_model()
+            self._prepare(model)
+        self.language_model = model
+        self.copy_model(model)
+
+    def _prepare(self, model: LanguageModel) -> None:
+        model.train()
+        checkpoint_activations(model.decoder, self.activation_checkpointing)
+        if self.compile_layers:
+            compile_decoder_layers(model.decoder)
 
     def copy_model(self, model: LanguageModel) -> None:
-        """Take what copies a stage needs of the model while it is whole; none here."""
+        """Take what copies a stage needs of the model, whole or sharded, before it is trained; none here."""
 
     def on_fit_start(self) -> None:
         """Check that data and model belong together before the first step is paid for."""

@@ -40,7 +40,10 @@ class OptimizedModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer over `parameter_groups`, and the schedule if there is one."""
-        optimizer = self.optimizer(parameter_groups(self.trained_module))  # type: ignore[arg-type]
+        optimizer: Any = self.optimizer(parameter_groups(self.trained_module))  # type: ignore[arg-type]
+        # Lightning clips no gradients for fused optimizers under bf16-mixed, since they could undo a scaling by
+        # themselves; there is none, and where there is one the scaler undoes it first for those that say they cannot.
+        optimizer._step_supports_amp_scaling = False
         self._optimizer_settings = group_settings(optimizer)
         if self.lr_scheduler is None:
             return optimizer

@@ -70,6 +70,12 @@ def apply_settings(optimizer: Optimizer, configured: list[dict[str, Any]], sched
                     "configured: set it back, or start a new run from the exported checkpoint."
                 )
             group[key] = value
+            if key == "fused" and value:
+                # Such an optimizer counts its steps on the device, others on CPU.
+                for parameter in group["params"]:
+                    state = optimizer.state.get(parameter, {})
+                    if "step" in state:
+                        state["step"] = state["step"].to(parameter.device)
             changes.append(f"{group.get('name', 'parameters')}: {key} {restored} → {value}")
     return changes
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from simplear.language_model import LanguageModel, LanguageModelConfig
+from simplear.language_model import LanguageModel, LanguageModelConfig, NamedWeights
 from simplear.stages.next_token import NextTokenModule
 
 
@@ -25,3 +25,7 @@ class PretrainModule(NextTokenModule):
     def load_language_model(self) -> tuple[LanguageModel, PreTrainedTokenizerBase]:
         """Build from the configuration."""
         return self.config.build()
+
+    def empty_language_model(self) -> tuple[LanguageModel, PreTrainedTokenizerBase, NamedWeights]:
+        """As above, one weight at a time."""
+        return self.config.build_empty()

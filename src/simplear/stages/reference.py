@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from simplear.language_model import LanguageModel
-from simplear.stages.sharding import shard_language_model
+from simplear.stages.sharding import copy_shards, shard_language_model
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Reference:
     """Log-probs under frozen weights.
 
     Args:
-        policy: the language model to copy, whole and before training.
+        policy: the language model to copy, before training; whole, or sharded over ``mesh``.
         settings: where and in which precision.
         mesh: shard the copy over this data-parallel mesh, as the policy is; None keeps it whole.
 
@@ -48,12 +48,16 @@ class Reference:
             raise ValueError("a sharded reference lives where the policy does: leave reference.device and offload out.")
         self.settings = settings
         self.sharded = mesh is not None
-        self.model = copy.deepcopy(policy).eval().requires_grad_(False)
-        if mesh is not None:
-            self.model.to(device=mesh.device_type)
-            if settings.dtype is not None:
-                self.model.to(getattr(torch, settings.dtype))
+        if mesh is None:
+            self.model = copy.deepcopy(policy)
+        else:
+            with torch.device("meta"):
+                self.model = LanguageModel(type(policy.decoder)(policy.decoder.config), policy.layout)
+            weight = next(policy.parameters())
+            self.model.to(weight.dtype if settings.dtype is None else getattr(torch, settings.dtype))
             shard_language_model(self.model, mesh)
+            copy_shards(policy, self.model, weight.device)
+        self.model.eval().requires_grad_(False)
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         """Take the place and the precision that the settings and the policy's own give; before the first use."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from simplear.language_model import LanguageModel
+from simplear.language_model import LanguageModel, NamedWeights
 from simplear.stages.next_token import NextTokenModule
 
 
@@ -27,3 +27,7 @@ class SFTModule(NextTokenModule):
         """Load the checkpoint's weights in float32, to be trained."""
         loaded = self.load_checkpoint(self.checkpoint)
         return loaded.model, loaded.tokenizer
+
+    def empty_language_model(self) -> tuple[LanguageModel, PreTrainedTokenizerBase, NamedWeights]:
+        """As above, one weight at a time."""
+        return self.empty_checkpoint(self.checkpoint)

@@ -11,11 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
-from simplear.language_model import LanguageModel
+from simplear.language_model import LanguageModel, NamedWeights
 from simplear.states import DAMAGED, damage
 
 FSDP2_NAME = "fsdp2"
@@ -66,7 +67,7 @@ def shard_language_model(model: LanguageModel, mesh: DeviceMesh) -> LanguageMode
     """Shard in place: each decoder layer by itself, embeddings, final norm and head with the root.
 
     Args:
-        model: whole and equal on every rank.
+        model: whole and equal on every rank, or on the meta device.
         mesh: the data-parallel mesh.
     """
     for layer in model.decoder.model.layers:
@@ -75,6 +76,42 @@ def shard_language_model(model: LanguageModel, mesh: DeviceMesh) -> LanguageMode
     for method in ("hidden_states", "image_logits", "image_log_probs"):
         register_fsdp_forward_method(model, method)
     return model
+
+
+@torch.no_grad()
+def fill_shards(model: LanguageModel, weights: NamedWeights, device: torch.device) -> None:
+    """Give a sharded model that is on the meta device its memory, and each shard its rows of the whole weights.
+
+    Args:
+        model: from `shard_language_model`.
+        weights: of the decoder; each is dropped before the next one is asked for.
+        device: of the shards.
+    """
+    _give_memory(model, device)
+    empty: dict[str, Any] = dict(model.decoder.named_parameters())
+    for name, whole in weights:
+        shard = empty.pop(name)
+        mesh: DeviceMesh = shard.device_mesh
+        # FSDP2 cuts the first dimension as `chunk` does: at its end a rank may have fewer rows, or none.
+        parts = whole.chunk(mesh.size())
+        if mesh.get_local_rank() < len(parts):
+            shard.to_local().copy_(parts[mesh.get_local_rank()])
+    assert not empty, f"weights without a value: {sorted(empty)}"
+
+
+@torch.no_grad()
+def copy_shards(source: LanguageModel, copy: LanguageModel, device: torch.device) -> None:
+    """As `fill_shards`, from a model that is sharded alike."""
+    _give_memory(copy, device)
+    for shard, empty in zip(source.parameters(), copy.parameters(), strict=True):
+        empty.to_local().copy_(shard.to_local())  # type: ignore[attr-defined]  # both are DTensors
+
+
+def _give_memory(model: LanguageModel, device: torch.device) -> None:
+    model.to_empty(device=device)
+    decoder = model.decoder
+    # Its frequencies are in no state: they are computed where the module is made.
+    decoder.model.rotary_emb = type(decoder.model.rotary_emb)(config=decoder.config).to(device)
 
 
 @contextmanager
