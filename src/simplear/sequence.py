@@ -200,6 +200,15 @@ def text_lengths(input_ids: Tensor, layout: TokenLayout) -> Tensor:
     return (input_ids == layout.start_of_image_id).int().argmax(dim=1) + 1
 
 
+def labelled_lengths(labels: Tensor) -> Tensor:
+    """Tokens up to and including the last target of each row of labels (B, L), (B,); 1 in a row without targets.
+
+    In a batch as `training_batch` and `text_batch` make it: all tokens but the padding.
+    """
+    places = torch.arange(labels.shape[1], device=labels.device)
+    return (places * (labels != IGNORE_INDEX)).amax(dim=1) + 1
+
+
 def positions_2d(lengths: Tensor, sequence_length: int, grid_width: int) -> Tensor:
     """Positions of 2-D RoPE, (2, B, L): text at (p, p), code (r, c) of an image that begins at n at (n + r, n + c).
 

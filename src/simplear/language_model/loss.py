@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import LinearCrossEntropyOptions
 
-from simplear.sequence import TokenLayout, image_target_mask, text_target_mask
+from simplear.language_model.packing import Packing
+from simplear.sequence import IGNORE_INDEX, TokenLayout, image_target_mask, text_target_mask
 
 Normalizer = Literal["by_modality", "full"]
 
@@ -34,32 +35,41 @@ def next_token_losses(
     normalizer: Normalizer = "by_modality",
     with_text: bool = True,
     chunk_rows: int | None = None,
+    packing: Packing | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mean negative log-likelihood of each sample's image and text targets, in nats (Eq. 1 of the paper).
 
     Args:
-        hidden: (B, L, D) final hidden states; the state at i predicts ``labels[:, i + 1]``.
+        hidden: (B, L, D) final hidden states, or (1, T, D) of packed ones; that of place i predicts
+            ``labels[:, i + 1]``.
         head_weight: (vocabulary, D) output embedding.
         labels: (B, L) int64, unshifted, ``IGNORE_INDEX`` where nothing is predicted.
         layout: where image ids begin.
         normalizer: see the module's docstring.
         with_text: compute the text loss; else it is returned as zeros and costs nothing.
         chunk_rows: rows of logits held at once; None holds them all. Same values, less memory.
+        packing: of the hidden states; None where they are not packed.
 
     Returns:
         image loss (B,) and text loss (B,), float32 or wider; 0 for a sample without such targets.
     """
-    states, targets = hidden[:, :-1], labels[:, 1:]
+    batch, length = labels.shape
+    # Labels are shifted, a few bytes a token, and not the states: these are picked from where they stand.
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
     sections = [(image_target_mask(targets, layout), layout.image_token_offset, layout.vocab_size)]
     if with_text:
         sections.append((text_target_mask(targets, layout), 0, layout.image_token_offset))
     losses = []
     for mask, first, last in sections:
         ids = slice(first, last) if normalizer == "by_modality" else slice(0, layout.vocab_size)
-        samples, counts = mask.nonzero()[:, 0], mask.sum(dim=1).clamp(min=1)
+        samples, places = mask.nonzero().unbind(dim=1)
+        rows = places + (samples * length if packing is None else packing.starts[samples])
+        states = hidden.flatten(0, 1).index_select(0, rows)
+        counts = mask.sum(dim=1).clamp(min=1)
         row_weights = counts.to(torch.promote_types(states.dtype, torch.float32)).reciprocal()[samples]
-        per_row = _cross_entropy(states[mask], head_weight, ids, targets[mask] - ids.start, row_weights, chunk_rows)
-        losses.append(per_row.new_zeros(len(labels)).index_add_(0, samples, per_row))
+        chosen = targets[samples, places] - ids.start
+        per_row = _cross_entropy(states, head_weight, ids, chosen, row_weights, chunk_rows)
+        losses.append(per_row.new_zeros(batch).index_add_(0, samples, per_row))
     return losses[0], losses[1] if with_text else torch.zeros_like(losses[0])
 
 

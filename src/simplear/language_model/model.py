@@ -30,8 +30,17 @@ from transformers.utils import has_file
 
 from simplear.hub import is_hub_id
 from simplear.language_model.loss import Normalizer, next_token_losses, token_cross_entropy, token_entropy
+from simplear.language_model.packing import PACKED_ATTENTION, Packing
 from simplear.language_model.rope import Qwen2Rope2DConfig, Qwen2Rope2DForCausalLM
-from simplear.sequence import TokenLayout, add_special_tokens, positions_2d, positions_2d_at, text_lengths, token_layout
+from simplear.sequence import (
+    TokenLayout,
+    add_special_tokens,
+    labelled_lengths,
+    positions_2d,
+    positions_2d_at,
+    text_lengths,
+    token_layout,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +65,8 @@ class LanguageModel(nn.Module):
             )
         self.decoder = decoder
         self.layout = layout
+        if decoder.config._attn_implementation == "sdpa":
+            decoder.set_attn_implementation(PACKED_ATTENTION)
 
     @property
     def rope(self) -> RopeKind:
@@ -76,13 +87,15 @@ class LanguageModel(nn.Module):
         normalizer: Normalizer = "by_modality",
         with_text: bool = True,
         chunk_rows: int | None = None,
+        packed: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Image loss (B,) and text loss (B,) of right-padded sequences; see `next_token_losses`.
 
-        Padding follows every real token, so causal attention alone keeps it out and no mask is needed.
+        Padding follows every real token, so causal attention alone keeps it out and no mask is needed. With ``packed``
+        what follows a sequence's last target is cut out, padding first of all, and the losses are the same.
         """
-        position_ids = self.training_positions(input_ids, grid)
-        hidden = self.hidden_states(input_ids, position_ids, attention_mask=None)
+        packing = Packing.of(labelled_lengths(labels), labels.shape[1]) if packed else None
+        hidden = self._training_states(input_ids, grid, packing)
         return next_token_losses(
             hidden,
             self.decoder.lm_head.weight,
@@ -91,6 +104,7 @@ class LanguageModel(nn.Module):
             normalizer=normalizer,
             with_text=with_text,
             chunk_rows=chunk_rows,
+            packing=packing,
         )
 
     def image_log_probs(
@@ -101,6 +115,7 @@ class LanguageModel(nn.Module):
         temperature: float = 1.0,
         chunk_rows: int | None = None,
         with_entropies: bool = True,
+        packed: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """What sampling at a temperature, without guidance or truncation, gives each code of right-padded sequences.
 
@@ -109,24 +124,42 @@ class LanguageModel(nn.Module):
             temperature: divides the logits over the codebook.
             chunk_rows: rows of logits held at once; None holds them all. Same values, less memory.
             with_entropies: compute the entropies, which takes the head's logits once more; else they are None.
+            packed: cut the padding out. Same values, less arithmetic.
 
         Returns:
             log-probabilities of the codes (B, h · w), in nats, and the entropies of their distributions (B, h · w),
             the latter without gradient; float32 or wider.
         """
-        count = grid[0] * grid[1]
-        hidden = self.hidden_states(input_ids, self.training_positions(input_ids, grid), attention_mask=None)
+        (batch, length), count = input_ids.shape, grid[0] * grid[1]
+        text = text_lengths(input_ids, self.layout)
+        packing = Packing.of(text + count, length) if packed else None
+        hidden = self._training_states(input_ids, grid, packing)
+        image = torch.arange(count, device=input_ids.device)
+        codes = self.layout.codes_of_ids(input_ids.gather(1, text[:, None] + image)).flatten()
+        starts = torch.arange(batch, device=input_ids.device) * length if packing is None else packing.starts
         # The state before a code predicts it: the image begins at the text's length.
-        first = text_lengths(input_ids, self.layout)[:, None]
-        places = first + torch.arange(count, device=input_ids.device)
-        states = hidden.gather(1, (places - 1)[..., None].expand(-1, -1, hidden.shape[-1])).flatten(0, 1) / temperature
-        codes = self.layout.codes_of_ids(input_ids.gather(1, places)).flatten()
+        places = (starts + text - 1)[:, None] + image
+        states = hidden.flatten(0, 1).index_select(0, places.flatten()) / temperature
         weight = self.image_head_weight
         log_probs = -token_cross_entropy(states, weight, codes, chunk_rows)
-        log_probs = log_probs.view(len(input_ids), count)
+        log_probs = log_probs.view(batch, count)
         if not with_entropies:
             return log_probs, None
         return log_probs, token_entropy(states, weight, chunk_rows).view_as(log_probs)
+
+    def _training_states(self, input_ids: Tensor, grid: tuple[int, int], packing: Packing | None) -> Tensor:
+        """Final hidden states of right-padded sequences (B, L): (B, L, D), or packed (1, T, D)."""
+        position_ids = self.training_positions(input_ids, grid)
+        if packing is None:
+            return self.hidden_states(input_ids, position_ids, attention_mask=None)
+        if self.decoder.config._attn_implementation != PACKED_ATTENTION:
+            raise ValueError(
+                f"packed sequences need attention by sdpa, the model has {self.decoder.config._attn_implementation}: "
+                "leave attn_implementation out, or packed."
+            )
+        by_sample = position_ids.expand(*position_ids.shape[:-2], *packing.padded)
+        packed_positions = by_sample.flatten(-2)[..., packing.places].unsqueeze(-2)
+        return self.hidden_states(packing.pack(input_ids)[None], packed_positions, attention_mask=None, packing=packing)
 
     def training_positions(self, input_ids: Tensor, grid: tuple[int, int]) -> Tensor:
         """Positions of right-padded sequences (B, L): (1, L) for 1-D RoPE, (2, B, L) for 2-D.
@@ -150,7 +183,12 @@ class LanguageModel(nn.Module):
         return positions_2d_at(position, prompt_lengths, grid[1]) if self.rope == "2d" else position
 
     def hidden_states(
-        self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None, cache: Cache | None = None
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None,
+        cache: Cache | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
         """Final hidden states (B, T, D).
 
@@ -159,6 +197,7 @@ class LanguageModel(nn.Module):
             position_ids: of the new tokens, from `training_positions` or `positions_at`.
             attention_mask: (B, past + T), 1 where there is a token; None: every token attends to all before it.
             cache: keys and values of the past, extended in place.
+            packing: the tokens are one row (1, T) of samples that do not see each other.
         """
         # A dict passes the decoder's mask construction by: with None, attention is causal and needs no mask tensor.
         mask = {"full_attention": None} if attention_mask is None else attention_mask
@@ -168,6 +207,7 @@ class LanguageModel(nn.Module):
             attention_mask=mask,
             past_key_values=cache,
             use_cache=cache is not None,
+            packing=packing,
         ).last_hidden_state
 
     @property

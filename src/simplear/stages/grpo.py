@@ -300,7 +300,7 @@ class GRPOModule(LanguageModelModule):
         olds = references
         if self._reference is not None:
             temperature = self.sampling.temperature
-            references = self._reference.log_probs(sequences, self.grid, temperature, self.chunk_rows)
+            references = self._reference.log_probs(sequences, self.grid, temperature, self.chunk_rows, self.packed)
         if self.inner_updates > 1:
             with torch.no_grad():
                 olds = [self._log_probs(ids, with_entropies=False)[0] for ids in sequences]
@@ -355,6 +355,7 @@ class GRPOModule(LanguageModelModule):
             temperature=self.sampling.temperature,
             chunk_rows=self.chunk_rows,
             with_entropies=with_entropies,
+            packed=self.packed,
         )
 
     def _log_rollout(self, rollout: Rollout) -> None:

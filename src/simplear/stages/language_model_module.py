@@ -35,6 +35,7 @@ class LanguageModelModule(OptimizedModule):
         generation: defaults of generation that are written into the checkpoint.
         activation_checkpointing: recompute each layer's activations in the backward pass: less memory, about a third
             more arithmetic.
+        packed: cut the padding out of each micro-batch: same losses, and only attention still computes it.
     """
 
     language_model: LanguageModel
@@ -47,11 +48,13 @@ class LanguageModelModule(OptimizedModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         generation: GenerationDefaults | None = None,
         activation_checkpointing: bool = False,
+        packed: bool = False,
     ) -> None:
         super().__init__(optimizer, lr_scheduler)
         self.visual_tokenizer_path = visual_tokenizer
         self.generation = generation
         self.activation_checkpointing = activation_checkpointing
+        self.packed = packed
         self.grid: tuple[int, int] | None = None
         self.start_fingerprint: str | None = None
         """Of the visual tokenizer whose codes the model already knows; None for a new model."""

@@ -101,6 +101,7 @@ class NextTokenModule(LanguageModelModule):
             normalizer=self.objective.normalizer,
             with_text=self.objective.text_loss_weight > 0,
             chunk_rows=self.objective.chunk_rows,
+            packed=self.packed,
         )
         loss = image_loss.mean() + self.objective.text_loss_weight * text_loss.mean()
         values = {f"{name}/loss": loss.detach(), f"{name}/image_loss": image_loss.detach().mean()}
@@ -122,6 +123,7 @@ class NextTokenModule(LanguageModelModule):
             normalizer=self.objective.normalizer,
             with_text=True,
             chunk_rows=self.objective.chunk_rows,
+            packed=self.packed,
         )
         training = name == "train"
         self.log(

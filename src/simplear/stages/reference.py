@@ -64,14 +64,15 @@ class Reference:
 
     @torch.no_grad()
     def log_probs(
-        self, sequences: list[Tensor], grid: tuple[int, int], temperature: float, chunk_rows: int | None
+        self, sequences: list[Tensor], grid: tuple[int, int], temperature: float, chunk_rows: int | None, packed: bool
     ) -> list[Tensor]:
         """Log-probs (B, T) of the codes of each micro-batch of sequences (B, L), on the sequences' device."""
         if self.settings.offload:
             self.model.to(self.device)
-        options: dict[str, Any] = {"temperature": temperature, "chunk_rows": chunk_rows, "with_entropies": False}
+        options: dict[str, Any] = {"temperature": temperature, "chunk_rows": chunk_rows, "packed": packed}
         found = [
-            self.model.image_log_probs(ids.to(self.device), grid, **options)[0].to(ids.device) for ids in sequences
+            self.model.image_log_probs(ids.to(self.device), grid, with_entropies=False, **options)[0].to(ids.device)
+            for ids in sequences
         ]
         if self.settings.offload:
             self.model.to("cpu")
