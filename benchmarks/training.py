@@ -39,7 +39,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
-from simplear.stages.activation_checkpointing import ActivationCheckpointing, checkpoint_activations
 from torch import Tensor
 from torch.nn import LinearCrossEntropyOptions
 from torch.optim import AdamW
@@ -50,6 +49,8 @@ from measure import Runs, alternate, claim, median, parser, publish, ratios
 from simplear.language_model import Architecture, LanguageModel, Normalizer, next_token_losses, train_text_tokenizer
 from simplear.language_model.model import load_text_tokenizer
 from simplear.sequence import TokenLayout, encode_captions, image_target_mask, training_batch
+from simplear.stages.activation_checkpointing import ActivationCheckpointing, checkpoint_activations
+from simplear.stages.compilation import INDUCTOR, compile_decoder_layers
 from simplear.stages.optimizers import parameter_groups
 
 ROOT = Path(__file__).parents[1]
@@ -117,6 +118,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     made.add_argument("--images", type=int, default=4)
     made.add_argument("--grid", type=int, default=32, help="codes along each side")
     made.add_argument("--chunk-rows", type=int, default=512)
+    made.add_argument("--backend", default=INDUCTOR, help="of torch.compile")
     made.add_argument("--rounds", type=int, default=3)
     made.add_argument("--loop-steps", type=int, default=60, help="of a round, against the loop written by hand")
     made.add_argument("--loop-rounds", type=int, default=5)
@@ -125,6 +127,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if chosen.quick:
         chosen.images, chosen.grid, chosen.chunk_rows, chosen.rounds = 4, 8, 64, 1
         chosen.loop_steps, chosen.loop_rounds, chosen.loop_batch = 8, 1, 4
+        chosen.backend = "eager"  # compiling takes half a minute
     return chosen
 
 
@@ -154,12 +157,12 @@ def architecture(small: bool) -> dict[str, Any]:
     return {**stated, **(SMALL_SIZES if small else {})}
 
 
-def with_layers(model: LanguageModel, layers: Layers) -> LanguageModel:
+def with_layers(model: LanguageModel, layers: Layers, backend: str = INDUCTOR) -> LanguageModel:
     """A copy that shares the weights, whose layers run that way."""
     made = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
     checkpoint_activations(made.decoder, layers.checkpointing)
     if layers.compiled:
-        compile_decoder_layers(made.decoder)
+        compile_decoder_layers(made.decoder, backend)
     return made
 
 
@@ -324,7 +327,7 @@ def measure_parts(
     layout = SMALL_LAYOUT if settings.quick else LAYOUT
     model = build_model(TIMED_LAYERS, layout, settings.quick)
     batch = make_batch(prompts, settings.images, settings.grid, layout)
-    few = make_batch(prompts, 2, 2, SMALL_LAYOUT)
+    few = make_batch(prompts, 2, 2, layout)
     shape = Architecture.of(Qwen2Config(**architecture(settings.quick), vocab_size=layout.vocab_size))
     details["lengths"] = batch["attention_mask"].sum(dim=1).tolist()
 
@@ -337,8 +340,8 @@ def measure_parts(
     variants: dict[str, Callable[[], object]] = {}
     single: dict[str, Callable[[], object]] = {}
     for name, layers in LAYERS.items():
-        made = with_layers(body, layers)
-        one = with_layers(body, layers)
+        made = with_layers(body, layers, settings.backend)
+        one = with_layers(body, layers, settings.backend)
         one.decoder.model.layers = one.decoder.model.layers[:1]
         one.decoder.config.num_hidden_layers = 1
         for each, target in ((made, variants), (one, single)):
@@ -357,7 +360,8 @@ def measure_parts(
         step()
     heads = head_steps(model, batch["labels"], settings.chunk_rows)
     ours = LAYERS[OURS.layers]
-    whole = with_layers(model, ours)
+    whole = with_layers(model, ours, settings.backend)
+    whole_step(whole, few, 2, ours, 8)
     variants |= {
         **heads,
         "embedding": lambda: embedding_step(model, batch["input_ids"]),
@@ -426,11 +430,11 @@ def step_claims(measured: Measured) -> list[dict[str, Any]]:
     return claims
 
 
-def equal_losses(prompts: list[list[list[int]]], normalizer: Normalizer, steps: int, grid: int) -> float:
+def equal_losses(prompts: list[list[list[int]]], normalizer: Normalizer, steps: int, grid: int, backend: str) -> float:
     """Largest difference between the losses of our training and of the plain one, of a small model."""
     torch.manual_seed(0)
     plain, layers = build_model(TIMED_LAYERS, SMALL_LAYOUT, small=True), LAYERS[OURS.layers]
-    ours = with_layers(copy.deepcopy(plain), layers)
+    ours = with_layers(copy.deepcopy(plain), layers, backend)
     optimizers = [make_optimizer(parameter_groups(model), fused) for model, fused in ((plain, False), (ours, True))]
     differences = []
     for _ in range(steps):
@@ -455,7 +459,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     equal = [
         claim(
             f"{kind}: loss, largest difference between ours and the plain one in {EQUAL_STEPS} steps of a small model",
-            [equal_losses(prompts, kind, EQUAL_STEPS, settings.grid // 2)],
+            [equal_losses(prompts, kind, EQUAL_STEPS, settings.grid // 2, settings.backend)],
             ("<=", 1e-4),
         )
         for kind in NORMALIZERS

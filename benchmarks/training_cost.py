@@ -157,7 +157,9 @@ def plot(details: dict[str, Any], path: Path) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     sizes = list(details["sizes"].values())
-    for color, width in zip(plt.rcParams["axes.prop_cycle"].by_key()["color"], {size["width"]: None for size in sizes}):
+    widths = sorted({size["width"] for size in sizes})
+    for number, width in enumerate(widths):
+        color = f"C{number}"
         mine = [size for size in sizes if size["width"] == width]
         codes = [size["codes"] for size in mine]
         left.plot([size["flops"] for size in mine], [size["seconds"] for size in mine], "o", color=color)

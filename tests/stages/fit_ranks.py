@@ -188,7 +188,7 @@ class Witness(Callback):
 
 
 def train(root: Path, training: Training, processes: int) -> dict[str, Any]:
-    """``losses``, ``norms`` and sorted ``keys`` by step, of all ranks together, the final ``weights`` and ``metrics``."""
+    """Of all ranks: ``losses``, ``norms`` and sorted ``keys`` by step; the final ``weights`` and ``metrics``."""
     module, witness = MODULES[training.case](root), Witness()
     options: dict[str, Any] = {"max_steps": training.steps, "max_epochs": -1, "callbacks": [witness]}
     if training.case == "grpo":
