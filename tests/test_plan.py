@@ -64,7 +64,7 @@ def test_what_is_shipped_fits(capsys: pytest.CaptureFixture[str], machine: str, 
             "--plan.strict",
             "true",
             "--model.init_args.activation_checkpointing",
-            "true",
+            "full",
             *sized,
         ),
     )
@@ -74,7 +74,9 @@ def test_what_is_shipped_fits(capsys: pytest.CaptureFixture[str], machine: str, 
 def test_what_does_not_fit_is_said_and_strictly_refused(capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--plan.pixels", "1024", "--plan.size", str(PAPER / "1.5b.yaml"))
     text = plan(capsys, "sft", "one-gpu", options=options)
-    assert "warning: this does not fit into 79.1 GiB. Set --model.init_args.activation_checkpointing true." in text
+    assert "warning: this does not fit into 79.1 GiB. Set --model.init_args.activation_checkpointing selective." in text
+    more = plan(capsys, "sft", "one-gpu", options=(*options, "--model.init_args.activation_checkpointing", "selective"))
+    assert needed(more) < needed(text) and "Set --model.init_args.activation_checkpointing full." in more
     with pytest.raises(SystemExit) as ended:
         plan(capsys, "sft", "one-gpu", options=(*options, "--plan.strict", "true"))
     assert ended.value.code == 1

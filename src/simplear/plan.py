@@ -21,6 +21,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from simplear.cli import PARSER_OPTIONS, _errors_for_the_reader, _SuggestingParser
 from simplear.language_model import Architecture
 from simplear.sequence import MAX_TEXT_TOKENS, SPECIAL_TOKENS
+from simplear.stages.activation_checkpointing import MODES
 from simplear.stages.memory import (
     A100,
     GIB,
@@ -134,8 +135,9 @@ def report(run: Run, settings: PlanSettings) -> str:
 
 def remedy(run: Run) -> str:
     """What to change first."""
-    if not run.activation_checkpointing:
-        return "Set --model.init_args.activation_checkpointing true."
+    stronger = MODES[MODES.index(run.activation_checkpointing) + 1 :]
+    if stronger:
+        return f"Set --model.init_args.activation_checkpointing {stronger[0]}."
     if run.rollouts is None and run.chunk_rows is None:
         return "Set --model.init_args.objective.chunk_rows 512."
     if run.images > 1:

@@ -97,7 +97,8 @@ class Architecture:
     def recomputed_flops(self, tokens: Count, squared_lengths: Count) -> Count:
         """What full activation checkpointing computes again: of each layer all but the last product.
 
-        Its inputs alone are needed, and PyTorch's checkpoints stop when they have what is needed.
+        Its inputs alone are needed, and PyTorch's checkpoints stop when they have what is needed. Selective activation
+        checkpointing computes no product again, hence nothing that is counted here.
         """
         last = 2 * self.num_hidden_layers * self.hidden_size * self.intermediate_size * tokens
         return self.layer_flops(tokens, squared_lengths) - last
@@ -126,4 +127,4 @@ class StepWork:
     flops: int | Tensor
     """That the model needs: forward and backward."""
     recomputed_flops: int | Tensor = 0
-    """On top, of layers computed again under activation checkpointing."""
+    """On top, of layers computed again under full activation checkpointing."""

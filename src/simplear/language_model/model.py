@@ -10,6 +10,7 @@ Under FSDP2 the root module is this one, so the head's weights are gathered insi
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -201,14 +202,20 @@ class LanguageModel(nn.Module):
         """
         # A dict passes the decoder's mask construction by: with None, attention is causal and needs no mask tensor.
         mask = {"full_attention": None} if attention_mask is None else attention_mask
-        return self.decoder.model(
-            input_ids=input_ids,
-            position_ids=position_ids,
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=cache is not None,
-            packing=packing,
-        ).last_hidden_state
+        with nullcontext() if cache is None else self._uncompiled():
+            return self.decoder.model(
+                input_ids=input_ids,
+                position_ids=position_ids,
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=cache is not None,
+                packing=packing,
+            ).last_hidden_state
+
+    def _uncompiled(self) -> AbstractContextManager[Any]:
+        """Layers that are compiled for training run as they are: with a cache each would compile anew by itself."""
+        compiled = self.decoder.model.layers[0]._compiled_call_impl is not None
+        return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
     @property
     def image_head_weight(self) -> Tensor:

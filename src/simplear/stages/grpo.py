@@ -220,7 +220,8 @@ class GRPOModule(LanguageModelModule):
     def step_work(self, batch: dict[str, Any]) -> StepWork:
         """What a rollout and its updates take: a forward pass to draw, those of reference and old policy, the updates.
 
-        With activation checkpointing the layers once more for each update. Reward and visual tokenizer are not counted.
+        With full activation checkpointing the layers once more for each update. Reward and visual tokenizer are not
+        counted.
         """
         assert self.grid is not None
         architecture, layout = Architecture.of(self.language_model.decoder.config), self.language_model.layout
@@ -230,7 +231,8 @@ class GRPOModule(LanguageModelModule):
         sums = lengths.sum() * self.group_size, lengths.square().sum() * self.group_size
         forward = architecture.layer_flops(*sums) + architecture.head_flops(images * codes * layout.codebook_size)
         passes = 1 + (self.beta > 0) + (self.inner_updates > 1) + TRAINING_PASSES * self.inner_updates
-        recomputed = self.inner_updates * architecture.recomputed_flops(*sums) if self.activation_checkpointing else 0
+        again = self.inner_updates if self.activation_checkpointing == "full" else 0
+        recomputed = again * architecture.recomputed_flops(*sums)
         return StepWork(images, sums[0], passes * forward, recomputed)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:

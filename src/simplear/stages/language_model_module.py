@@ -17,6 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from simplear.data import TokenDataModule
 from simplear.language_model import Checkpoint, CheckpointSettings, GenerationDefaults, LanguageModel, load_checkpoint
 from simplear.sequence import MAX_TEXT_TOKENS
+from simplear.stages.activation_checkpointing import ActivationCheckpointing, checkpoint_activations, require_mode
+from simplear.stages.compilation import compile_decoder_layers, require_compiler
 from simplear.stages.optimized import OptimizedModule
 from simplear.stages.sharding import refuse_fsdp1, shard_language_model
 from simplear.visual_tokenizer import VisualTokenizer, load_visual_tokenizer
@@ -33,9 +35,13 @@ class LanguageModelModule(OptimizedModule):
         optimizer: any torch optimizer class by class_path. Norms and biases get no weight decay.
         lr_scheduler: any scheduler class by class_path, stepped every optimizer step; None keeps the rate constant.
         generation: defaults of generation that are written into the checkpoint.
-        activation_checkpointing: recompute each layer's activations in the backward pass: less memory, about a third
-            more arithmetic.
+        activation_checkpointing: what a layer computes again in the backward pass instead of keeping it: `none`;
+            `selective`, all but matrix products and attention; `full`, everything, a third more arithmetic.
+        compile_layers: run the decoder layers under `torch.compile`; the first steps compile, which takes minutes.
         packed: cut the padding out of each micro-batch: same losses, and only attention still computes it.
+
+    Raises:
+        ValueError: another word for ``activation_checkpointing``, or ``compile_layers`` without a C++ compiler.
     """
 
     language_model: LanguageModel
@@ -47,13 +53,18 @@ class LanguageModelModule(OptimizedModule):
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-4, weight_decay=0.01),
         lr_scheduler: LRSchedulerCallable | None = None,
         generation: GenerationDefaults | None = None,
-        activation_checkpointing: bool = False,
+        activation_checkpointing: ActivationCheckpointing = "none",
+        compile_layers: bool = False,
         packed: bool = False,
     ) -> None:
         super().__init__(optimizer, lr_scheduler)
+        require_mode(activation_checkpointing)
+        if compile_layers:
+            require_compiler()
         self.visual_tokenizer_path = visual_tokenizer
         self.generation = generation
         self.activation_checkpointing = activation_checkpointing
+        self.compile_layers = compile_layers
         self.packed = packed
         self.grid: tuple[int, int] | None = None
         self.start_fingerprint: str | None = None
@@ -89,8 +100,9 @@ class LanguageModelModule(OptimizedModule):
         self.language_model, self.text_tokenizer = self.load_language_model()
         self.language_model.train()
         self.copy_model(self.language_model)
-        if self.activation_checkpointing:
-            self.language_model.decoder.activation_checkpointing_enable()
+        checkpoint_activations(self.language_model.decoder, self.activation_checkpointing)
+        if self.compile_layers:
+            compile_decoder_layers(self.language_model.decoder)
         if self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
             assert self.device_mesh is not None, "the strategy sets the mesh before configure_model."
             shard_language_model(self.language_model, self.device_mesh["data_parallel"])

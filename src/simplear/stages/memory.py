@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from simplear.language_model import Architecture
 from simplear.language_model.arithmetic import TRAINING_PASSES
+from simplear.stages.activation_checkpointing import ActivationCheckpointing
 
 GIB = 2**30
 DAY = 86400.0
@@ -19,9 +20,9 @@ RESERVED_GIB = 4.0
 """CUDA's context, NCCL's buffers, and what the allocator cannot use."""
 
 SAVED_BYTES = {"bf16-mixed": (26, 8, 4, 4), "bf16-true": (16, 8, 4, 4), "32-true": (24, 16, 8, 8)}
-"""Bytes that a layer keeps for each token: per hidden unit, MLP unit, query unit, and key or value unit."""
+"""Bytes that a layer keeps for each token if it computes nothing again: per hidden unit, MLP unit, query unit, and key or value unit."""
 LAYER_INPUT_BYTES = {"bf16-mixed": 4, "bf16-true": 2, "32-true": 4}
-"""Of a number of the residual stream, which is all that a recomputed layer keeps."""
+"""Of a number of the residual stream, which a layer that computes again always keeps."""
 WEIGHT_BYTES = {"bf16-mixed": 4, "bf16-true": 2, "32-true": 4}
 COMPUTE_BYTES = {"bf16-mixed": 2, "bf16-true": 2, "32-true": 4}
 LOG_SUM_EXP_BYTES = 4
@@ -85,7 +86,7 @@ class Run:
     """FSDP2 over all devices; else each holds everything."""
     precision: str
     """A key of `SAVED_BYTES`."""
-    activation_checkpointing: bool
+    activation_checkpointing: ActivationCheckpointing
     chunk_rows: int | None
     full_softmax: bool
     """Over all ids, not over the codes alone."""
@@ -99,15 +100,24 @@ class Run:
         return self.architecture.vocab_size if self.full_softmax else self.codebook_size
 
 
-def saved_a_token(architecture: Architecture, precision: str) -> int:
-    """Bytes that one layer keeps of one token for its backward pass, without activation checkpointing."""
+def saved_a_token(architecture: Architecture, precision: str, mode: ActivationCheckpointing = "none") -> int:
+    """Bytes that one layer keeps of one token for its backward pass."""
+    narrow, layer_input = COMPUTE_BYTES[precision], LAYER_INPUT_BYTES[precision] * architecture.hidden_size
+    if mode == "full":
+        return layer_input
+    log_sum_exp = LOG_SUM_EXP_BYTES * architecture.num_attention_heads
+    if mode == "selective":
+        # Queries, keys, values; attention; what it and the MLP add to the stream; the MLP's two inner products.
+        outputs = 2 * architecture.attention_width + 2 * architecture.key_value_width
+        outputs += 2 * architecture.hidden_size + 2 * architecture.intermediate_size
+        return layer_input + narrow * outputs + log_sum_exp
     hidden, mlp, query, key_value = SAVED_BYTES[precision]
     return (
         hidden * architecture.hidden_size
         + mlp * architecture.intermediate_size
         + query * architecture.attention_width
         + key_value * architecture.key_value_width
-        + LOG_SUM_EXP_BYTES * architecture.num_attention_heads
+        + log_sum_exp
     )
 
 
@@ -116,12 +126,10 @@ def memory(run: Run) -> dict[str, float]:
     shape, share = run.architecture, run.devices if run.sharded else 1
     wide, narrow = WEIGHT_BYTES[run.precision], COMPUTE_BYTES[run.precision]
     tokens = run.images * (run.longest_text + run.codes)
-    layer = tokens * saved_a_token(shape, run.precision)
-    if run.activation_checkpointing:
-        inputs = shape.num_hidden_layers * tokens * shape.hidden_size * LAYER_INPUT_BYTES[run.precision]
-        activations = inputs + layer
-    else:
-        activations = shape.num_hidden_layers * layer
+    mode = run.activation_checkpointing
+    activations: float = shape.num_hidden_layers * tokens * saved_a_token(shape, run.precision, mode)
+    if mode != "none":
+        activations += tokens * saved_a_token(shape, run.precision)  # of the layer at work
     parts: dict[str, float] = {
         "weights": wide * shape.parameters / share,
         "gradients": wide * shape.parameters / share,

@@ -85,7 +85,7 @@ class NextTokenModule(LanguageModelModule):
             images=0 if without_images else len(batch["codes"]),
             tokens=sums[0],
             flops=TRAINING_PASSES * forward,
-            recomputed_flops=architecture.recomputed_flops(*sums) if self.activation_checkpointing else 0,
+            recomputed_flops=architecture.recomputed_flops(*sums) if self.activation_checkpointing == "full" else 0,
         )
 
     def _loss(self, batch: dict[str, Any], name: str) -> Tensor:

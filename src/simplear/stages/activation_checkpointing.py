@@ -1,0 +1,61 @@
+"""Activation checkpointing: what a decoder layer keeps for its backward pass, and what it computes again.
+
+``none`` keeps all that autograd asks for. ``full`` keeps each layer's input and computes the layer again, a third more
+arithmetic. ``selective`` also keeps what is dear to compute, the outputs of matrix products and of attention, and
+computes again what is cheap but large: norms, rotations, the activation and the products of the MLP, and the casts
+of mixed precision. Gradients are the same in all three, for the same operations run on the same numbers.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Literal, get_args
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from transformers import Qwen2ForCausalLM
+
+ActivationCheckpointing = Literal["none", "selective", "full"]
+MODES: tuple[ActivationCheckpointing, ...] = get_args(ActivationCheckpointing)
+
+_aten = torch.ops.aten
+KEPT = frozenset(
+    {
+        _aten.mm.default,
+        _aten.addmm.default,
+        _aten.bmm.default,
+        _aten.baddbmm.default,
+        # What `scaled_dot_product_attention` becomes: on CPUs, and on GPUs one of three by dtype, mask and version.
+        _aten._scaled_dot_product_flash_attention_for_cpu.default,
+        _aten._scaled_dot_product_flash_attention.default,
+        _aten._scaled_dot_product_efficient_attention.default,
+        _aten._scaled_dot_product_cudnn_attention.default,
+    }
+)
+"""Operations whose outputs ``selective`` keeps. Without a fused kernel attention is products (bmm) and a softmax."""
+
+
+def require_mode(mode: Any) -> None:
+    """Raises ValueError for what is not one of `MODES`, such as the booleans of a switch."""
+    if mode not in MODES:
+        raise ValueError(
+            f"activation_checkpointing {str(mode).lower()}: it is one of {', '.join(MODES)}. What `true` would say is "
+            "full; selective costs less time and saves less memory."
+        )
+
+
+def checkpoint_activations(decoder: Qwen2ForCausalLM, mode: ActivationCheckpointing) -> None:
+    """Set what the decoder's layers keep in training, in place; before they are compiled or sharded."""
+    require_mode(mode)
+    if mode == "none":
+        decoder.activation_checkpointing_disable()
+        return
+    options: dict[str, Any] = {"use_reentrant": False}
+    if mode == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    decoder.activation_checkpointing_enable(options)
+
+
+def _policy(context: Any, operation: Any, *arguments: Any, **keywords: Any) -> CheckpointPolicy:
+    """For one operation of a layer's forward pass or of its repetition."""
+    return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
