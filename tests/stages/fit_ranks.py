@@ -111,7 +111,8 @@ def pretraining(
     kind: type[Pretraining] = Pretraining,
     dtype: torch.dtype = torch.float64,
     optimizer: Any = adamw,
-    **objective: Any,
+    objective: NextTokenObjective = NextTokenObjective(text_loss_weight=0.5),
+    **options: Any,
 ) -> Pretraining:
     seed_everything(0, verbose=False)
     return kind(
@@ -119,8 +120,9 @@ def pretraining(
         visual_tokenizer=str(root / "visual_tokenizer"),
         optimizer=optimizer,
         lr_scheduler=schedule,
-        objective=NextTokenObjective(**{"text_loss_weight": 0.5, **objective}),
+        objective=objective,
         dtype=dtype,
+        **options,
     )
 
 
@@ -132,7 +134,8 @@ def grpo(root: Path) -> GRPOModule:
 
 MODULES: dict[str, Callable[[Path], Any]] = {
     "by_modality": pretraining,
-    "full": lambda root: pretraining(root, normalizer="full", chunk_rows=16),
+    "full": lambda root: pretraining(root, objective=NextTokenObjective("full", 0.5, chunk_rows=16)),
+    "lean": lambda root: pretraining(root, packed=True, activation_checkpointing="selective"),
     "texts": pretraining,
     "float32": lambda root: pretraining(root, dtype=torch.float32),
     "means over tokens": lambda root: pretraining(root, MeansOverTokens),
