@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from simplear.language_model import Architecture, LanguageModelConfig
+from simplear.language_model.arithmetic import TRAINING_PASSES
 from simplear.stages import NextTokenObjective, PretrainModule
 from toys import ARCHITECTURE, CODEBOOK, make_batch
 
@@ -70,6 +71,21 @@ def test_flops_of_a_step_are_those_that_pytorch_counts(
     assert (recomputed > 0) == (checkpointing == "full")
     counted = counted_flops(module, batch)
     assert int(work.flops) + recomputed == counted
+
+
+def test_packing_computes_nothing_but_the_work_and_the_padding_of_attention(
+    tiny_text_tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = LanguageModelConfig(tiny_text_tokenizer, CODEBOOK, architecture=ARCHITECTURE)
+    module = PretrainModule(config, packed=True)
+    module.configure_model()
+    monkeypatch.setattr(module, "log_dict", lambda *_, **__: None)
+    batch = make_batch(module.language_model, module.text_tokenizer)
+    batch["codes"] = torch.zeros(len(batch["labels"]), 2, 3)
+    lengths = batch["attention_mask"].sum(dim=1)
+    padding = int((lengths.amax() ** 2 - lengths**2).sum())
+    in_attention = Architecture.of(module.language_model.decoder.config).layer_flops(0, padding)
+    assert counted_flops(module, batch) == int(module.step_work(batch).flops) + TRAINING_PASSES * in_attention
 
 
 def test_padding_is_no_work(tiny_text_tokenizer: str) -> None:

@@ -46,6 +46,7 @@ def main() -> None:
         optimizer=lambda params: torch.optim.SGD(params, lr=0.5),
         rollout_batch_size=6,
         micro_batch_size=6,
+        packed=arguments.strategy == "fsdp2",
     )
     data = TokenDataModule(
         paths=arguments.prompts,

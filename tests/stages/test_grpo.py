@@ -240,9 +240,10 @@ def test_the_policy_is_drawn_from_in_evaluation_mode_and_trained_in_training_mod
 # The update
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("inner_updates", [1, 2])
 def test_the_first_update_has_ratio_one_and_no_distance(
-    module: Any, data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inner_updates: int
+    module: Any, data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inner_updates: int, packed: bool
 ) -> None:
     found: list[dict[str, float]] = []
 
@@ -252,7 +253,7 @@ def test_the_first_update_has_ratio_one_and_no_distance(
         return loss, statistics
 
     monkeypatch.setattr("simplear.stages.grpo.grpo_loss", noted)
-    stage = module(inner_updates=inner_updates, beta=0.1, micro_batch_size=5)
+    stage = module(inner_updates=inner_updates, beta=0.1, micro_batch_size=5, packed=packed)
     fit(stage, data(), tmp_path, max_steps=2 * inner_updates)
     micro_batches = 3
     for first in found[:micro_batches]:
@@ -302,6 +303,17 @@ def test_micro_batches_change_nothing(module: Any, data: Any, tmp_path: Path) ->
         made.append(weights(stage))
     assert largest_difference(made[0], made[1]) < 1e-5
     assert largest_difference(made[0], made[2]) < 1e-5
+
+
+def test_packing_changes_nothing(module: Any, data: Any, tmp_path: Path) -> None:
+    """With a reference and old log-probs."""
+    made = []
+    for packed in (False, True):
+        stage = module(optimizer=sgd, micro_batch_size=5, inner_updates=2, beta=0.1, packed=packed)
+        fit(stage, data(), tmp_path / str(packed), max_steps=4, precision="64-true")
+        made.append(weights(stage))
+        assert values(tmp_path / str(packed), "policy/kl")[0] > 0.0
+    assert 0.0 < largest_difference(made[0], made[1]) < 1e-9
 
 
 def test_no_reference_at_beta_zero_and_none_in_the_state(module: Any, data: Any, tmp_path: Path) -> None:

@@ -194,6 +194,30 @@ def test_accumulation_gives_the_weights_of_the_whole_batch(
     assert largest_difference(made[0], made[2]) < 1e-4
 
 
+def test_packing_changes_nothing(pretrain: Any, make_data: Any, tiny_shards: str, tmp_path: Path) -> None:
+    """In training and validation; eps is far above rounding, so that noise in a gradient stays noise."""
+    made, losses = [], []
+    for packed in (False, True):
+        module = pretrain(
+            objective=NextTokenObjective(text_loss_weight=0.5, chunk_rows=8),
+            optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2, eps=1e-4),
+            activation_checkpointing=packed,
+            packed=packed,
+        )
+        rows: list[int] = []
+        module.configure_model()
+        mlp = module.language_model.decoder.model.layers[0].mlp
+        mlp.register_forward_hook(lambda _, args, out, rows=rows: rows.append(out.shape[:-1].numel()))
+        data = make_data(validation_paths=tiny_shards)
+        trainer = fit(module, data, tmp_path, max_steps=20, precision="64-true", check_val_every_n_epoch=2)
+        made.append(weights(module))
+        losses.append([float(trainer.callback_metrics[name]) for name in ("train/loss", "validation/loss")])
+        assert len(rows) >= 20 + 2 * BATCHES_PER_EPOCH
+        assert (len(set(rows)) > 5) == packed, "a packed batch has as many rows as tokens"
+    assert largest_difference(made[0], made[1]) < 1e-9
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+
+
 def test_activation_checkpointing_changes_nothing(pretrain: Any, make_data: Any, tmp_path: Path) -> None:
     made = []
     for mode in MODES:

@@ -48,7 +48,7 @@ class Packing:
         """The opposite: (B, L, …) of (T, …), zeros in the padding."""
         batch, length = self.padded
         zeros = packed.new_zeros(batch * length, *packed.shape[1:])
-        return zeros.index_copy(0, self.places, packed).unflatten(0, self.padded)
+        return zeros.index_put((self.places,), packed).unflatten(0, self.padded)
 
 
 def packed_attention(
@@ -72,8 +72,8 @@ def packed_attention(
     """
     if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    padded = [packing.unpack(part[0].transpose(0, 1)).transpose(1, 2) for part in (query, key, value)]
-    attended, _ = sdpa_attention_forward(module, *padded, attention_mask=None, **options)
+    query, key, value = (packing.unpack(part[0].transpose(0, 1)).transpose(1, 2) for part in (query, key, value))
+    attended, _ = sdpa_attention_forward(module, query, key, value, None, **options)
     return packing.pack(attended)[None], None
 
 
