@@ -201,7 +201,6 @@ def test_packing_changes_nothing(pretrain: Any, make_data: Any, tiny_shards: str
         module = pretrain(
             objective=NextTokenObjective(text_loss_weight=0.5, chunk_rows=8),
             optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2, eps=1e-4),
-            activation_checkpointing=packed,
             packed=packed,
         )
         rows: list[int] = []
