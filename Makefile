@@ -52,6 +52,7 @@ test-long: $(READY) $(VLLM_READY)  ## the tests that take many minutes
 bench: $(READY)  ## measure what README.md claims about speed and memory, and fill in its tables
 	$(VENV)/bin/python benchmarks/data.py
 	$(VENV)/bin/python benchmarks/training.py
+	$(VENV)/bin/python benchmarks/training_cost.py
 	$(VENV)/bin/python benchmarks/grpo_speed.py
 	$(VENV)/bin/python benchmarks/inference.py
 	$(VENV)/bin/python benchmarks/serving.py

@@ -51,15 +51,20 @@ def make_shards(
     rows: int = 20,
     codebook_size: int = CODEBOOK,
     fingerprint: str | None = None,
+    captions: Sequence[str] | None = None,
 ) -> str:
-    """Token shards of random codes."""
+    """Token shards of random codes; each row has two of `CAPTIONS`, or the next of the captions given."""
     fingerprint = fingerprint or load_visual_tokenizer(visual_tokenizer).fingerprint
     random = np.random.default_rng(0)
     claim_directory(
         directory, {"visual_tokenizer": fingerprint, "codebook_size": codebook_size, "downsample": DOWNSAMPLE}
     )
     made = [
-        TokenRow(f"row{n}", random.integers(0, CODEBOOK, grid).astype(np.uint16), CAPTIONS[n % 3 : n % 3 + 2])
+        TokenRow(
+            f"row{n}",
+            random.integers(0, CODEBOOK, grid).astype(np.uint16),
+            CAPTIONS[n % 3 : n % 3 + 2] if captions is None else [captions[n % len(captions)]],
+        )
         for n in range(rows)
     ]
     write_shard(directory, "unit", made)

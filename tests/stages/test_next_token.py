@@ -1,11 +1,7 @@
-"""Pretraining and fine-tuning under a real Trainer: on one process and two, stopped and resumed."""
+"""Pretraining and fine-tuning under a real Trainer: stopped and resumed; on several processes: test_ranks.py."""
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -317,96 +313,6 @@ def test_another_text_tokenizer_than_the_models_is_refused(
     data = make_data(validation_paths=tiny_shards)
     data.tokenizer_path = str(tmp_path / "other")
     refused(pretrain(), data, tmp_path, r"--data\.tokenizer .*name the same one for both")
-
-
-TWO_PROCESSES = '''
-"""Fit under DDP, then under FSDP2, as one of two processes; the first writes the weights."""
-import sys
-from pathlib import Path
-import torch
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from simplear.stages import MuonWithAdamW
-from stages.test_next_token import stage_and_data, make_trainer
-
-text, visual, shards, out = sys.argv[1:]
-torch.set_num_threads(1)
-for name, strategy in [
-    ("ddp", DDPStrategy(process_group_backend="gloo")),
-    ("fsdp2", ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)),
-]:
-    module, data = stage_and_data(text, visual, shards)
-    module.packed = name == "fsdp2"
-    trainer = make_trainer(Path(out), devices=2, strategy=strategy, max_steps=3, gradient_clip_val=1.0)
-    trainer.fit(module, datamodule=data)
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    whole = get_model_state_dict(module.language_model, options=options)
-    if trainer.is_global_zero:
-        torch.save(whole, Path(out, name + ".pt"))
-module, data = stage_and_data(text, visual, shards)
-module.optimizer = MuonWithAdamW
-try:
-    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
-    make_trainer(Path(out), devices=2, strategy=strategy, max_steps=1).fit(module, datamodule=data)
-except ValueError as error:
-    if trainer.is_global_zero:
-        Path(out, "refused.txt").write_text(str(error))
-'''
-
-
-def stage_and_data(text: str, visual: str, shards: str) -> tuple[PretrainModule, TokenDataModule]:
-    """What each of the processes trains."""
-    seed_everything(0, verbose=False)
-    module = PretrainModule(
-        model_config(text),
-        visual_tokenizer=visual,
-        optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2, eps=1e-4),
-        objective=NextTokenObjective(text_loss_weight=0.5),
-    )
-    return module, TokenDataModule(shards, 4, text, caption_dropout=0.3, max_text_tokens=30)
-
-
-def test_two_processes_train_as_one(
-    tiny_text_tokenizer: str, tiny_visual_tokenizer: str, tiny_shards: str, tmp_path: Path
-) -> None:
-    """DDP and FSDP2, packed, over gloo, with AdamW; eps is far above rounding, so that noise in a gradient stays so."""
-    paths = (tiny_text_tokenizer, tiny_visual_tokenizer, tiny_shards)
-    script = tmp_path / "two_processes.py"
-    script.write_text(TWO_PROCESSES)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    tests = str(Path(__file__).parents[1])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), *paths, str(tmp_path)],
-            env={
-                **os.environ,
-                "LOCAL_RANK": str(rank),
-                "NODE_RANK": "0",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "PYTHONPATH": os.pathsep.join([tests, *sys.path]),
-                "OMP_NUM_THREADS": "1",
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs[0][-3000:]
-    module, data = stage_and_data(*paths)
-    trainer = make_trainer(tmp_path, max_steps=3, gradient_clip_val=1.0)
-    trainer.fit(module, datamodule=data)
-    one = weights(module)
-    start, _ = stage_and_data(*paths)
-    start.configure_model()
-    assert largest_difference(one, weights(start)) > 1e-2
-    assert largest_difference(one, torch.load(tmp_path / "ddp.pt")) < 1e-6
-    assert largest_difference(one, torch.load(tmp_path / "fsdp2.pt")) < 1e-5
-    assert "MuonWithAdamW needs whole matrices" in (tmp_path / "refused.txt").read_text()
 
 
 def test_fine_tuning_on_another_tokenizers_codes_is_refused(pretrain: Any, make_data: Any, tmp_path: Path) -> None:

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -178,74 +174,6 @@ def test_accumulation_changes_nothing(make: Any, make_data: Any, tmp_path: Path)
         fit(module, make_data(), tmp_path, max_steps=4, accumulate_grad_batches=accumulate)
         made.append(weights(module))
     assert all((made[0][name] - made[1][name]).abs().max() < 1e-4 for name in made[0])
-
-
-TWO_PROCESSES = '''
-"""Fit under DDP, then under FSDP2, as one of two processes; the first writes the weights and what was logged."""
-import sys
-from pathlib import Path
-import torch
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from stages.test_text_only import stage_and_data, make_trainer
-
-text, visual, shards, texts, out = sys.argv[1:]
-torch.set_num_threads(1)
-for name, strategy in [
-    ("ddp", DDPStrategy(process_group_backend="gloo")),
-    ("fsdp2", ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)),
-]:
-    module, data = stage_and_data(text, visual, shards, texts)
-    trainer = make_trainer(Path(out), devices=2, strategy=strategy, **RUN)
-    trainer.fit(module, datamodule=data)
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    whole = get_model_state_dict(module.language_model, options=options)
-    if trainer.is_global_zero:
-        torch.save([whole, float(trainer.callback_metrics["validation/text_perplexity"])], Path(out, name + ".pt"))
-'''
-RUN = {"max_steps": 6, "max_epochs": -1, "val_check_interval": 6, "check_val_every_n_epoch": None}
-
-
-def stage_and_data(text: str, visual: str, shards: str, texts: str) -> tuple[PretrainModule, TokenDataModule]:
-    """What each of the processes trains; eps is far above rounding, so that noise in a gradient stays noise."""
-    seed_everything(0, verbose=False)
-    module = PretrainModule(
-        model_config(text),
-        visual_tokenizer=visual,
-        optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2, eps=1e-4),
-    )
-    paths = [shards, texts]
-    return module, TokenDataModule(paths, 4, text, weights=[2, 1], validation_paths=paths, max_text_tokens=30)
-
-
-@pytest.mark.long
-def test_two_processes_train_as_one(
-    tiny_text_tokenizer: str, tiny_visual_tokenizer: str, tiny_shards: str, texts: str, tmp_path: Path
-) -> None:
-    """The perplexity too is that of the tokens of both."""
-    paths = (tiny_text_tokenizer, tiny_visual_tokenizer, tiny_shards, texts)
-    script = tmp_path / "two_processes.py"
-    script.write_text(TWO_PROCESSES.replace("**RUN", repr(RUN).join(("**", ""))))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "NODE_RANK": "0"}
-    path = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), *paths, str(tmp_path)],
-            env={**os.environ, **address, "LOCAL_RANK": str(rank), "PYTHONPATH": path},
-        )
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=300) for process in processes] == [0, 0]
-    module, data = stage_and_data(*paths)
-    trainer = fit(module, data, tmp_path, **RUN)
-    for name in ("ddp", "fsdp2"):
-        made, perplexity = torch.load(tmp_path / f"{name}.pt")
-        whole = weights(module)
-        assert made.keys() == whole.keys()
-        assert max(float((made[key] - whole[key]).abs().max()) for key in whole) < 1e-4, name
-        assert perplexity == pytest.approx(float(trainer.callback_metrics["validation/text_perplexity"]), rel=1e-3)
 
 
 def test_texts_are_no_prompts(
