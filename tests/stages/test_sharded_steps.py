@@ -29,8 +29,7 @@ COMPILED: dict[str, dict[str, Any]] = {
         "precision": precision,
         "optimizer": "AdamW",
     }
-    for precision in ("32-true", "bf16-mixed")
-    for mode in ("none", "selective", "full")
+    for precision, mode in (("32-true", "none"), ("bf16-mixed", "selective"), ("32-true", "full"))
 }
 
 
