@@ -12,10 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import seed_everything
 from torch import Tensor
 
-from stages.test_next_token import largest_difference, stage_and_data, weights
-from toys import make_trainer
+from simplear.data import TokenDataModule
+from simplear.stages import NextTokenObjective, PretrainModule
+from stages.test_next_token import largest_difference, weights
+from toys import make_trainer, model_config
 
 STEPS = 3
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -43,10 +46,17 @@ def fused(parameters: Any) -> torch.optim.Optimizer:
 
 
 def trained(paths: tuple[str, str, str], directory: Path, settings: dict[str, Any], **options: Any) -> Any:
-    module, data = stage_and_data(*paths)
-    module.optimizer = fused if settings.get("optimizer") == "AdamW" else sgd
-    module.activation_checkpointing = settings.get("activation_checkpointing", "none")
-    module.compile_layers = settings.get("compile_layers", False)
+    text, visual, shards = paths
+    seed_everything(0, verbose=False)
+    module = PretrainModule(
+        model_config(text),
+        visual_tokenizer=visual,
+        optimizer=fused if settings.get("optimizer") == "AdamW" else sgd,
+        objective=NextTokenObjective(text_loss_weight=0.5),
+        activation_checkpointing=settings.get("activation_checkpointing", "none"),
+        compile_layers=settings.get("compile_layers", False),
+    )
+    data = TokenDataModule(shards, 4, text, caption_dropout=0.3, max_text_tokens=30)
     options = {"precision": settings.get("precision", "32-true"), **options}
     trainer = make_trainer(directory, max_steps=STEPS, gradient_clip_val=settings.get("clip"), **options)
     trainer.fit(module, datamodule=data)
