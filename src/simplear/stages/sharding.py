@@ -31,7 +31,6 @@ class FSDP2(ModelParallelStrategy):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-
         self.whole: set[Path] = set()
         """States that are known to be so."""
 
