@@ -13,7 +13,8 @@ Head, embedding, layers and optimizer are measured apart, each forward and backw
 together take more memory than is at hand here. Of a step with N layers, where two are timed:
 
     seconds = embedding + head + layers × N / 2 + optimizer, by number of weights
-    memory  = N × what a layer keeps + the larger of what the head and what one layer's backward pass take on top
+    memory  = N × what a layer keeps + the larger of what the head and what one layer's backward pass take on top,
+              or what the embedding takes after them, if that is more
 
 A layer keeps what the peak of two layers is above that of one. Memory is resident memory at its highest above what was
 there before, which is weights, gradients and optimizer state; so a step's holds its gradient of the head's weight until
@@ -301,9 +302,10 @@ class Measured:
     def peak(self, step: Step, layers: int | None = None) -> float:
         """Bytes of a step above weights, gradients and optimizer state."""
         one = median(self.one_layer[f"layers, {step.layers}"], "peak_bytes")
-        kept = (median(self.runs[f"layers, {step.layers}"], "peak_bytes") - one) / (TIMED_LAYERS - 1)
-        head = median(self.runs[step.head], "peak_bytes")
-        return (layers or self.layers) * kept + max(head, one - kept)
+        # Of layers that are computed again it is a few MiB, less than what measuring is off by.
+        kept = max(0.0, (median(self.runs[f"layers, {step.layers}"], "peak_bytes") - one) / (TIMED_LAYERS - 1))
+        head, embedding = (median(self.runs[name], "peak_bytes") for name in (step.head, "embedding"))
+        return max((layers or self.layers) * kept + max(head, one - kept), embedding)
 
     def over(self, step: Step, other: Step) -> list[float]:
         """Seconds of one step over another's, by round."""
@@ -345,7 +347,8 @@ def measure_parts(
         one.decoder.model.layers = one.decoder.model.layers[:1]
         one.decoder.config.num_hidden_layers = 1
         for each, target in ((made, variants), (one, single)):
-            whole_step(each, short_few, 2, layers, None)  # threads start, layers compile
+            # Threads start, layers compile: at the size that is timed, since another one may have a graph of its own.
+            whole_step(each, *((short, settings.grid) if layers.compiled else (short_few, 2)), layers, None)
             target[f"layers, {name}"] = lambda each=each, layers=layers: whole_step(
                 each, short, settings.grid, layers, None
             )

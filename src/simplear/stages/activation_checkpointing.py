@@ -3,7 +3,8 @@
 ``none`` keeps all that autograd asks for. ``full`` keeps each layer's input and computes the layer again, a third more
 arithmetic. ``selective`` also keeps what is dear to compute, the outputs of matrix products and of attention, and
 computes again what is cheap but large: norms, rotations, the activation and the products of the MLP, and the casts
-of mixed precision. Gradients are the same in all three, for the same operations run on the same numbers.
+of mixed precision. The MLP's last product, the layer's output, is not kept either: nothing in the layer needs it.
+Gradients are the same in all three, for the same operations run on the same numbers.
 """
 
 from __future__ import annotations
@@ -52,10 +53,20 @@ def checkpoint_activations(decoder: Qwen2ForCausalLM, mode: ActivationCheckpoint
         return
     options: dict[str, Any] = {"use_reentrant": False}
     if mode == "selective":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+        policy = partial(_policy, decoder.config.intermediate_size, decoder.config.hidden_size)
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
     decoder.activation_checkpointing_enable(options)
 
 
-def _policy(context: Any, operation: Any, *arguments: Any, **keywords: Any) -> CheckpointPolicy:
-    """For one operation of a layer's forward pass or of its repetition."""
-    return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+def _policy(inner: int, outer: int, context: Any, operation: Any, *arguments: Any, **keywords: Any) -> CheckpointPolicy:
+    """For one operation of a layer's forward pass or of its repetition.
+
+    Args:
+        inner: the MLP's width.
+        outer: the residual stream's.
+    """
+    if operation not in KEPT:
+        return CheckpointPolicy.PREFER_RECOMPUTE
+    # The repetition stops when it has what the backward pass asks for, which is before the last product.
+    last = operation is _aten.mm.default and arguments[1].shape == (inner, outer) and inner != outer
+    return CheckpointPolicy.PREFER_RECOMPUTE if last else CheckpointPolicy.MUST_SAVE

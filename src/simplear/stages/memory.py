@@ -108,9 +108,9 @@ def saved_a_token(architecture: Architecture, precision: str, mode: ActivationCh
         return layer_input
     log_sum_exp = LOG_SUM_EXP_BYTES * architecture.num_attention_heads
     if mode == "selective":
-        # Queries, keys, values; attention; what it and the MLP add to the stream; the MLP's two inner products.
+        # Queries, keys, values; attention; what it adds to the stream; the MLP's two inner products.
         outputs = 2 * architecture.attention_width + 2 * architecture.key_value_width
-        outputs += 2 * architecture.hidden_size + 2 * architecture.intermediate_size
+        outputs += architecture.hidden_size + 2 * architecture.intermediate_size
         return layer_input + narrow * outputs + log_sum_exp
     hidden, mlp, query, key_value = SAVED_BYTES[precision]
     return (
