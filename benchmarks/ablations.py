@@ -242,7 +242,8 @@ def evaluated(name: str, seed: int, settings: argparse.Namespace) -> list[str]:
 def evaluate(name: str, seed: int, checkpoint: Path, settings: argparse.Namespace) -> None:
     """Draw and judge, with guidance and without, what has not been."""
     counts = ["--prompts_per_category", str(settings.prompts), "--images_per_prompt", str(settings.images)]
-    for guidance in GUIDANCE.keys() - evaluated(name, seed, settings):
+    done = evaluated(name, seed, settings)
+    for guidance in [kind for kind in GUIDANCE if kind not in done]:
         out = ["--out", str(settings.root / name / guidance), "--run", f"seed-{seed}"]
         simplear(["evaluate", "scenes", str(checkpoint), *out, *counts, *GUIDANCE[guidance]])
 
