@@ -60,15 +60,15 @@ bench: $(READY)  ## measure what README.md claims about speed and memory, and fi
 	$(VENV)/bin/python benchmarks/grpo.py --ablations
 	$(VENV)/bin/python benchmarks/tables.py
 
-table2: $(READY)  ## the paper's Table 2 at the demo's size: a language model's weights or random ones (25 minutes, after make demo)
+table2: $(READY)  ## the paper's Table 2 at the demo's size: a language model's weights or random ones (50 minutes, after make demo)
 	$(VENV)/bin/python benchmarks/ablations.py --tables table2 $(ARGS)
 	$(VENV)/bin/python benchmarks/tables.py
 
-table3: $(READY)  ## the paper's Table 3 at the demo's size: 1-D or 2-D RoPE (25 minutes, half of it the arm it shares with table2)
+table3: $(READY)  ## the paper's Table 3 at the demo's size: 1-D or 2-D RoPE (half an hour, half of it the arm it shares with table2)
 	$(VENV)/bin/python benchmarks/ablations.py --tables table3 $(ARGS)
 	$(VENV)/bin/python benchmarks/tables.py
 
-ablations: $(READY)  ## both, and text mixing, caption dropout, long or short captions (90 minutes)
+ablations: $(READY)  ## both, and text mixing, caption dropout, long or short captions (two hours and a half)
 	$(VENV)/bin/python benchmarks/ablations.py $(ARGS)
 	$(VENV)/bin/python benchmarks/tables.py
 

@@ -305,7 +305,7 @@ class TestAblations:
         self, small_demo: Path, settings: argparse.Namespace
     ) -> None:
         """Held against transformers' own loss."""
-        directory = ablations.language_model(settings, 0)
+        directory = ablations.language_model(settings, "falling", 0)
         tokenizer = load_text_tokenizer(str(directory))
         model: Any = AutoModelForCausalLM.from_pretrained(directory)
         assert model.config.vocab_size == len(tokenizer) < 500
@@ -319,7 +319,7 @@ class TestAblations:
             count += ids.shape[1] - 1
         learned = float(np.exp(total / count))
         # The demo's text tokenizer has the special tokens already, so the vocabulary grows by the codes alone.
-        assert ablations.before(settings, 0) == pytest.approx(learned, rel=1e-4)
+        assert ablations.before(settings, "falling", 0) == pytest.approx(learned, rel=1e-4)
         assert learned < 0.2 * len(tokenizer)
 
     @pytest.mark.long
@@ -327,12 +327,12 @@ class TestAblations:
         self, small_demo: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         ablations.main(["--quick", "--tables", "table2", "--out", "one.json"])
-        assert json.loads(Path("one.json").read_text())["arms"].keys() == {"base", "llm-init"}
+        assert json.loads(Path("one.json").read_text())["arms"].keys() == {"base", *ablations.TABLES["table2"]}
         ablations.main(["--quick", "--out", "all.json"])
         arms = json.loads(Path("all.json").read_text())["arms"]
         assert arms.keys() == ablations.ARMS.keys()
         after = {name: min(arm["text_perplexity"]["after"]) for name, arm in arms.items() if "text_perplexity" in arm}
-        assert after.keys() == {"llm-init", "texts"} and after["texts"] < after["llm-init"]
+        assert after.keys() == {"llm-init", "llm-init-constant", "texts"} and after["texts"] < after["llm-init"]
         capsys.readouterr()
         ablations.main(["--quick", "--tables", "table3", "--out", "again.json"])
         assert json.loads(Path("again.json").read_text())["arms"] == arms
