@@ -17,11 +17,11 @@ OLD_PYTHON := Python 3.11 or newer is needed; name one: make PYTHON=python3.11
 configs = $(foreach file,$(or $(CONFIG),$(1)),--config $(file))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup vllm-env demo test test-long lint bench train-tokenizer tokenize pretrain train-sft train-grpo train-clip evaluate \
-	generate serve tensorboard clean
+.PHONY: help setup vllm-env demo test test-long lint bench table2 table3 ablations train-tokenizer tokenize pretrain train-sft train-grpo \
+	train-clip evaluate generate serve tensorboard clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 18
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## */\1\t/' | expand -t 18
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(OLD_PYTHON)"; exit 1; }
@@ -59,6 +59,18 @@ bench: $(READY)  ## measure what README.md claims about speed and memory, and fi
 	$(VENV)/bin/python benchmarks/demo.py
 	$(VENV)/bin/python benchmarks/grpo.py
 	$(VENV)/bin/python benchmarks/grpo.py --ablations
+	$(VENV)/bin/python benchmarks/tables.py
+
+table2: $(READY)  ## the paper's Table 2 at the demo's size: a language model's weights or random ones (50 minutes, after make demo)
+	$(VENV)/bin/python benchmarks/ablations.py --tables table2 $(ARGS)
+	$(VENV)/bin/python benchmarks/tables.py
+
+table3: $(READY)  ## the paper's Table 3 at the demo's size: 1-D or 2-D RoPE (half an hour, half of it the arm it shares with table2)
+	$(VENV)/bin/python benchmarks/ablations.py --tables table3 $(ARGS)
+	$(VENV)/bin/python benchmarks/tables.py
+
+ablations: $(READY)  ## both, and text mixing, caption dropout, long or short captions (two hours and a half)
+	$(VENV)/bin/python benchmarks/ablations.py $(ARGS)
 	$(VENV)/bin/python benchmarks/tables.py
 
 lint: $(READY)  ## style, types and import directions

@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 
+import ablations
 import grpo
 import inference
 from measure import RESULTS, markdown_table
@@ -14,7 +15,12 @@ from measure import RESULTS, markdown_table
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "grpo.md")
 MARKED = re.compile(r"(<!-- benchmarks/(\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
-TABLES = {"grpo": grpo.table, "grpo_ablations": grpo.ablation_table, "inference": inference.tables}
+TABLES = {
+    "ablations": ablations.table,
+    "grpo": grpo.table,
+    "grpo_ablations": grpo.ablation_table,
+    "inference": inference.tables,
+}
 """Of results that are not ratios."""
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import runpy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoModelForCausalLM
 
+import ablations
 import bounds
 import grpo
 import grpo_speed
@@ -20,7 +24,11 @@ import measure
 import tables
 import training
 import training_cost
+from simplear.cli import main as simplear
+from simplear.data.shards import TokenShards
 from simplear.evaluation.report import merge_run
+from simplear.language_model import load_text_tokenizer
+from simplear.scenes import CATEGORIES
 
 BENCHMARKS = Path(measure.__file__).parent
 CLAIM_KEYS = {"what", "ratio", "low", "high", "bar", "met", "note"}
@@ -154,6 +162,7 @@ def test_the_documents_show_the_committed_results() -> None:
         places |= {place[1] for place in tables.MARKED.findall(text)}
         assert tables.filled(text) == text, f"python benchmarks/tables.py brings {document.name} up to date"
     assert {
+        "ablations",
         "data",
         "training",
         "training_cost",
@@ -272,3 +281,104 @@ class TestGRPO:
         curve = {tag: ([1, 2, 3], [0.1, 0.2, 0.3]) for tag in grpo.PANELS.values()}
         grpo.plot({"scene-0": curve, "scene-1": curve, "clip-0": curve}, tmp_path / "curves.png")
         assert Image.open(tmp_path / "curves.png").width > 1000
+
+
+@pytest.fixture
+def small_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Now the current directory, with tokenizers and token shards as `make demo` leaves them, of few scenes."""
+    grpo_speed.write_start(tmp_path, argparse.Namespace(grid=4))
+    (tmp_path / "configs").symlink_to(Path("configs").resolve())
+    for place in ("data/demo/text_tokenizer", "checkpoints/demo/visual_tokenizer"):
+        (tmp_path / place).parent.mkdir(parents=True)
+        (tmp_path / Path(place).name).rename(tmp_path / place)
+    monkeypatch.chdir(tmp_path)
+    for part, count in (("pretrain", 256), ("pretrain-validation", 64)):
+        simplear(["tokenize", "--config", f"configs/demo/tokenize-{part}.yaml", "--source.count", str(count)])
+    return tmp_path
+
+
+class TestAblations:
+    """Of two captions a category the second is right for every model; the first for the other arm alone, under seed 1
+    on both images, under seed 0 on one.
+    """
+
+    @pytest.fixture
+    def settings(self, tmp_path: Path) -> argparse.Namespace:
+        return argparse.Namespace(root=tmp_path / "runs", seeds=2, steps=6, prompts=2, images=2)
+
+    @pytest.fixture
+    def result(self, settings: argparse.Namespace) -> dict[str, Any]:
+        for arm, guidance, seed in itertools.product(("base", "rope-2d"), ablations.GUIDANCE, range(2)):
+            folder = settings.root / arm / guidance / "scenes" / f"seed-{seed}"
+            folder.mkdir(parents=True)
+            rows = [
+                {"tag": tag, "prompt": f"{tag} {n}", "correct": n == 1 or (arm != "base" and image <= seed)}
+                for tag, n, image in itertools.product(CATEGORIES, (0, 1), (0, 1))
+            ]
+            (folder / "verdicts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return {"arms": {name: ablations.judged(name, settings) for name in ("base", "rope-2d")}}
+
+    def test_differences_are_paired_by_caption_and_by_seed(self, result: dict[str, Any]) -> None:
+        base, other = (result["arms"][name]["guided"] for name in ("base", "rope-2d"))
+        assert base["by_seed"] == [0.5, 0.5] and other["by_seed"] == [0.75, 1.0]
+        assert other["difference"]["by_seed"] == [0.25, 0.5]
+        # Two captions a category, whose differences are 0.75 and 0: s² / n = 0.28125 / 2 in each of six.
+        spread = 1.959964 * (6 * 0.28125 / 2) ** 0.5 / 6
+        found = other["difference"]["over_captions"]["overall"]
+        assert found == pytest.approx([0.375, 0.375 - spread, 0.375 + spread], abs=1e-6)
+        # Student's t of one degree of freedom is 12.706; the standard error of 0.25 and 0.5 is 0.125.
+        margin = 12.7062 * 0.125
+        assert other["difference"]["over_trainings"] == pytest.approx([0.375, 0.375 - margin, 0.375 + margin], abs=1e-5)
+
+    def test_the_table_has_a_row_an_arm(self, result: dict[str, Any]) -> None:
+        result["arms"]["rope-2d"]["text_perplexity"] = {"before": [3.0, 5.0], "after": [99.0, 101.0]}
+        lines = ablations.table(result).splitlines()
+        assert lines[2].startswith("| as configured") and "| 50.0 (" in lines[2] and lines[2].endswith("|  |  |")
+        assert lines[3].startswith("| 2-D RoPE | 87.5 (") and "+37.5 (" in lines[3] and "-121.3 to +196.3)" in lines[3]
+        assert lines[3].endswith("| 4 → 100 |") and len({line.count("|") for line in lines}) == 1
+
+    def test_one_caption_leaves_everything_else(self, small_demo: Path, settings: argparse.Namespace) -> None:
+        shards = ablations.DATA / "tokens-pretrain"
+        rows = np.arange(256)
+        both = TokenShards(shards).read(rows)
+        for which in (ablations.SHORT, ablations.LONG):
+            one = TokenShards(ablations.one_caption(shards, settings.root / f"{which}", which)).read(rows)
+            assert one.captions == [[texts[which]] for texts in both.captions]
+            assert one.keys == both.keys and one.metadata == both.metadata and (one.codes == both.codes).all()
+
+    def test_pretraining_begins_with_what_the_language_model_learned(
+        self, small_demo: Path, settings: argparse.Namespace
+    ) -> None:
+        """Held against transformers' own loss."""
+        directory = ablations.language_model(settings, "falling", 0)
+        tokenizer = load_text_tokenizer(str(directory))
+        model: Any = AutoModelForCausalLM.from_pretrained(directory)
+        assert model.config.vocab_size == len(tokenizer) < 500
+        shards = TokenShards(ablations.DATA / "tokens-pretrain-validation")
+        texts = [text for row in shards.read(np.arange(len(shards))).captions for text in row]
+        total, count = 0.0, 0
+        for text in texts:
+            ids = tokenizer(text, return_tensors="pt")["input_ids"]
+            with torch.no_grad():
+                total += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
+            count += ids.shape[1] - 1
+        learned = float(np.exp(total / count))
+        # The demo's text tokenizer has the special tokens already, so the vocabulary grows by the codes alone.
+        assert ablations.before(settings, "falling", 0) == pytest.approx(learned, rel=1e-4)
+        assert learned < 0.2 * len(tokenizer)
+
+    @pytest.mark.long
+    def test_all_arms_run_and_a_second_run_finds_them_done(
+        self, small_demo: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        ablations.main(["--quick", "--tables", "table2", "--out", "one.json"])
+        assert json.loads(Path("one.json").read_text())["arms"].keys() == {"base", *ablations.TABLES["table2"]}
+        ablations.main(["--quick", "--out", "all.json"])
+        arms = json.loads(Path("all.json").read_text())["arms"]
+        assert arms.keys() == ablations.ARMS.keys()
+        after = {name: min(arm["text_perplexity"]["after"]) for name, arm in arms.items() if "text_perplexity" in arm}
+        assert after.keys() == {"llm-init", "llm-init-constant", "texts"} and after["texts"] < after["llm-init"]
+        capsys.readouterr()
+        ablations.main(["--quick", "--tables", "table3", "--out", "again.json"])
+        assert json.loads(Path("again.json").read_text())["arms"] == arms
+        assert "Pretrain: step" not in capsys.readouterr().out
