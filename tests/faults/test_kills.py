@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from faults.processes import finish, start
+from faults.processes import finish, logged_steps, start
 from simplear.callbacks.preemption import RESUME_ME
 from simplear.data import TokenShards
 from simplear.data.drops import DROPS_FILE
@@ -104,17 +104,13 @@ def test_training_terminated_again_and_again_is_bit_identical(
     command += ["--trainer.strategy", "ddp"] if ranks > 1 else []
     whole, stopped, log = tmp_path / "whole", tmp_path / "stopped", tmp_path / "log"
 
-    def stepped() -> int:
-        """Lines in all tables of curves: one a logged step."""
-        return sum(len(file.read_text().splitlines()) for file in stopped.rglob("metrics.csv"))
-
     finish([*command, "--trainer.default_root_dir", str(whole)], log, ranks)
     command += ["--trainer.default_root_dir", str(stopped)]
     moments, found = random.Random(0), []
     for _ in range(signals):
-        before = stepped()
+        before = logged_steps(stopped)
         run = start(command, log, ranks)
-        while run.is_alive() and stepped() == before:
+        while run.is_alive() and logged_steps(stopped) == before:
             time.sleep(0.02)  # looking more often would keep a processor busy
         time.sleep(moments.uniform(0, 0.05))
         run.ranks[0].terminate()

@@ -23,7 +23,7 @@ import pytest
 import torch
 import yaml
 
-from faults.processes import PATIENCE, Run, finish, is_running, start
+from faults.processes import PATIENCE, Run, finish, is_running, logged_steps, start
 from simplear.callbacks.preemption import RESUME_ME
 from simplear.states import LIGHTNING_METADATA, damage
 from toys import make_shards, write_grpo, write_pretraining, write_sft, write_visual_tokenizer_training
@@ -63,8 +63,7 @@ class Training:
         return start(self.words(), self.log, self.ranks)
 
     def stepped(self) -> int:
-        """Lines in all tables of curves: one a logged step."""
-        return sum(len(file.read_text().splitlines()) for file in self.root.rglob("metrics.csv"))
+        return logged_steps(self.root)
 
     def is_named(self) -> bool:
         return (self.root / "states" / "last.ckpt").exists()
