@@ -14,7 +14,7 @@ together take more memory than is at hand here. Of a step with N layers, where t
 
     seconds = embedding + head + layers × N / 2 + optimizer, by number of weights
     memory  = N × what a layer keeps + the larger of what the head and what one layer's backward pass take on top,
-              or what the embedding takes after them, if that is more
+              or the gradients of head and embedding, which wait for each other, if these are more
 
 A layer keeps what the peak of two layers is above that of one. Memory is resident memory at its highest above what was
 there before, which is weights, gradients and optimizer state; so a step's holds its gradient of the head's weight until
@@ -305,7 +305,8 @@ class Measured:
         # Of layers that are computed again it is a few MiB, less than what measuring is off by.
         kept = max(0.0, (median(self.runs[f"layers, {step.layers}"], "peak_bytes") - one) / (TIMED_LAYERS - 1))
         head, embedding = (median(self.runs[name], "peak_bytes") for name in (step.head, "embedding"))
-        return max((layers or self.layers) * kept + max(head, one - kept), embedding)
+        # Their weight is the same: autograd holds the head's gradient, as large, until it can add the embedding's.
+        return max((layers or self.layers) * kept + max(head, one - kept), 2 * embedding)
 
     def over(self, step: Step, other: Step) -> list[float]:
         """Seconds of one step over another's, by round."""
