@@ -1,6 +1,7 @@
 """Tables 5 and 6 of the paper, and beyond: every engine against `kv-cache`, on the demo's checkpoint and at 0.5B.
 
-    python benchmarks/inference.py               # after make demo; 12 minutes on two cores
+    python benchmarks/inference.py               # after make demo; half an hour on two cores
+    python benchmarks/inference.py --rounds 3 --images 12 --choices 8 --shape-rounds 3    # twelve minutes
     python benchmarks/inference.py --grid 64 --device cuda --dtype bfloat16 --only shape   # 1024 px on a GPU
 
 On the demo's checkpoint the captions are the evaluation's, with guidance 2 at temperature 1 and no truncation. The 0.5B

@@ -15,19 +15,11 @@ from torch.utils.data import DataLoader
 from simplear.language_model import CheckpointSettings, LanguageModelConfig, train_text_tokenizer
 from simplear.sequence import encode_captions, training_batch
 from simplear.visual_tokenizer import FSQAutoencoder, load_visual_tokenizer, save_visual_tokenizer
+from toys import ARCHITECTURE
 
 CAPTIONS = ["a photo of a red circle", "two blue squares", "a green cross left of a red triangle", "one large square"]
 GRID = (4, 4)
 CODEBOOK = 27
-ARCHITECTURE = {
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "intermediate_size": 32,
-    "max_position_embeddings": 96,
-    "tie_word_embeddings": False,
-}
 
 
 class ToyStage(LightningModule):

@@ -12,6 +12,7 @@ from rewards.toys import random_weights, register
 from simplear.language_model import CheckpointSettings, LanguageModelConfig, save_checkpoint, train_text_tokenizer
 from simplear.scenes import evaluation_prompts
 from simplear.visual_tokenizer import FSQAutoencoder, save_visual_tokenizer
+from toys import ARCHITECTURE
 
 
 @pytest.fixture(scope="session")
@@ -23,15 +24,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     visual = FSQAutoencoder([3, 3, 3], 8, encoder_channels=8, decoder_channels=8, refine_channels=4)
     save_visual_tokenizer(visual, directory / "visual")
-    architecture = {
-        "hidden_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "intermediate_size": 32,
-        "max_position_embeddings": 96,
-    }
-    model, tokenizer = LanguageModelConfig(str(directory / "text"), 27, architecture=architecture).build()
+    model, tokenizer = LanguageModelConfig(str(directory / "text"), 27, architecture=ARCHITECTURE).build()
     settings = CheckpointSettings(
         model.layout.image_token_offset, 27, (4, 4), 8, visual_tokenizer_fingerprint=visual.fingerprint
     )

@@ -234,10 +234,8 @@ class HuggingFaceCheckpoint(AtomicCheckpoint):
     def _is_exported(self) -> bool:
         """Whether ``export_dir`` is of the last state: what is older is a shorter training's."""
         assert self.export_dir is not None
-        exported, state = (
-            Path(self.export_dir),
-            Path(self._last_checkpoint_saved or f"{self.dirpath}/{self.CHECKPOINT_NAME_LAST}.ckpt"),
-        )
+        exported = Path(self.export_dir)
+        state = Path(self._last_checkpoint_saved or f"{self.dirpath}/{self.CHECKPOINT_NAME_LAST}.ckpt")
         if not exported.exists() or not state.exists():
             return False
         return exported.stat().st_mtime_ns > state.stat().st_mtime_ns

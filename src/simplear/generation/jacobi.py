@@ -61,7 +61,7 @@ class JacobiEngine:
         self.model, self.window, self.proposal, self.on_pass = model, window, proposal, on_pass
         self._choices: defaultdict[int, WindowChoice] = defaultdict(WindowChoice)  # by number of rows
         self._step = PreparedStep(model, compiled)
-        self._advance = self._step.prepare(advance)
+        self._settle, self._propose = self._step.prepare(settle), self._step.prepare(propose)
 
     @property
     def tokens_a_pass(self) -> int:
@@ -97,9 +97,7 @@ class JacobiEngine:
         logits, window, passes, progress = rows.first_logits[:, None], 0, 0, [0] * images
         pass_began = begin
         while True:
-            done, seen = self._advance(
-                logits, images, sampling, noise, canvas, kept, done, seen, count, widest, width, self.proposal
-            )
+            done, seen = self._settle(logits, images, sampling, noise, canvas, kept, done, seen, count)
             before, progress, passes = progress, done.tolist(), passes + 1
             if self.on_pass is not None:
                 self.on_pass(progress)
@@ -113,29 +111,11 @@ class JacobiEngine:
                 break
             pass_began = time.perf_counter()
             window = choice.best() if self.window is None else self.window
+            if window:
+                self._propose(canvas, kept, done, seen, window, width, self.proposal)
             logits = rows.logits(canvas, done, window)
         stats = GenerationStats("jacobi", images, images * (count - first), passes, time.perf_counter() - begin)
         return canvas[:, :count].view(images, height, width), stats
-
-
-def advance(
-    logits: Tensor,
-    images: int,
-    sampling: SamplingSettings,
-    noise: Noise,
-    canvas: Tensor,
-    kept: Tensor,
-    done: Tensor,
-    seen: Tensor,
-    count: int,
-    widest: int,
-    width: int,
-    proposal: Proposal,
-) -> tuple[Tensor, Tensor]:
-    """`settle`, then `propose` for the widest window; as one function, since calling a compiled one takes time."""
-    done, seen = settle(logits, images, sampling, noise, canvas, kept, done, seen, count)
-    propose(canvas, kept, done, seen, widest, width, proposal)
-    return done, seen
 
 
 def settle(

@@ -35,7 +35,14 @@ from simplear.hub import is_hub_id
 from simplear.language_model.loss import Normalizer, next_token_losses, token_cross_entropy, token_entropy
 from simplear.language_model.packing import PACKED_ATTENTION, Packing
 from simplear.language_model.rope import Qwen2Rope2DConfig, Qwen2Rope2DForCausalLM
-from simplear.language_model.weights import NamedWeights, random_weights, require_all, require_rows, stored_weights
+from simplear.language_model.weights import (
+    NamedWeights,
+    fill_new_rows,
+    random_weights,
+    require_all,
+    require_rows,
+    stored_weights,
+)
 from simplear.sequence import (
     TokenLayout,
     add_special_tokens,
@@ -354,5 +361,5 @@ def grow_vocabulary(decoder: Qwen2ForCausalLM, text_rows: int, vocab_size: int) 
     decoder.resize_token_embeddings(vocab_size, mean_resizing=False)
     # Tied embeddings are one weight, and setting it twice is harmless.
     for weight in (decoder.model.embed_tokens.weight, decoder.lm_head.weight):
-        weight[text_rows:] = weight[:text_rows].mean(dim=0)
+        fill_new_rows(weight, text_rows)
     logger.info("vocabulary grown from %d used rows of %d to %d", text_rows, original_rows, vocab_size)

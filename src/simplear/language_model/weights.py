@@ -95,8 +95,13 @@ def stored_weights(decoder: Qwen2ForCausalLM, directory: str | Path, text_rows: 
 def _grown(weight: Tensor, text_rows: int, rows: int) -> Tensor:
     grown = weight.new_empty(rows, weight.shape[1])
     grown[:text_rows] = weight[:text_rows]
-    grown[text_rows:] = weight[:text_rows].mean(dim=0)
+    fill_new_rows(grown, text_rows)
     return grown
+
+
+def fill_new_rows(weight: Tensor, text_rows: int) -> None:
+    """Set the rows of an embedding (rows, D) from ``text_rows`` on, in place, to the mean of those before."""
+    weight[text_rows:] = weight[:text_rows].mean(dim=0)
 
 
 def require_rows(text_rows: int, rows: int) -> None:
