@@ -136,6 +136,8 @@ def run_lightning(arguments: Sequence[str]) -> None:
     from lightning.pytorch import LightningDataModule, LightningModule
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+    from simplear.callbacks.preemption import Preempted
+
     class ArgumentParser(_SuggestingParser, LightningArgumentParser):
         pass
 
@@ -154,17 +156,22 @@ def run_lightning(arguments: Sequence[str]) -> None:
     # The verb is a level above the files' keys: ${trainer.…} in a file must still find the file's own.
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     with _errors_for_the_reader():
-        CommandLine(
-            LightningModule,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            parser_class=ArgumentParser,
-            parser_kwargs={**PARSER_OPTIONS, "prog": "simplear"},
-            save_config_kwargs={"overwrite": True},
-            load_from_checkpoint_support=False,
-            args=list(arguments),
-        )
+        try:
+            CommandLine(
+                LightningModule,
+                LightningDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                parser_class=ArgumentParser,
+                parser_kwargs={**PARSER_OPTIONS, "prog": "simplear"},
+                save_config_kwargs={"overwrite": True},
+                load_from_checkpoint_support=False,
+                args=list(arguments),
+            )
+        except Preempted:
+            _leave_ranks()
+            raise
+        _leave_ranks()
 
 
 def run_function(module: str, name: str, arguments: Sequence[str], program: str) -> None:
@@ -261,6 +268,18 @@ def _errors_for_the_reader() -> Iterator[None]:
         # An error of the system prints its number first; one of our own has none.
         message = error if refused else getattr(error, "strerror", None) or error
         _fail(f"error: {message}\n(SIMPLEAR_TRACEBACK=1 shows where it was raised)")
+
+
+def _leave_ranks() -> None:
+    """Take the process group down once the work is done, or saved to go on later.
+
+    Lightning does so for NCCL alone; gloo's threads, where they outlive the interpreter, can turn an exit code of 0
+    into an abort. Not after an error: the other ranks may be in a collective, for which the group would wait.
+    """
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _own_error(raised: BaseException) -> BaseException | None:

@@ -56,3 +56,5 @@ if __name__ == "__main__":
         ],
     )
     trainer.fit(stage, batches())
+    if devices > 1:
+        torch.distributed.destroy_process_group()

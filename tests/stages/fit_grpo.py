@@ -76,6 +76,7 @@ def main() -> None:
     )
     if trainer.is_global_zero:
         torch.save(weights, arguments.out)
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

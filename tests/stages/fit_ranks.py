@@ -242,6 +242,7 @@ def main(arguments: Sequence[str]) -> None:
             result = str(error)
         if torch.distributed.get_rank() == 0:
             torch.save(result, out / f"{number}.pt")
+    torch.distributed.destroy_process_group()
 
 
 def command(root: Path, out: Path, processes: int, trainings: Sequence[Training]) -> list[str]:

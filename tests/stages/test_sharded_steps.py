@@ -82,6 +82,7 @@ for setting, options in getattr(steps, group).items():
     )
     if module.trainer.is_global_zero:
         torch.save(whole, Path(out, setting + ".pt"))
+torch.distributed.destroy_process_group()
 """
 
 
@@ -116,7 +117,8 @@ def runs(tiny_text_tokenizer: str, tiny_visual_tokenizer: str, tiny_shards: str,
             for rank in range(2)
         ]
         outputs = [process.communicate(timeout=1200)[0] for process in processes]
-        assert [process.returncode for process in processes] == [0, 0], outputs[0][-3000:]
+        printed = "\n".join(output[-3000:] for output in outputs)
+        assert [process.returncode for process in processes] == [0, 0], printed
 
     def one(setting: dict[str, Any]) -> dict[str, Tensor]:
         return weights(trained(paths, tmp_path, {**setting, "compile_layers": False}))
