@@ -1,9 +1,9 @@
 """Memory of a GPU and pace of a training, by arithmetic, before anything is bought or started.
 
-What is kept for the backward pass is what the modules of transformers' Qwen2 keep with fused attention, counted to the
-byte on the CPU in the tests. What a GPU's allocator and libraries take on top is an assumption (`RESERVED_GIB`).
-The pace is the model's FLOPs at an assumed utilisation; drawing in rollouts is the reading of weights and cache at an
-assumed share of the memory's bandwidth.
+What is kept for the backward pass, and what comes and goes in it, is that of the modules of transformers' Qwen2 with
+fused attention, counted on the CPU in the tests. What a GPU's allocator and libraries take on top is an assumption
+(`RESERVED_GIB`). The pace is the model's FLOPs at an assumed utilisation; drawing in rollouts is the reading of weights
+and cache at an assumed share of the memory's bandwidth.
 """
 
 from __future__ import annotations
@@ -122,15 +122,25 @@ def saved_a_token(architecture: Architecture, precision: str, mode: ActivationCh
     )
 
 
+def at_work_a_token(architecture: Architecture, precision: str, mode: ActivationCheckpointing = "none") -> int:
+    """Bytes of one token that come and go in the backward pass: of a layer what it computes again, and the gradients of
+    its MLP's inner products; or of the final norm, in float32.
+    """
+    again = saved_a_token(architecture, precision) - saved_a_token(architecture, precision, mode)
+    gradients = 2 * COMPUTE_BYTES[precision] * architecture.intermediate_size
+    return max(again + gradients, 5 * WIDE * architecture.hidden_size)
+
+
 def memory(run: Run) -> dict[str, float]:
     """Bytes of one GPU at the worst moment, by purpose; they add up to what it takes, but for `RESERVED_GIB`."""
     shape, share = run.architecture, run.devices if run.sharded else 1
     wide, narrow = WEIGHT_BYTES[run.precision], COMPUTE_BYTES[run.precision]
     tokens = run.images * (run.longest_text + run.codes)
     mode = run.activation_checkpointing
-    activations: float = shape.num_hidden_layers * tokens * saved_a_token(shape, run.precision, mode)
-    if mode != "none":
-        activations += tokens * saved_a_token(shape, run.precision)  # of the layer at work
+    activations = tokens * (
+        shape.num_hidden_layers * saved_a_token(shape, run.precision, mode)
+        + at_work_a_token(shape, run.precision, mode)
+    )
     parts: dict[str, float] = {
         "weights": wide * shape.parameters / share,
         "gradients": wide * shape.parameters / share,
