@@ -4,7 +4,6 @@ again, and (long) layers that are compiled."""
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -94,31 +93,15 @@ def runs(tiny_text_tokenizer: str, tiny_visual_tokenizer: str, tiny_shards: str,
     def start(group: str, strategy: str) -> None:
         script = tmp_path / "two_processes.py"
         script.write_text(TWO_PROCESSES)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        tests = str(Path(__file__).parents[1])
-        environment = {
-            **os.environ,
-            "NODE_RANK": "0",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "PYTHONPATH": os.pathsep.join([tests, *sys.path]),
-            "OMP_NUM_THREADS": "1",
-        }
-        processes = [
-            subprocess.Popen(
-                [sys.executable, str(script), *paths, str(tmp_path), group, strategy],
-                env={**environment, "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in range(2)
-        ]
-        outputs = [process.communicate(timeout=1200)[0] for process in processes]
-        printed = "\n".join(output[-3000:] for output in outputs)
-        assert [process.returncode for process in processes] == [0, 0], printed
+        path = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
+        ended = subprocess.run(
+            [sys.executable, str(script), *paths, str(tmp_path), group, strategy],
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            timeout=1200,
+            capture_output=True,
+            text=True,
+        )
+        assert ended.returncode == 0, ended.stderr[-3000:]
 
     def one(setting: dict[str, Any]) -> dict[str, Tensor]:
         return weights(trained(paths, tmp_path, {**setting, "compile_layers": False}))
