@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +15,15 @@ import torch
 from simplear.cli import main
 from simplear.language_model import CheckpointSettings, LanguageModel, save_checkpoint
 from toys import make_shards, make_text_tokenizer, make_visual_tokenizer, model_config, write_pretraining
+
+
+@pytest.fixture(autouse=True)
+def no_ranks_left() -> Iterator[None]:
+    """What Lightning leaves of ranks, FSDP2 on one process too: others would inherit a port that is taken."""
+    with mock.patch.dict(os.environ):
+        yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

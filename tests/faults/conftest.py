@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import resource
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from unittest import mock
 
 import pytest
-import torch
 
 ROOM = 24 * 1024
 """Bytes of the disk, and of a file under the limit."""
@@ -65,12 +62,3 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Path,
 
     with mounted(directory, "-o", "size=4m"):
         yield directory, filled
-
-
-@pytest.fixture
-def fsdp2_alone() -> Iterator[None]:
-    """A test that trains with FSDP2 on its own process, of which nothing is left for other tests."""
-    with mock.patch.dict(os.environ):
-        yield
-    if torch.distributed.is_initialized():  # a command that ended with an error leaves its group
-        torch.distributed.destroy_process_group()

@@ -104,12 +104,9 @@ def test_states(
     tiny_shards: str,
     kind: type[AtomicCheckpoint],
     strategy: str,
-    request: pytest.FixtureRequest,
 ) -> None:
     """A training whose disk fills up stops there, and goes on from the last whole state once there is room."""
     directory, full = disk
-    if strategy == "fsdp2":
-        request.getfixturevalue("fsdp2_alone")
 
     def fit(steps: int) -> None:
         torch.manual_seed(0)

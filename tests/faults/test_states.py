@@ -258,7 +258,6 @@ def content(state: Path) -> dict[str, bytes]:
 
 def test_a_damaged_sharded_state_gives_way_to_the_one_before(
     make_config: Callable[[str, Path], Path],
-    fsdp2_alone: None,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],

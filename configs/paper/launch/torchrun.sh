@@ -6,6 +6,9 @@
 # RESTARTS times. SIGTERM or SIGUSR1 to torchrun reaches every rank: the state is saved, and torchrun waits for that.
 set -euo pipefail
 
+# Else ranks that are started again may read each other's addresses from the start before (pytorch/pytorch#135712).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
 exec "${TORCHRUN:-.venv/bin/torchrun}" \
     --nnodes "${NODES:-1}" --nproc-per-node "${GPUS:-8}" --max-restarts "${RESTARTS:-3}" \
     --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 600 \
