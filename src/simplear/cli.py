@@ -137,6 +137,7 @@ def run_lightning(arguments: Sequence[str]) -> None:
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
     from simplear.callbacks.preemption import Preempted
+    from simplear.stages.sharding import leave_ranks, refuse_fsdp1
 
     class ArgumentParser(_SuggestingParser, LightningArgumentParser):
         pass
@@ -149,8 +150,6 @@ def run_lightning(arguments: Sequence[str]) -> None:
 
         def before_instantiate_classes(self) -> None:
             """Before Lightning's own message, which knows no remedy."""
-            from simplear.stages.sharding import refuse_fsdp1
-
             refuse_fsdp1(self._get(self.config, "trainer.strategy") or "auto")
 
     # The verb is a level above the files' keys: ${trainer.…} in a file must still find the file's own.
@@ -169,9 +168,9 @@ def run_lightning(arguments: Sequence[str]) -> None:
                 args=list(arguments),
             )
         except Preempted:
-            _leave_ranks()
+            leave_ranks()
             raise
-        _leave_ranks()
+        leave_ranks()
 
 
 def run_function(module: str, name: str, arguments: Sequence[str], program: str) -> None:
@@ -268,18 +267,6 @@ def _errors_for_the_reader() -> Iterator[None]:
         # An error of the system prints its number first; one of our own has none.
         message = error if refused else getattr(error, "strerror", None) or error
         _fail(f"error: {message}\n(SIMPLEAR_TRACEBACK=1 shows where it was raised)")
-
-
-def _leave_ranks() -> None:
-    """Take the process group down once the work is done, or saved to go on later.
-
-    Lightning does so for NCCL alone; gloo's threads, where they outlive the interpreter, can turn an exit code of 0
-    into an abort. Not after an error: the other ranks may be in a collective, for which the group would wait.
-    """
-    import torch
-
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def _own_error(raised: BaseException) -> BaseException | None:

@@ -18,6 +18,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from callbacks.conftest import CAPTIONS, ToyStage, batches
 from simplear.callbacks import HuggingFaceCheckpoint, SampleImages
 from simplear.stages.sharding import shard_language_model
+from toys import end_rank
 
 
 class ShardedStage(ToyStage):
@@ -32,7 +33,7 @@ class ShardedStage(ToyStage):
         torch.manual_seed(1)  # of the random factor in the loss
 
 
-if __name__ == "__main__":
+def main() -> None:
     text, visual, out, devices = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -56,5 +57,8 @@ if __name__ == "__main__":
         ],
     )
     trainer.fit(stage, batches())
-    if devices > 1:
-        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
+    end_rank()

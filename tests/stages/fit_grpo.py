@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from simplear.data import TokenDataModule
 from simplear.stages import GRPOModule
-from toys import CODEBOOK
+from toys import CODEBOOK, end_rank
 
 
 class Brightness:
@@ -76,8 +76,8 @@ def main() -> None:
     )
     if trainer.is_global_zero:
         torch.save(weights, arguments.out)
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    end_rank()

@@ -27,6 +27,7 @@ from simplear.stages import GRPOModule, MuonWithAdamW, NextTokenObjective, Pretr
 from toys import (
     CODEBOOK,
     DOWNSAMPLE,
+    end_rank,
     make_shards,
     make_text_tokenizer,
     make_trainer,
@@ -242,7 +243,6 @@ def main(arguments: Sequence[str]) -> None:
             result = str(error)
         if torch.distributed.get_rank() == 0:
             torch.save(result, out / f"{number}.pt")
-    torch.distributed.destroy_process_group()
 
 
 def command(root: Path, out: Path, processes: int, trainings: Sequence[Training]) -> list[str]:
@@ -253,3 +253,4 @@ def command(root: Path, out: Path, processes: int, trainings: Sequence[Training]
 
 if __name__ == "__main__":
     main(sys.argv[1:])
+    end_rank()

@@ -70,18 +70,22 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from simplear.stages import FSDP2
 from stages import test_sharded_steps as steps
+from toys import end_rank
+
+def main(*paths, out, group, name):
+    torch.set_num_threads(1)
+    for setting, options in getattr(steps, group).items():
+        strategy = FSDP2() if name == "fsdp2" else DDPStrategy(process_group_backend="gloo")
+        module = steps.trained(paths, Path(out), options, devices=2, strategy=strategy)
+        whole = get_model_state_dict(
+            module.language_model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+        )
+        if module.trainer.is_global_zero:
+            torch.save(whole, Path(out, setting + ".pt"))
 
 *paths, out, group, name = sys.argv[1:]
-torch.set_num_threads(1)
-for setting, options in getattr(steps, group).items():
-    strategy = FSDP2() if name == "fsdp2" else DDPStrategy(process_group_backend="gloo")
-    module = steps.trained(tuple(paths), Path(out), options, devices=2, strategy=strategy)
-    whole = get_model_state_dict(
-        module.language_model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-    )
-    if module.trainer.is_global_zero:
-        torch.save(whole, Path(out, setting + ".pt"))
-torch.distributed.destroy_process_group()
+main(*paths, out=out, group=group, name=name)
+end_rank()
 """
 
 

@@ -9,6 +9,7 @@ Gradients are the same in all three, for the same operations run on the same num
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -53,20 +54,26 @@ def checkpoint_activations(decoder: Qwen2ForCausalLM, mode: ActivationCheckpoint
         return
     options: dict[str, Any] = {"use_reentrant": False}
     if mode == "selective":
-        policy = partial(_policy, decoder.config.intermediate_size, decoder.config.hidden_size)
+        policy = _policy_of(decoder.config.intermediate_size, decoder.config.hidden_size)
         options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
     decoder.activation_checkpointing_enable(options)
 
 
-def _policy(inner: int, outer: int, context: Any, operation: Any, *arguments: Any, **keywords: Any) -> CheckpointPolicy:
-    """For one operation of a layer's forward pass or of its repetition.
+def _policy_of(inner: int, outer: int) -> Callable[..., CheckpointPolicy]:
+    """For the operations of a layer's forward pass and of its repetition.
+
+    A closure, since the compiler takes its numbers for constants; a partial's, under FSDP2, for sizes that may change.
 
     Args:
         inner: the MLP's width.
         outer: the residual stream's.
     """
-    if operation not in KEPT:
-        return CheckpointPolicy.PREFER_RECOMPUTE
-    # The repetition stops when it has what the backward pass asks for, which is before the last product.
-    last = operation is _aten.mm.default and arguments[1].shape == (inner, outer) and inner != outer
-    return CheckpointPolicy.PREFER_RECOMPUTE if last else CheckpointPolicy.MUST_SAVE
+
+    def policy(context: Any, operation: Any, *arguments: Any, **keywords: Any) -> CheckpointPolicy:
+        if operation not in KEPT:
+            return CheckpointPolicy.PREFER_RECOMPUTE
+        # The repetition stops when it has what the backward pass asks for, which is before the last product.
+        last = operation is _aten.mm.default and arguments[1].shape == (inner, outer) and inner != outer
+        return CheckpointPolicy.PREFER_RECOMPUTE if last else CheckpointPolicy.MUST_SAVE
+
+    return policy

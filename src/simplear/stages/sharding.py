@@ -6,6 +6,7 @@ cannot clip gradients by norm.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,6 +61,18 @@ def refuse_fsdp1(strategy: Any) -> None:
         raise ValueError(
             f"--trainer.strategy {path} is FSDP1, which no stage shards for; write --trainer.strategy {FSDP2_NAME}."
         )
+
+
+def leave_ranks() -> None:
+    """Take the process group down once the work is done, or saved to go on later.
+
+    Lightning does so for NCCL alone; gloo's threads, where they outlive the interpreter, can turn an exit code of 0
+    into an abort. They end with the last object that refers to the group, such as the mesh of a sharded model. Not to
+    be called after an error: the other ranks may be in a collective, for which the group would wait.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        gc.collect()
+        torch.distributed.destroy_process_group()
 
 
 def shard_language_model(model: LanguageModel, mesh: DeviceMesh) -> LanguageModel:
