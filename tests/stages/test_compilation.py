@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from simplear.generation import SamplingSettings, make_engine
 from simplear.language_model import LanguageModel
 from simplear.stages import PretrainModule
 from simplear.stages.activation_checkpointing import MODES, ActivationCheckpointing, checkpoint_activations
 from simplear.stages.compilation import compile_decoder_layers
+from simplear.stages.sharding import shard_language_model
 from toys import CAPTIONS, make_batch, model_config
 
 
@@ -32,11 +36,16 @@ def losses_and_gradients(model: LanguageModel, tokenizer: Any, grid: tuple[int, 
     model.train().zero_grad()
     image, text = model(batch["input_ids"], batch["labels"], grid)
     (image.mean() + text.mean()).backward()
-    return [image.detach(), text.detach(), *(weight.grad for weight in model.parameters())]
+    gradients = [weight.grad for weight in model.parameters()]
+    whole = [gradient.full_tensor() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+    return [image.detach(), text.detach(), *whole]
 
 
+@pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("mode", MODES)
-def test_one_graph_for_all_layers_and_lengths(tiny_text_tokenizer: str, mode: ActivationCheckpointing) -> None:
+def test_one_graph_for_all_layers_and_lengths(
+    tiny_text_tokenizer: str, mode: ActivationCheckpointing, sharded: bool, tmp_path: Path
+) -> None:
     """Traced, but run by PyTorch as it is: the same operations, hence the same bits."""
     torch.manual_seed(0)
     # A length that is a width of the model too would count as one with it.
@@ -45,6 +54,9 @@ def test_one_graph_for_all_layers_and_lengths(tiny_text_tokenizer: str, mode: Ac
     compiled = copy.deepcopy(model)
     compile_decoder_layers(compiled.decoder, backend="eager")
     assert list(compiled.state_dict()) == list(model.state_dict())
+    if sharded:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        shard_language_model(compiled, init_device_mesh("cpu", (1,)))
     captions = CAPTIONS[:2]
     for grid in ((2, 3), (3, 3), (4, 4), (2, 2)):
         wanted = losses_and_gradients(model, tokenizer, grid, captions)
