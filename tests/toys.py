@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -242,6 +243,14 @@ data:
         + trainer_yaml(directory, "AtomicCheckpoint", every_n_train_steps=save_every)
     )
     return file
+
+
+def run_ranks(command: Sequence[str], timeout: float) -> None:
+    """Run a script whose further ranks Lightning starts, with the tests' modules in reach."""
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, env=environment, timeout=timeout, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-3000:]
 
 
 def end_rank() -> NoReturn:

@@ -7,9 +7,6 @@ below each gradient's norm, a schedule, dropped captions, and captions of 0 to 5
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ import pytest
 import torch
 
 from stages.fit_ranks import CLIP, GLOBAL_BATCH, Training, command, train, write_inputs
+from toys import run_ranks
 
 EXACT = 1e-9
 """Of float64, over all steps."""
@@ -49,11 +47,7 @@ def alone(root: Path) -> Callable[[str], dict[str, Any]]:
 
 def together(root: Path, out: Path, processes: int, trainings: list[Training]) -> list[Any]:
     """What so many processes make of each training."""
-    path = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    line = command(root, out, processes, trainings)
-    ended = subprocess.run(line, env=environment, timeout=900, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr[-3000:]
+    run_ranks(command(root, out, processes, trainings), timeout=900)
     return [torch.load(out / f"{number}.pt") for number in range(len(trainings))]
 
 

@@ -3,8 +3,6 @@ again, and (long) layers that are compiled."""
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from torch import Tensor
 from simplear.data import TokenDataModule
 from simplear.stages import NextTokenObjective, PretrainModule
 from stages.test_next_token import largest_difference, weights
-from toys import make_trainer, model_config
+from toys import make_trainer, model_config, run_ranks
 
 STEPS = 3
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -97,15 +95,7 @@ def runs(tiny_text_tokenizer: str, tiny_visual_tokenizer: str, tiny_shards: str,
     def start(group: str, strategy: str) -> None:
         script = tmp_path / "two_processes.py"
         script.write_text(TWO_PROCESSES)
-        path = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
-        ended = subprocess.run(
-            [sys.executable, str(script), *paths, str(tmp_path), group, strategy],
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-            timeout=1200,
-            capture_output=True,
-            text=True,
-        )
-        assert ended.returncode == 0, ended.stderr[-3000:]
+        run_ranks([sys.executable, str(script), *paths, str(tmp_path), group, strategy], timeout=1200)
 
     def one(setting: dict[str, Any]) -> dict[str, Tensor]:
         return weights(trained(paths, tmp_path, {**setting, "compile_layers": False}))
