@@ -95,10 +95,10 @@ def test_overlay_resolves_references_over_all_files(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--trainer.max_stps", "3"], "Did you mean 'trainer.max_steps'?"),
-        (["--trainer.max_step", "3"], "Did you mean 'trainer.max_steps'?"),
-        (["--model.init_args.optimiser", "torch.optim.SGD"], "Did you mean 'optimizer'?"),
-        (["--data.init_args.global_batchsize", "8"], "Did you mean 'global_batch_size'?"),
+        (["--trainer.max_stps", "3"], "Did you mean '--trainer.max_steps'?"),
+        (["--trainer.max_step", "3"], "Did you mean '--trainer.max_steps'?"),
+        (["--model.init_args.optimiser", "torch.optim.SGD"], "Did you mean '--model.init_args.optimizer'?"),
+        (["--data.init_args.global_batchsize", "8"], "Did you mean '--data.init_args.global_batch_size'?"),
     ],
 )
 def test_unknown_keys_name_the_nearest(config: list[str], arguments: list[str], message: str) -> None:
@@ -121,7 +121,7 @@ def test_unknown_key_in_a_file(config: list[str], tmp_path: Path) -> None:
     overlay = tmp_path / "overlay.yaml"
     overlay.write_text("trainer: {max_stps: 3}")
     code, printed = run(*config, "--config", str(overlay))
-    assert code == 2 and "Did you mean 'trainer.max_steps'?" in printed
+    assert code == 2 and "Did you mean '--trainer.max_steps'?" in printed
 
 
 def test_verbs() -> None:

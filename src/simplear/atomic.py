@@ -17,6 +17,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from simplear.errors import ExistingFileError, SystemRefusedError, UserError
+
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 """What the system answers when a disk takes no more; other errors are the program's own."""
 
@@ -34,7 +36,7 @@ def writing(path: str | Path) -> Iterator[None]:
         code = _refusal(error)
         if code is None:
             raise
-        raise OSError(
+        raise SystemRefusedError(
             code,
             f"{path} could not be written ({os.strerror(code)}). What had that name before is still there: free space "
             "or name another directory, and run the same again.",
@@ -139,11 +141,11 @@ def claim_directory(file: Path, settings: Mapping[str, Any], partial: Path | Non
     try:
         present = _flat(json.loads(file.read_text()))
     except (ValueError, AttributeError) as error:
-        raise ValueError(f"{file} holds no settings ({error}): name another directory, or remove this one.") from error
+        raise UserError(f"{file} holds no settings ({error}): name another directory, or remove this one.") from error
     wanted = _flat(settings)
     for key in sorted(present.keys() | wanted.keys()):
         if present.get(key) != wanted.get(key):
-            raise ValueError(
+            raise UserError(
                 f"{file.parent} was begun with {key} = {present.get(key)!r}, not {wanted.get(key)!r}: use the same "
                 "setting, or another directory."
             )
@@ -159,7 +161,7 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def require_replaceable(directory: str | Path, what: str, key: str) -> None:
     """As `require_writable`, for a directory that `whole_directory` will make: no file may have its name."""
     if Path(directory).exists() and not Path(directory).is_dir():
-        raise FileExistsError(
+        raise ExistingFileError(
             f"{what} cannot be saved in {directory}, which is a file: move it, or name another ({key})."
         )
     require_writable(Path(directory).absolute().parent, what, key)
@@ -181,7 +183,7 @@ def require_writable(directory: str | Path, what: str, key: str) -> None:
         with tempfile.TemporaryFile(dir=directory):
             pass
     except OSError as error:
-        raise OSError(
+        raise SystemRefusedError(
             error.errno,
             f"{what} cannot be saved in {directory} ({error.strerror}): make it a directory that can be written, or "
             f"name another ({key}).",

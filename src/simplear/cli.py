@@ -2,80 +2,99 @@
 
 Configurations compose by repeating ``--config``; a later file or flag overrides an earlier one, and ``${…}`` refers to
 the composed whole (jsonargparse's ``omegaconf+`` mode), so an overlay can change what another file refers to. A verb
-imports only what it runs, so that ``--help`` answers at once.
+imports only what it runs, so that ``--help`` answers at once. How options are read: `simplear.command_line`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import importlib
 import importlib.util
-import inspect
-import itertools
-import json
 import logging
 import os
-import re
 import signal
 import sys
 import threading
 import time
-import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, NoReturn
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-LIGHTNING_VERBS = {
-    "fit": "train a stage: --config configs/….yaml, repeated; --key value overrides",
-    "validate": "loss on held-out data",
-    "test": "as validate, on test data",
-    "predict": "Lightning's predict",
-}
-OWN_VERBS = {
-    "train-text-tokenizer": ("simplear.data", "train_text_tokenizer_on", "train a byte-level BPE on captions"),
-    "recaption": ("simplear.data", "recaption", "pictures → long and short captions by a vision-language model"),
-    "tokenize": ("simplear.data", "tokenize", "pictures and captions → token shards"),
-    "generate": ("simplear.generation", "generate", "checkpoint and prompts → images"),
-    "export": (
-        "simplear.export",
-        "export",
-        "training state or checkpoint → directory for transformers and vLLM, with a card",
+from simplear.command_line import errors_for_the_reader, fail, run_function
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A verb that is a function."""
+
+    function: str
+    """MODULE:NAME; its arguments are the verb's options."""
+    summary: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """A verb that has verbs of its own."""
+
+    verbs: Mapping[str, Verb]
+    summary: str
+
+
+@dataclass(frozen=True)
+class ConfiguredVerb:
+    """A verb over the stage and data module of a configuration; it parses its own command line."""
+
+    function: str
+    """MODULE:NAME, called with all words of the command line."""
+    summary: str
+
+
+LIGHTNING = "simplear.lightning_cli:run"
+VERBS: dict[str, Verb | Group | ConfiguredVerb] = {
+    "fit": ConfiguredVerb(LIGHTNING, "train a stage: --config configs/….yaml, repeated; --key value overrides"),
+    "validate": ConfiguredVerb(LIGHTNING, "loss on held-out data"),
+    "test": ConfiguredVerb(LIGHTNING, "as validate, on test data"),
+    "predict": ConfiguredVerb(LIGHTNING, "Lightning's predict"),
+    "train-text-tokenizer": Verb("simplear.data:train_text_tokenizer_on", "train a byte-level BPE on captions"),
+    "recaption": Verb("simplear.data:recaption", "pictures → long and short captions by a vision-language model"),
+    "tokenize": Verb("simplear.data:tokenize", "pictures and captions → token shards"),
+    "generate": Verb("simplear.generation:generate", "checkpoint and prompts → images"),
+    "export": Verb("simplear.export:export", "training state or checkpoint → directory for transformers and vLLM"),
+    "compare": Verb("simplear.evaluation:compare", "two evaluated runs, REPORT:RUN each → paired differences"),
+    "serve": Verb("simplear.serving:serve", "checkpoints → OpenAI's image API over HTTP, with a page to draw on"),
+    "demo": Verb("simplear.demo:demo", "the whole story, small, on two cores"),
+    "data": Group(
+        {
+            "verify": Verb("simplear.data.inspection:verify", "compare every shard with what was written"),
+            "repair": Verb("simplear.data.repair:repair", "move damaged shards aside and list what is missing"),
+            "show": Verb("simplear.data.overview:show", "a page with pictures, captions and counts of token shards"),
+            "merge": Verb("simplear.data.joining:merge", "several sets of token shards → one"),
+            "text": Verb("simplear.data.texts:write_texts", "text files → shards to train on beside images"),
+        },
+        "token shards",
     ),
-    "compare": ("simplear.evaluation", "compare", "two evaluated runs, REPORT:RUN each → paired differences"),
-    "serve": ("simplear.serving", "serve", "checkpoints → OpenAI's image API over HTTP, with a page to draw on"),
-    "demo": ("simplear.demo", "demo", "the whole story, small, on two cores"),
-}
-BENCHMARKS = {
-    "scenes": ("simplear.evaluation", "evaluate_scenes", "accuracy on drawn scenes by an exact detector"),
-    "geneval": ("simplear.evaluation.geneval", "evaluate_geneval", "GenEval's prompts, its folders, and a judge"),
-    "dpg": (
-        "simplear.evaluation.dpg",
-        "evaluate_dpg",
-        "DPG-Bench's prompts, its layout, and a judge",
+    "plan": ConfiguredVerb("simplear.plan:plan", "memory of a GPU and days of a training, from the options of fit"),
+    "evaluate": Group(
+        {
+            "scenes": Verb("simplear.evaluation:evaluate_scenes", "accuracy on drawn scenes by an exact detector"),
+            "geneval": Verb(
+                "simplear.evaluation.geneval:evaluate_geneval", "GenEval's prompts, its folders, and a judge"
+            ),
+            "dpg": Verb("simplear.evaluation.dpg:evaluate_dpg", "DPG-Bench's prompts, its layout, and a judge"),
+            "quality": Verb(
+                "simplear.evaluation.quality:evaluate_quality", "FID, CLIPScore and HPS v2.1 of drawn prompts"
+            ),
+            "tokenizer": Verb(
+                "simplear.evaluation.reconstruction:evaluate_tokenizer", "rFID, PSNR, SSIM, use of the codebook"
+            ),
+        },
+        "checkpoint → report",
     ),
-    "quality": ("simplear.evaluation.quality", "evaluate_quality", "FID, CLIPScore and HPS v2.1 of drawn prompts"),
-    "tokenizer": (
-        "simplear.evaluation.reconstruction",
-        "evaluate_tokenizer",
-        "rFID, PSNR, SSIM, use of the codebook",
-    ),
-}
-DATA_VERBS = {
-    "verify": ("simplear.data.inspection", "verify"),
-    "repair": ("simplear.data.repair", "repair"),
-    "show": ("simplear.data.overview", "show"),
-    "merge": ("simplear.data.joining", "merge"),
-    "text": ("simplear.data.texts", "write_texts"),
 }
 STARTED_BY = "SIMPLEAR_STARTED_BY"
 """Environment variable: the process whose further ranks Lightning starts."""
 LAST_WORDS = 10
 """Seconds that a rank has to end by itself when the first one is gone, say with the message that explains it."""
-PARSER_MODE = "omegaconf+"
-PARSER_OPTIONS: dict[str, Any] = {"parser_mode": PARSER_MODE, "allow_abbrev": False}
-"""argparse would take ``--trainer.max_step`` for any option that begins so."""
 NO_LIGHTNING = "simplear: this environment has no Lightning, it is for drawing with vLLM: use .venv/bin/simplear."
 NOISY_LOGGERS = (
     "httpx",
@@ -87,197 +106,52 @@ NOISY_LOGGERS = (
     "lightning.fabric.utilities.seed",
 )
 """They say what devices there are and which seed is set, each time."""
+HELP = ("-h", "--help")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one verb. Exits with 2 on a mistake in the command line, as argparse does."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     _end_with_first_rank()
-    verb = arguments[0] if arguments else "--help"
-    if verb in ("-h", "--help"):
-        print(_overview())
-    elif verb == "--version":
+    if arguments[:1] == ["--version"]:
         import simplear
 
         print(f"simplear {simplear.__version__}")
-    elif verb in LIGHTNING_VERBS:
-        _quieten()
-        run_lightning(arguments)
-    elif verb == "plan":
-        _quieten()
-        importlib.import_module("simplear.plan").plan(arguments[1:])
-    elif verb in OWN_VERBS:
-        _quieten()
-        run_function(*OWN_VERBS[verb][:2], arguments[1:], program=f"simplear {verb}")
-    elif verb == "evaluate":
-        benchmark = arguments[1] if len(arguments) > 1 else ""
-        if benchmark not in BENCHMARKS:
-            _fail(f"simplear evaluate: name a benchmark, one of {', '.join(BENCHMARKS)}.")
-        _quieten()
-        run_function(*BENCHMARKS[benchmark][:2], arguments[2:], program=f"simplear evaluate {benchmark}")
-    elif verb == "data":
-        action = arguments[1] if len(arguments) > 1 else ""
-        if action not in DATA_VERBS:
-            _fail(f"simplear data: say what to do, one of {', '.join(DATA_VERBS)}.")
-        _quieten()
-        run_function(*DATA_VERBS[action], arguments[2:], program=f"simplear data {action}")
-    else:
-        nearest = difflib.get_close_matches(verb, [*LIGHTNING_VERBS, *OWN_VERBS, "evaluate", "data", "plan"], n=1)
-        _fail(
-            f"simplear: no verb {verb!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else "; see simplear --help.")
-        )
-
-
-def run_lightning(arguments: Sequence[str]) -> None:
-    """One of Lightning's verbs over any stage and data module of the configuration."""
-    if importlib.util.find_spec("lightning") is None:
-        _fail(NO_LIGHTNING)
-    from jsonargparse import set_parsing_settings
-    from lightning.pytorch import LightningDataModule, LightningModule
-    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-
-    from simplear.callbacks.preemption import Preempted
-    from simplear.stages.sharding import leave_ranks, refuse_fsdp1
-
-    class ArgumentParser(_SuggestingParser, LightningArgumentParser):
-        pass
-
-    class CommandLine(LightningCLI):
-        def _parse_ckpt_path(self) -> None:
-            """Checkpoints hold no hyperparameters, so resuming cannot override the command line; Lightning would read
-            a whole state to look for them.
-            """
-
-        def before_instantiate_classes(self) -> None:
-            """Before Lightning's own message, which knows no remedy."""
-            refuse_fsdp1(self._get(self.config, "trainer.strategy") or "auto")
-
-    # The verb is a level above the files' keys: ${trainer.…} in a file must still find the file's own.
-    set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
-    with _errors_for_the_reader():
+        return
+    program, level, words = "simplear", Group(VERBS, "autoregressive text-to-image generation"), arguments  # type: ignore[arg-type]
+    while isinstance(level, Group):
+        word = words[0] if words else "--help"
+        if word in HELP:
+            print(_help(program, level))
+            return
+        if word not in level.verbs:
+            nearest = difflib.get_close_matches(word, level.verbs, n=1)
+            remedy = f"did you mean {nearest[0]!r}?" if nearest else f"one of {', '.join(level.verbs)}."
+            fail(f"{program}: no verb {word!r}; {remedy}")
+        program, level, words = f"{program} {word}", level.verbs[word], words[1:]  # type: ignore[assignment]
+    verb: Verb | ConfiguredVerb = level
+    _quieten()
+    module, _, name = verb.function.partition(":")
+    with errors_for_the_reader():
         try:
-            CommandLine(
-                LightningModule,
-                LightningDataModule,
-                subclass_mode_model=True,
-                subclass_mode_data=True,
-                parser_class=ArgumentParser,
-                parser_kwargs={**PARSER_OPTIONS, "prog": "simplear"},
-                save_config_kwargs={"overwrite": True},
-                load_from_checkpoint_support=False,
-                args=list(arguments),
-            )
-        except Preempted:
-            leave_ranks()
-            raise
-        leave_ranks()
+            function = getattr(importlib.import_module(module), name)
+        except ModuleNotFoundError as error:
+            if error.name != "lightning":
+                raise
+            fail(NO_LIGHTNING)
+        if isinstance(verb, Verb):
+            run_function(function, words, program)
+        else:
+            function(arguments)
 
 
-def run_function(module: str, name: str, arguments: Sequence[str], program: str) -> None:
-    """A verb that is a function: its signature and docstring are the command line and its help."""
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except ModuleNotFoundError as error:
-        if error.name != "lightning":
-            raise
-        _fail(NO_LIGHTNING)
-    parser = function_parser(function, program)
-    with _errors_for_the_reader():
-        options = parser.instantiate(parser.parse_args(_spelled_out(arguments, function)))
-        options.pop("config", None)
-        function(**vars(options))
+def _help(program: str, group: Group) -> str:
+    lines = [f"  {verb:<22}{_summary(entry)}" for verb, entry in group.verbs.items()]
+    return "\n".join([f"usage: {program} VERB [options]", "", *lines, "", f"{program} VERB --help explains a verb."])
 
 
-def function_parser(function: Callable[..., Any], program: str) -> Any:
-    """jsonargparse's parser of a function's arguments."""
-    from jsonargparse import ArgumentParser
-
-    class FunctionParser(_SuggestingParser, ArgumentParser):
-        pass
-
-    summary = (function.__doc__ or "").split("\n\n")[0]
-    parser = FunctionParser(prog=program, description=summary, **PARSER_OPTIONS)
-    parser.add_argument("--config", action="config", help="YAML with any of the options below; may be repeated")
-    parser.add_function_arguments(function, as_positional=False)
-    return parser
-
-
-def _spelled_out(arguments: Sequence[str], function: Callable[..., Any]) -> list[str]:
-    """``CKPT --prompts-file F`` → ``--checkpoint CKPT --prompts_file F``: words in front go by their place; a first
-    parameter that is a list takes them all.
-    """
-    spelled = [re.sub(r"^--[\w.-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in arguments]
-    parameters = inspect.signature(function).parameters.values()
-    by_place = [parameter for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
-    words = list(itertools.takewhile(lambda word: not word.startswith("-"), spelled))
-    if words and by_place and str(by_place[0].annotation).startswith("list["):
-        return [f"--{by_place[0].name}", json.dumps(words), *spelled[len(words) :]]
-    front = words[: len(by_place)]
-    named = [word for place, value in zip(by_place, front, strict=False) for word in (f"--{place.name}", value)]
-    return [*named, *spelled[len(front) :]]
-
-
-class _SuggestingParser:
-    """Names the nearest known option beside an unknown one."""
-
-    def error(self, message: str, *args: Any, **kwargs: Any) -> NoReturn:
-        unknown = re.search(r"(?:unrecognized arguments: --|ption ')([\w.]+)", message)
-        if unknown:
-            options = {option.lstrip("-") for action in self._actions for option in action.option_strings}  # type: ignore[attr-defined]
-            nearest = _nearest(unknown[1], options | _class_arguments())
-            message += f". Did you mean {nearest!r}?" if nearest else ""
-        _fail(f"error: {message}\n(all options: {self.prog} --help)")  # type: ignore[attr-defined]
-
-
-def _nearest(unknown: str, known: set[str]) -> str | None:
-    matches = difflib.get_close_matches(unknown, known, n=1) or difflib.get_close_matches(
-        unknown.rpartition(".")[2], {name.rpartition(".")[2] for name in known}, n=1
-    )
-    return matches[0] if matches else None
-
-
-def _class_arguments() -> set[str]:
-    """Names that init_args of the project's classes may have, and the Trainer's options."""
-    if importlib.util.find_spec("lightning") is None:  # vLLM's environment, where nothing is trained
-        return set()
-    from lightning.pytorch import Trainer
-
-    names = {f"trainer.{name}" for name in inspect.signature(Trainer).parameters}
-    for package in ("stages", "rewards", "data", "callbacks", "language_model", "visual_tokenizer"):
-        module = importlib.import_module(f"simplear.{package}")
-        for public in module.__all__:
-            for base in getattr(getattr(module, public), "__mro__", ()):
-                if base.__module__.startswith("simplear.") and not issubclass(base, Exception):
-                    names.update(inspect.signature(base).parameters)
-    return names - {"args", "kwargs", "self"}
-
-
-@contextlib.contextmanager
-def _errors_for_the_reader() -> Iterator[None]:
-    """Mistakes in input, which the project's own checks name, end in one message without a trace."""
-    try:
-        yield
-    except (ValueError, TypeError, OSError) as raised:
-        ours = _own_error(raised)
-        error = ours or raised
-        # What the system refuses with a path is the user's to mend, wherever it was raised.
-        refused = isinstance(error, OSError) and error.filename is not None
-        if os.environ.get("SIMPLEAR_TRACEBACK") or not (ours or refused):
-            raise
-        # An error of the system prints its number first; one of our own has none.
-        message = error if refused else getattr(error, "strerror", None) or error
-        _fail(f"error: {message}\n(SIMPLEAR_TRACEBACK=1 shows where it was raised)")
-
-
-def _own_error(raised: BaseException) -> BaseException | None:
-    """The project's own error, itself or behind what a library made of it, as jsonargparse does of an argument's."""
-    error: BaseException | None = raised
-    while error is not None:
-        for frame in traceback.extract_tb(error.__traceback__)[-1:]:
-            if Path(__file__).parent in Path(frame.filename).parents:
-                return error
-        error = error.__cause__
-    return None
+def _summary(entry: Verb | Group | ConfiguredVerb) -> str:
+    return entry.summary + (f": {'|'.join(entry.verbs)}" if isinstance(entry, Group) else "")
 
 
 def _end_with_first_rank() -> None:
@@ -288,8 +162,21 @@ def _end_with_first_rank() -> None:
     """
     if "LOCAL_RANK" not in os.environ:
         os.environ[STARTED_BY] = str(os.getpid())
-    elif os.environ.get(STARTED_BY) == str(os.getppid()):
-        threading.Thread(target=_wait_for_the_end_of, args=(os.getppid(),), daemon=True).start()
+    elif first := int(os.environ.get(STARTED_BY, "0")):
+        if os.getppid() == first:
+            threading.Thread(target=_wait_for_the_end_of, args=(first,), daemon=True).start()
+        elif not _is_running(first):  # it ended before this rank could look
+            fail("the first process of this training has ended, so this one ends too", 1)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
 
 
 def _wait_for_the_end_of(parent: int) -> None:
@@ -316,20 +203,6 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message=".*torch.distributed.reduce_op. is deprecated.*")  # vLLM's import
     # Denormal numbers slow small models on CPUs many times over and carry no information.
     torch.set_flush_denormal(True)
-
-
-def _overview() -> str:
-    verbs = {**LIGHTNING_VERBS, **{verb: entry[2] for verb, entry in OWN_VERBS.items()}}
-    verbs["data"] = f"token shards: simplear data {'|'.join(DATA_VERBS)} DIR"
-    verbs["plan"] = "memory of a GPU and days of a training, from the configurations of fit"
-    verbs["evaluate"] = f"checkpoint → report: simplear evaluate {'|'.join(BENCHMARKS)} CKPT --out DIR"
-    lines = [f"  {verb:<22}{text}" for verb, text in verbs.items()]
-    return "\n".join(["usage: simplear VERB [options]", "", *lines, "", "simplear VERB --help explains a verb."])
-
-
-def _fail(message: str) -> NoReturn:
-    print(message, file=sys.stderr)
-    raise SystemExit(2)
 
 
 if __name__ == "__main__":

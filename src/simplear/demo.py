@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from simplear.cli import main
+from simplear.errors import MissingFileError
 from simplear.evaluation import markdown_table, read_report
 
 CHECKPOINTS = Path("checkpoints/demo")
@@ -89,7 +90,7 @@ STEPS = (
 def demo() -> None:
     """Train everything small from nothing, evaluate it, and say where to look. Run again, it goes on where it was."""
     if not Path("configs/demo").is_dir():
-        raise FileNotFoundError("configs/demo is not here: run the demo in the project's root (make demo).")
+        raise MissingFileError("configs/demo is not here: run the demo in the project's root (make demo).")
     left = [step for step in STEPS if not step.complete()]
     begin = time.monotonic()
     for number, step in enumerate(left):

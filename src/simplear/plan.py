@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser
 
-from simplear.cli import PARSER_OPTIONS, _errors_for_the_reader, _SuggestingParser
+from simplear.command_line import PARSER_OPTIONS
+from simplear.errors import UserError
 from simplear.language_model import Architecture
+from simplear.lightning_cli import ConfigurationCLI, StageParser
 from simplear.sequence import MAX_TEXT_TOKENS, SPECIAL_TOKENS
 from simplear.stages.activation_checkpointing import MODES
 from simplear.stages.memory import (
@@ -62,11 +64,7 @@ class PlanSettings:
     """Exit with 1 where it is not."""
 
 
-class _PlanParser(_SuggestingParser, LightningArgumentParser):
-    pass
-
-
-class _Configuration(LightningCLI):
+class _Configuration(ConfigurationCLI):
     """Lightning's command line up to the composed configuration; nothing of it is instantiated."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -77,23 +75,26 @@ class _Configuration(LightningCLI):
 
 
 def plan(arguments: Sequence[str]) -> None:
-    """Print the plan of the training that these options of `simplear fit` describe."""
-    with _errors_for_the_reader():
-        composed: Any = _Configuration(
-            LightningModule,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            parser_class=_PlanParser,
-            parser_kwargs={**PARSER_OPTIONS, "prog": "simplear plan"},
-            save_config_callback=None,
-            load_from_checkpoint_support=False,
-            run=False,
-            args=list(arguments),
-        )
-        settings = PlanSettings(**composed.config.plan.as_dict())
-        run = read_run(composed.config, settings)
-        print(report(run, settings))
+    """Print the plan of the training that these options of `simplear fit` describe.
+
+    Args:
+        arguments: the verb and its options.
+    """
+    composed: Any = _Configuration(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        parser_class=StageParser,
+        parser_kwargs={**PARSER_OPTIONS, "prog": "simplear plan"},
+        save_config_callback=None,
+        load_from_checkpoint_support=False,
+        run=False,
+        args=list(arguments[1:]),
+    )
+    settings = PlanSettings(**composed.config.plan.as_dict())
+    run = read_run(composed.config, settings)
+    print(report(run, settings))
     if settings.strict and needed_gib(run) > settings.gpu_memory_gib:
         sys.exit(1)
 
@@ -159,7 +160,7 @@ def read_run(config: Any, settings: PlanSettings) -> Run:
     options, trainer, data = config.model.init_args, config.trainer, config.data.init_args
     stage = config.model.class_path.rpartition(".")[2]
     if stage not in ("PretrainModule", "SFTModule", "GRPOModule"):
-        raise ValueError(f"{stage}: plans are for the stages that train a language model.")
+        raise UserError(f"{stage}: plans are for the stages that train a language model.")
     reinforced = stage == "GRPOModule"
     checkpoint = options.get("checkpoint")
     fields, codebook_size, vocab_size = _model(options, checkpoint, settings)
@@ -169,7 +170,7 @@ def read_run(config: Any, settings: PlanSettings) -> Run:
     group = options.group_size if reinforced else 1
     a_rank = data.global_batch_size * group // (devices * accumulation)
     if a_rank * devices * accumulation != data.global_batch_size * group:
-        raise ValueError(
+        raise UserError(
             f"--data.init_args.global_batch_size {data.global_batch_size} does not divide over {devices} GPUs × "
             f"{accumulation} micro-batches (--trainer.accumulate_grad_batches)."
         )
@@ -179,7 +180,7 @@ def read_run(config: Any, settings: PlanSettings) -> Run:
     optimizer = getattr(options.optimizer, "class_path", "AdamW").rpartition(".")[2]
     objective = options.get("objective")
     if trainer.max_steps <= 0:
-        raise ValueError("--trainer.max_steps: a plan needs the number of optimizer steps.")
+        raise UserError("--trainer.max_steps: a plan needs the number of optimizer steps.")
     return Run(
         architecture=architecture,
         codebook_size=codebook_size,
@@ -225,7 +226,7 @@ def _model(options: Any, checkpoint: str | None, settings: PlanSettings) -> tupl
         offset = json.loads(known.read_text())["image_token_offset"] if known.is_file() else QWEN_TEXT_IDS
         return fields, fields["vocab_size"] - offset, fields["vocab_size"]
     if settings.size is None:
-        raise ValueError(
+        raise UserError(
             f"no checkpoint at {checkpoint} yet, so its size is not known: name it, such as --plan.size "
             "configs/paper/1.5b.yaml."
         )
@@ -251,14 +252,14 @@ def _architecture(fields: dict[str, Any], vocab_size: int) -> Architecture:
     from transformers import Qwen2Config
 
     if "hidden_size" not in fields:
-        raise ValueError("the configuration names no size: add one, such as --config configs/paper/1.5b.yaml.")
+        raise UserError("the configuration names no size: add one, such as --config configs/paper/1.5b.yaml.")
     return Architecture.of(Qwen2Config(**{**fields, "vocab_size": vocab_size}))
 
 
 def _devices(trainer: Any) -> int:
     devices = str(trainer.devices)
     if not devices.isdigit():
-        raise ValueError(f"--trainer.devices {devices}: a plan needs the number of GPUs a machine.")
+        raise UserError(f"--trainer.devices {devices}: a plan needs the number of GPUs a machine.")
     return int(devices) * trainer.num_nodes
 
 
@@ -277,7 +278,7 @@ def _codes(options: Any, data: Any, checkpoint: str | None, settings: PlanSettin
 
             grid = max(TokenShards(manifests).grids, key=lambda sides: sides[0] * sides[1])
     if grid is None:
-        raise ValueError(
+        raise UserError(
             "the token shards are not there yet, so the size of images is not known: --plan.pixels 512 or 1024."
         )
     return int(grid[0]) * int(grid[1])

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from simplear.errors import UserError
+
 TEXT_TO_IMAGE = "<|t2i|>"
 START_OF_IMAGE = "<|soi|>"
 SPECIAL_TOKENS = (TEXT_TO_IMAGE, "<|i2t|>", START_OF_IMAGE, "<|vtokens|>", "<|t2v|>", "<|v2t|>", "<|sov|>")
@@ -68,7 +70,7 @@ def _require_range(values: Tensor, low: int, high: int, noun: str) -> None:
     outside = (values < low) | (values >= high)
     if outside.any():
         where = outside.nonzero()[0].tolist()
-        raise ValueError(
+        raise UserError(
             f"{noun} {int(values[tuple(where)])} at index {where} lies outside [{low}, {high}): the tokens were made "
             f"with another tokenizer or are damaged. Tokenize again, or use the checkpoint that belongs to them."
         )
@@ -89,7 +91,7 @@ def token_layout(tokenizer: PreTrainedTokenizerBase, codebook_size: int) -> Toke
     vocabulary = tokenizer.get_vocab()
     for token in (TEXT_TO_IMAGE, START_OF_IMAGE):
         if token not in vocabulary:
-            raise ValueError(f"the text tokenizer has no {token}: call simplear.sequence.add_special_tokens first.")
+            raise UserError(f"the text tokenizer has no {token}: call simplear.sequence.add_special_tokens first.")
     return TokenLayout(
         text_to_image_id=vocabulary[TEXT_TO_IMAGE],
         start_of_image_id=vocabulary[START_OF_IMAGE],
@@ -110,7 +112,7 @@ def encode_captions(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str])
     control = {tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS} - {None}
     for caption, ids in zip(captions, encoded, strict=True):
         if not control.isdisjoint(ids):
-            raise ValueError(
+            raise UserError(
                 f"caption {caption[:80]!r} was encoded to a control token: the seven tokens {SPECIAL_TOKENS} must be "
                 "marked special in the text tokenizer."
             )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from jsonargparse import ArgumentParser
 
-from simplear.cli import PARSER_MODE
+from simplear.command_line import PARSER_MODE
 from simplear.data import tokenize
 
 DIRECTORY = Path(__file__).parents[2] / "configs/paper/data"

@@ -17,7 +17,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningCLI
 
 from docs.pages import PAGES, ROOT, blocks, commands, simplear_arguments
-from simplear import cli, plan
+from simplear import cli, command_line, plan
 
 OWN_FILES = {"my-changes.yaml": "trainer: {max_steps: 3}\n"}
 """Files that the pages' readers would have written."""
@@ -74,30 +74,26 @@ def test_every_command_parses(page: Path, words: list[str]) -> None:
 
 def parse(arguments: list[str]) -> None:
     verb, rest = arguments[0], arguments[1:]
-    if verb in (*cli.LIGHTNING_VERBS, "plan"):
+    entry = cli.VERBS[verb]
+    if isinstance(entry, cli.ConfiguredVerb):
         rest = [word for index, word in enumerate(rest) if "--ckpt_path" not in rest[max(0, index - 1) : index + 1]]
-        command_line = plan._Configuration if verb == "plan" else ParsedAlone
-        command_line(
+        configuration = plan._Configuration if verb == "plan" else ParsedAlone
+        configuration(
             LightningModule,
             LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
-            parser_kwargs=cli.PARSER_OPTIONS,
+            parser_kwargs=command_line.PARSER_OPTIONS,
             save_config_callback=None,
             load_from_checkpoint_support=False,
             run=False,
             args=rest,
         )
         return
-    if verb == "evaluate":
-        verb, rest, table = rest[0], rest[1:], cli.BENCHMARKS
-    elif verb == "data":
-        verb, rest, table = rest[0], rest[1:], cli.DATA_VERBS
-    else:
-        table = cli.OWN_VERBS
-    module, name = table[verb][:2]
-    function = getattr(importlib.import_module(module), name)
-    cli.function_parser(function, f"simplear {verb}").parse_args(cli._spelled_out(rest, function))
+    if isinstance(entry, cli.Group):
+        entry, rest = entry.verbs[rest[0]], rest[1:]
+    module, _, name = entry.function.partition(":")
+    command_line.parse(getattr(importlib.import_module(module), name), rest, f"simplear {verb}")
 
 
 def test_a_wrong_command_is_noticed() -> None:

@@ -9,7 +9,7 @@ import torch
 from jsonargparse import ArgumentParser
 from torch import Tensor
 
-from simplear.cli import PARSER_MODE
+from simplear.command_line import PARSER_MODE
 from simplear.rewards import CLIPReward, HPSv2Reward, Reward, RewardOfParts, SceneReward, WeightedReward, move, score
 
 IMAGES = torch.linspace(0, 1, 3 * 3 * 4 * 4).view(3, 3, 4, 4)

@@ -29,6 +29,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from simplear.atomic import require_replaceable, require_writable, sync, whole_file, writing
+from simplear.errors import UserError
 from simplear.language_model import save_checkpoint
 from simplear.stages import FSDP2
 from simplear.states import DAMAGED, damage
@@ -60,7 +61,7 @@ class StateIO(TorchCheckpointIO):
         state = Path(path).absolute()
         if state.exists() and state not in self.whole:
             if (reason := damage(state)) is not None:
-                raise ValueError(DAMAGED.format(path, reason))
+                raise UserError(DAMAGED.format(path, reason))
             self.whole.add(state)
         return super().load_checkpoint(path, *arguments, **options)
 
@@ -82,7 +83,7 @@ class AtomicCheckpoint(ModelCheckpoint):
 
     def __init__(self, save_last: bool = True, save_top_k: int = 0, **kwargs: Any) -> None:
         if save_last not in (True, False):
-            raise ValueError(f"save_last {save_last!r} must be true or false: last.ckpt is a file of its own.")
+            raise UserError(f"save_last {save_last!r} must be true or false: last.ckpt is a file of its own.")
         super().__init__(save_last=save_last, save_top_k=save_top_k, **kwargs)
         self._whole: set[Path] = set()
         """States that this process has written or checked."""
@@ -119,7 +120,7 @@ class AtomicCheckpoint(ModelCheckpoint):
             reasons[state] = reason
         if reasons:
             found = "; ".join(f"{state.name}: {why}" for state, why in reasons.items())
-            raise ValueError(
+            raise UserError(
                 f"no state in {state.parent} is whole ({found}): fetch one from where it was copied, or remove them to "
                 "begin anew."
             )
@@ -215,7 +216,7 @@ class HuggingFaceCheckpoint(AtomicCheckpoint):
         assert self.dirpath is not None
         states = Path(self.dirpath).absolute()
         if self.export_dir is not None and Path(self.export_dir).absolute() in (states, *states.parents):
-            raise ValueError(
+            raise UserError(
                 f"dirpath {self.dirpath} lies inside export_dir {self.export_dir}, which is replaced as a whole: "
                 "states to resume from would go with it. Put them side by side."
             )

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from simplear.callbacks.samples import tensorboards
+from simplear.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ class TrainingCurves(Callback):
 
     def __init__(self, panels: dict[str, list[str]], file: str = "curves.png") -> None:
         if not panels:
-            raise ValueError("TrainingCurves has no panels to draw.")
+            raise UserError("TrainingCurves has no panels to draw.")
         self.panels, self.file = panels, file
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

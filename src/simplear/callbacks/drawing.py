@@ -14,6 +14,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from simplear.errors import UserError
 from simplear.generation import SimpleARPipeline
 from simplear.visual_tokenizer import VisualTokenizer, load_visual_tokenizer
 
@@ -30,7 +31,7 @@ class DrawingCallback(Callback):
 
     def __init__(self, every_n_steps: int) -> None:
         if every_n_steps < 1:
-            raise ValueError(f"every_n_steps {every_n_steps} must be at least 1.")
+            raise UserError(f"every_n_steps {every_n_steps} must be at least 1.")
         self.every_n_steps = every_n_steps
         self._drawn_at = 0
         self._visual_tokenizer: VisualTokenizer | None = None
@@ -42,7 +43,7 @@ class DrawingCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raises ValueError when there is no visual tokenizer to draw with."""
         if getattr(pl_module, "visual_tokenizer_path", None) is None:
-            raise ValueError(
+            raise UserError(
                 f"{type(self).__name__} draws images, which takes a visual tokenizer: name its directory "
                 "(--model.init_args.visual_tokenizer), or remove the callback."
             )

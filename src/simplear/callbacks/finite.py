@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from simplear.atomic import whole_file
+from simplear.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -36,9 +37,9 @@ class FiniteGradients(Callback):
 
     def __init__(self, on_failure: Literal["stop", "skip"] = "stop", most_skipped: int = 10) -> None:
         if on_failure not in ("stop", "skip"):
-            raise ValueError(f"on_failure {on_failure!r} must be 'stop' or 'skip'.")
+            raise UserError(f"on_failure {on_failure!r} must be 'stop' or 'skip'.")
         if most_skipped < 1:
-            raise ValueError(f"most_skipped {most_skipped} must be at least 1.")
+            raise UserError(f"most_skipped {most_skipped} must be at least 1.")
         self.on_failure, self.most_skipped = on_failure, most_skipped
         self.skipped = 0
         """Steps left out over all runs of this training."""
@@ -50,7 +51,7 @@ class FiniteGradients(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Raises ValueError under loss scaling, where gradients that are not finite are the rule."""
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
-            raise ValueError(
+            raise UserError(
                 "FiniteGradients does not go with loss scaling (--trainer.precision 16-mixed), which finds and leaves "
                 "out such steps itself: remove it, or take bf16-mixed."
             )
@@ -104,7 +105,7 @@ class FiniteGradients(Callback):
         self._in_turn += 1
         message = f"the loss or gradient of step {trainer.global_step} is not finite, {where}"
         if self.on_failure == "stop" or self._in_turn > self.most_skipped:
-            raise ValueError(
+            raise UserError(
                 f"{message}. Look at these rows, lower the learning rate and resume from the last state, or leave such "
                 "steps out (on_failure: skip of simplear.callbacks.FiniteGradients)."
             )

@@ -21,6 +21,7 @@ from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnv
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from simplear.callbacks.checkpointing import AtomicCheckpoint
+from simplear.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class Preemption(Callback):
 
     def __init__(self, exit_code: int = RESUME_ME, signals: tuple[str, ...] = ("SIGTERM", "SIGUSR1")) -> None:
         if not 0 < exit_code < 128:
-            raise ValueError(f"exit_code {exit_code} must be in 1–127: 0 says done, from 128 on a shell says killed.")
+            raise UserError(f"exit_code {exit_code} must be in 1–127: 0 says done, from 128 on a shell says killed.")
         self.exit_code = exit_code
         self.signals = {signal.Signals[name] for name in signals}
         self.received: signal.Signals | None = None
@@ -57,7 +58,7 @@ class Preemption(Callback):
         if stage != "fit":
             return
         if not any(checkpoint.save_last for checkpoint in _checkpoints(trainer)):
-            raise ValueError(
+            raise UserError(
                 "Preemption has no state to leave behind: put simplear.callbacks.HuggingFaceCheckpoint, or "
                 "AtomicCheckpoint, with save_last: true beside it."
             )

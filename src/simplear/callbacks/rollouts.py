@@ -8,6 +8,7 @@ import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from simplear.callbacks.samples import tensorboards
+from simplear.errors import UserError
 from simplear.evaluation import Cell, image_grid
 from simplear.generation import pil_images
 
@@ -23,7 +24,7 @@ class RolloutImages(Callback):
 
     def __init__(self, every_n_steps: int, groups: int = 4, image_size: int = 128) -> None:
         if every_n_steps < 1 or groups < 1:
-            raise ValueError(f"every_n_steps {every_n_steps} and groups {groups} must be at least 1.")
+            raise UserError(f"every_n_steps {every_n_steps} and groups {groups} must be at least 1.")
         self.every_n_steps, self.groups, self.image_size = every_n_steps, groups, image_size
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from simplear.callbacks.drawing import DrawingCallback
+from simplear.errors import UserError
 from simplear.evaluation import Cell, image_grid
 from simplear.generation import SimpleARPipeline
 
@@ -35,7 +36,7 @@ class SampleImages(DrawingCallback):
     ) -> None:
         super().__init__(every_n_steps)
         if not prompts:
-            raise ValueError("SampleImages has no prompts to draw.")
+            raise UserError("SampleImages has no prompts to draw.")
         self.prompts = prompts
         self.guidance_scale = guidance_scale
         self.seed = seed

@@ -22,6 +22,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.profilers import Profiler
 from torch import Tensor
 
+from simplear.errors import UserError
 from simplear.language_model import StepWork
 
 FETCH = ".train_dataloader_next"
@@ -96,7 +97,7 @@ class TrainingMonitor(Callback):
 
     def __init__(self, peak_flops: float | None = None, summary: bool = True) -> None:
         if peak_flops is not None and peak_flops <= 0:
-            raise ValueError(f"peak_flops {peak_flops} must be above 0: FLOP/s of one device.")
+            raise UserError(f"peak_flops {peak_flops} must be above 0: FLOP/s of one device.")
         self.given_peak, self.summary = peak_flops, summary
         self.peak_flops: float | None = None
         """Of one device; None where it is not known."""

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from simplear.errors import MissingFileError, UserError
 from simplear.hashing import sha256_of_all
 from simplear.hub import is_hub_id
 
@@ -89,11 +90,11 @@ class TransformersCaptioner(Captioner):
         self.model_name, self.revision, self.dtype = model, revision, dtype
         self.retries = Counter()
         if not is_hub_id(model) and not (Path(model) / "config.json").is_file():
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"no vision-language model at {model}: it has no config.json. Give a directory or a hub id."
             )
         if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise ValueError(f"dtype {dtype!r} is none of PyTorch's: bfloat16, float16, float32 or auto.")
+            raise UserError(f"dtype {dtype!r} is none of PyTorch's: bfloat16, float16, float32 or auto.")
 
     def describe(self) -> dict[str, Any]:
         """Model, dtype, and its commit on the hub or a hash over its files."""
@@ -168,9 +169,9 @@ class ServerCaptioner(Captioner):
         Raises ValueError for an address that is none and numbers out of range.
         """
         if not url.startswith(("http://", "https://")):
-            raise ValueError(f"{url} is no address of a server: such as http://localhost:8000/v1.")
+            raise UserError(f"{url} is no address of a server: such as http://localhost:8000/v1.")
         if tries < 1 or concurrency < 1 or timeout <= 0 or wait < 0:
-            raise ValueError("tries and concurrency are 1 or more, timeout is above 0, wait 0 or more.")
+            raise UserError("tries and concurrency are 1 or more, timeout is above 0, wait 0 or more.")
         self.url, self.model_name = url.rstrip("/"), model
         self.timeout, self.tries, self.wait, self.concurrency = timeout, tries, wait, concurrency
         self.retries = Counter()
@@ -184,7 +185,7 @@ class ServerCaptioner(Captioner):
         """Make sure that the server answers and has the model. Raises ValueError when it has not."""
         listed = [entry.get("id") for entry in self._request("/models", None).get("data", [])]
         if self.model_name not in listed:
-            raise ValueError(f"the server at {self.url} has no model {self.model_name!r}, but {listed}.")
+            raise UserError(f"the server at {self.url} has no model {self.model_name!r}, but {listed}.")
 
     def answer(self, images: Sequence[Image.Image], prompt: str, max_tokens: int) -> list[Answer]:
         """Answers in the order of the pictures."""
@@ -212,7 +213,7 @@ class ServerCaptioner(Captioner):
         except _RefusedError as refused:
             return Answer("", refusal=f"refused by the server ({refused})")
         except (KeyError, IndexError, TypeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{self.url}/chat/completions answered without a text in choices[0].message.content: it does not speak "
                 "OpenAI's chat protocol."
             ) from error
@@ -239,7 +240,7 @@ class ServerCaptioner(Captioner):
                     logger.warning("%s refused a picture (%d): %s", self.url, error.code, said)
                     raise _RefusedError(error.code) from error
                 if error.code not in WORTH_A_RETRY:
-                    raise ValueError(
+                    raise UserError(
                         f"{self.url}{path} answered {error.code} {error.reason}: {said} Mend address, model or key "
                         f"({API_KEY_VARIABLE})."
                     ) from error

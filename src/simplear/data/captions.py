@@ -9,6 +9,7 @@ from pathlib import Path
 from simplear.atomic import whole_directory
 from simplear.data.pictures import warn_of_drops
 from simplear.data.sources import Source
+from simplear.errors import ExistingFileError, UserError
 from simplear.language_model import train_text_tokenizer
 
 
@@ -26,12 +27,12 @@ def train_text_tokenizer_on(source: Source, out: str, *, vocab_size: int = 512) 
     """
     directory = Path(out)
     if directory.exists():
-        raise FileExistsError(
+        raise ExistingFileError(
             f"{out} exists: checkpoints may depend on it. Remove it first, or name another directory."
         )
     captions = list(_captions(source))
     if not captions:
-        raise ValueError(f"the source has no captions: {source.describe()}.")
+        raise UserError(f"the source has no captions: {source.describe()}.")
     with whole_directory(directory) as partial:
         train_text_tokenizer(captions, vocab_size, partial)
     print(f"text tokenizer trained on {len(captions)} captions: {directory}")

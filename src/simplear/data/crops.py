@@ -13,6 +13,7 @@ from PIL import Image
 from xxhash import xxh3_64_intdigest
 
 from simplear.data.pictures import CENTRE, Pixels, resize_and_crop
+from simplear.errors import UserError
 
 
 class Crop(ABC):
@@ -80,7 +81,7 @@ class AspectBuckets(Crop):
             step: Grids have multiples of so many codes along each side (the size asked for itself always counts).
         """
         if max_aspect < 1 or step < 1:
-            raise ValueError(f"max_aspect {max_aspect} and step {step} must be at least 1.")
+            raise UserError(f"max_aspect {max_aspect} and step {step} must be at least 1.")
         self.max_aspect, self.step = max_aspect, step
 
     def grids(self, rows: int, columns: int) -> list[tuple[int, int]]:

@@ -23,6 +23,7 @@ from lightning.pytorch.loops.progress import _ProcessedTracker
 from torch.utils.data import DataLoader, Dataset
 
 from simplear.data.order import DataOrder, MicroBatch, MicroBatchSampler, Order
+from simplear.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +148,7 @@ class OrderedDataModule(lightning.LightningDataModule):
         others = {key: restored.get(key) for key in (*settings, "weights")}
         for key, value in others.items():
             if value != (now := settings.get(key)):
-                raise ValueError(
+                raise UserError(
                     f"the run to resume had {key} = {value}, now it is {now}, so its position in the data "
                     f"means nothing: set it back, or start a new run from the exported checkpoint."
                 )

@@ -26,6 +26,8 @@ from torch import Tensor
 from simplear.data.pictures import Drop
 from simplear.data.sources import Sample
 from simplear.data.sources.base import column as value_of
+from simplear.errors import UserError
+from simplear.text_files import read_lines
 
 
 class Filter(ABC):
@@ -75,7 +77,7 @@ class AspectRatio(Filter):
             maximum: Long side over short, 1 or more.
         """
         if maximum < 1:
-            raise ValueError(f"an aspect ratio of {maximum} is no long side over a short one: 1 or more.")
+            raise UserError(f"an aspect ratio of {maximum} is no long side over a short one: 1 or more.")
         self.maximum = maximum
         self.reason = f"aspect ratio over {maximum:g}"
 
@@ -163,7 +165,7 @@ class Column(Filter):
         Raises ValueError when nothing is asked of the column.
         """
         if minimum is None and maximum is None and equals is None:
-            raise ValueError(f"nothing is asked of column {column!r}: give minimum, maximum or equals.")
+            raise UserError(f"nothing is asked of column {column!r}: give minimum, maximum or equals.")
         self.column, self.minimum, self.maximum, self.equals, self.missing = column, minimum, maximum, equals, missing
         self.absent, self.no_number = f"no {column}", f"{column} is no number"
         self.small, self.large, self.other = (
@@ -177,7 +179,7 @@ class Column(Filter):
         value = value_of(sample.metadata, self.column)
         if value is None:
             if self.missing == "error":
-                raise ValueError(f"sample {sample.key!r} has no {self.column!r}; it has {', '.join(sample.metadata)}.")
+                raise UserError(f"sample {sample.key!r} has no {self.column!r}; it has {', '.join(sample.metadata)}.")
             if self.missing == "drop":
                 raise Drop(self.absent)
             return
@@ -220,9 +222,9 @@ class Listed(Filter):
         Raises ValueError for a list that is empty.
         """
         self.path, self.column = path, column
-        self.listed = frozenset(line.strip() for line in Path(path).read_text().splitlines() if line.strip())
+        self.listed = frozenset(line.strip() for _, line in read_lines(Path(path)))
         if not self.listed:
-            raise ValueError(f"{path} lists nothing to leave out.")
+            raise UserError(f"{path} lists nothing to leave out.")
         self.reason = f"listed in {Path(path).name}"
 
     def check(self, sample: Sample) -> None:
@@ -259,7 +261,7 @@ class MinimumScore(Filter):
     def check(self, sample: Sample) -> None:
         """Nothing: a score needs the cropped picture. Raises ValueError for a sample that has codes in its place."""
         if sample.codes is not None:
-            raise ValueError(f"sample {sample.key!r} has codes and no picture, which {self.describe()} cannot score.")
+            raise UserError(f"sample {sample.key!r} has codes and no picture, which {self.describe()} cannot score.")
 
     def keep(self, images: Tensor, samples: Sequence[Sample]) -> Tensor:
         """Which pictures (B, 3, H, W) in [0, 1] to keep, (B,) bool.
@@ -269,7 +271,7 @@ class MinimumScore(Filter):
         captions = [sample.captions[0] for sample in samples]
         scores = torch.as_tensor(self.scorer(images, captions, [dict(sample.metadata) for sample in samples]))
         if scores.shape != (len(samples),) or scores.isnan().any():
-            raise ValueError(
+            raise UserError(
                 f"{type(self.scorer).__name__} gave scores {tuple(scores.shape)}, not {len(samples)} numbers, for the "
                 f"batch that begins with {samples[0].key!r}."
             )

@@ -14,6 +14,7 @@ from simplear.data.datamodule import BatchDataset, OrderedDataModule
 from simplear.data.order import MicroBatch, choose_captions
 from simplear.data.pictures import Drop, Pixels, resize_and_crop, warn_of_drops
 from simplear.data.sources import IndexedSource, Sample, Source
+from simplear.errors import UserError
 from simplear.visual_tokenizer import to_pixels
 
 
@@ -31,9 +32,7 @@ class ImageBatches(BatchDataset):
         elif isinstance(source, IndexedSource):
             self.bucket_sizes = (len(source),)
         else:
-            raise ValueError(
-                f"{type(source).__name__} cannot be read in random order: set cache to true, or unpack it."
-            )
+            raise UserError(f"{type(source).__name__} cannot be read in random order: set cache to true, or unpack it.")
 
     def make_batch(self, micro_batch: MicroBatch) -> dict[str, Any]:
         """See `ImageDataModule`."""
@@ -52,9 +51,7 @@ class ImageBatches(BatchDataset):
         try:
             return self._row(self.source.sample(row))
         except Drop as reason:
-            raise ValueError(
-                f"sample {row} of {self.source.describe()}: {reason}; remove it, or set cache."
-            ) from reason
+            raise UserError(f"sample {row} of {self.source.describe()}: {reason}; remove it, or set cache.") from reason
 
     def _row(self, sample: Sample) -> tuple[str, list[str], Pixels]:
         return sample.key, list(sample.captions), resize_and_crop(sample.image, self.height, self.width)

@@ -32,6 +32,7 @@ from simplear.data.shards import (
     require_version,
     stated_shard,
 )
+from simplear.errors import MissingFileError, UserError
 from simplear.hashing import sha256_of
 from simplear.progress import progress_bar
 from simplear.visual_tokenizer import load_visual_tokenizer
@@ -110,7 +111,7 @@ def examine(directory: Path, *, workers: int = 1, progress: bool = False) -> Fin
         ValueError: settings or a manifest of another version, which this code cannot judge.
     """
     if not directory.is_dir():
-        raise FileNotFoundError(f"no token shards at {directory}: name a directory that `simplear tokenize` wrote.")
+        raise MissingFileError(f"no token shards at {directory}: name a directory that `simplear tokenize` wrote.")
     found = Findings(directory)
     _read_settings_and_manifest(found)
     stated = {Path(entry["file"]).stem: entry for entry in (found.manifest or {}).get("shards", [])}
@@ -183,7 +184,7 @@ def require_well_formed_manifest(path: Path, content: Mapping[str, Any]) -> None
         return
     entries = content.get("shards")
     if not isinstance(entries, list) or not all(_is_sidecar(entry) for entry in entries):
-        raise ValueError(f"{path} has entries that state no shard.")
+        raise UserError(f"{path} has entries that state no shard.")
 
 
 def settings_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -205,7 +206,7 @@ def _read_sidecars(found: Findings, stated: Mapping[str, Any]) -> dict[str, Prob
         try:
             content = read_json(file)
             if not _is_sidecar(content) or content["file"] != f"{file.stem}.arrow":
-                raise ValueError(f"{file} states no shard of its own name.")
+                raise UserError(f"{file} states no shard of its own name.")
             stated_shard(directory, content)
         except (ValueError, AttributeError, TypeError) as error:
             lost[file.stem] = Problem(file, _reason(error, file))

@@ -34,6 +34,7 @@ from simplear.data.shards import (
     temporary_name,
     write_json,
 )
+from simplear.errors import MissingFileError, UserError
 from simplear.hashing import sha256_of
 from simplear.progress import progress_bar
 
@@ -122,7 +123,7 @@ def _take(shard: Path, entry: Mapping[str, Any], target: Path, copy: bool, verif
     if verify:
         digest = sha256_of(shard)
         if digest != entry["sha256"]:
-            raise ValueError(
+            raise UserError(
                 f"{shard} has SHA-256 {digest[:12]}…, its manifest says {entry['sha256'][:12]}…: it is damaged or "
                 f"another set's. `simplear data repair {shard.parent}` sets it aside; make it anew and merge again."
             )
@@ -144,29 +145,29 @@ def _take(shard: Path, entry: Mapping[str, Any], target: Path, copy: bool, verif
 
 def _require_different(sets: Sequence[Path], target: Path) -> None:
     if len(sets) < 2:
-        raise ValueError("simplear data merge takes two sets of token shards or more: name them before --out.")
+        raise UserError("simplear data merge takes two sets of token shards or more: name them before --out.")
     resolved = [directory.resolve() for directory in sets]
     for number, directory in enumerate(resolved):
         if directory in resolved[:number]:
-            raise ValueError(
+            raise UserError(
                 f"{sets[number]} is named twice: rows that shall come more often are a matter of training's weights."
             )
     if target.resolve() in resolved:
-        raise ValueError(f"{target} is one of the sets to merge: name a new directory (--out).")
+        raise UserError(f"{target} is one of the sets to merge: name a new directory (--out).")
 
 
 def _require_whole(directory: Path, manifest: Mapping[str, Any]) -> None:
     if manifest.get("missing"):
-        raise ValueError(
+        raise UserError(
             f"{directory} lacks {len(manifest['missing'])} shards that were set aside as damaged, the first is "
             f"{manifest['missing'][0]}: make them anew with the command that made the set, and merge then."
         )
     for entry in manifest["shards"]:
         path = directory / entry["file"]
         if not path.exists():
-            raise FileNotFoundError(f"{path} is missing: `simplear data repair {directory}`, and make it anew.")
+            raise MissingFileError(f"{path} is missing: `simplear data repair {directory}`, and make it anew.")
         if (size := path.stat().st_size) != entry["bytes"]:
-            raise ValueError(
+            raise UserError(
                 f"{path} has {size} bytes instead of {entry['bytes']}: `simplear data repair {directory}`, and make it "
                 "anew."
             )
@@ -175,7 +176,7 @@ def _require_whole(directory: Path, manifest: Mapping[str, Any]) -> None:
 def _require_same_codes(first: Path, expected: Mapping[str, Any], directory: Path, manifest: Mapping[str, Any]) -> None:
     for key in SHARED_SETTINGS:
         if manifest[key] != expected[key]:
-            raise ValueError(
+            raise UserError(
                 f"{directory} has {key} {str(manifest[key])[:12]}, {first} has {str(expected[key])[:12]}: their codes "
                 "do not mean the same; tokenize one of them again. (Texts and images stay sets of their own: name both "
                 "in training's paths.)"
@@ -188,7 +189,7 @@ def _require_no_shard_twice(sets: Sequence[Path], manifests: Sequence[Mapping[st
         for entry in manifest["shards"]:
             path = directory / entry["file"]
             if entry["rows"] and entry["sha256"] in seen:
-                raise ValueError(
+                raise UserError(
                     f"{path} and {seen[entry['sha256']]} are the same shard: its rows would be there twice. Take one "
                     "of the sets out; rows that shall come more often are a matter of training's weights."
                 )

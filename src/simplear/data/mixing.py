@@ -23,6 +23,7 @@ from functools import cached_property
 import numpy as np
 
 from simplear.data.order import ROW_ORDER, GlobalBatch, Int64, permutation, permute_each
+from simplear.errors import UserError
 
 
 class Apportionment:
@@ -73,11 +74,11 @@ class MixedOrder:
     def __post_init__(self) -> None:
         for number, weight in enumerate(self.weights):
             if not (weight > 0 and math.isfinite(weight)):
-                raise ValueError(
+                raise UserError(
                     f"weight {number} of the sets is {weight}: give a number above 0, or leave the set out."
                 )
             if not self.set_rows[number]:
-                raise ValueError(f"set {number} of those to mix has no rows: leave it out.")
+                raise UserError(f"set {number} of those to mix has no rows: leave it out.")
 
     @cached_property
     def set_rows(self) -> list[int]:

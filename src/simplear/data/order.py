@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import DistributedSampler
 
+from simplear.errors import UserError
 from simplear.hashing import UInt64, mix
 
 Int64 = npt.NDArray[np.int64]
@@ -154,7 +155,7 @@ class DataOrder:
 
     def __post_init__(self) -> None:
         if self.batches_per_epoch == 0:
-            raise ValueError(
+            raise UserError(
                 f"{sum(self.bucket_sizes)} {self.noun} (by grid: {list(self.bucket_sizes)}) fill no global batch of "
                 f"{self.global_batch_size}: take a smaller global_batch_size or more data."
             )
@@ -191,7 +192,7 @@ def micro_batch_size(global_batch_size: int, world_size: int, accumulation: int)
     """Rows of one forward and backward pass on one rank. Raises ValueError when it is no whole number."""
     size, rest = divmod(global_batch_size, world_size * accumulation)
     if rest or size == 0:
-        raise ValueError(
+        raise UserError(
             f"global_batch_size {global_batch_size} does not divide over {world_size} ranks x accumulate_grad_batches "
             f"{accumulation}: take a multiple of {world_size * accumulation}."
         )

@@ -31,6 +31,7 @@ from simplear.atomic import whole_file
 from simplear.data.inspection import settings_of
 from simplear.data.order import permutation
 from simplear.data.shards import Grid, TokenShards, read_manifest
+from simplear.errors import UserError
 from simplear.visual_tokenizer import VisualTokenizer, load_visual_tokenizer
 
 ROWS_AT_ONCE = 256
@@ -123,7 +124,7 @@ def show(
         ValueError: another visual tokenizer than the one that made the codes; damaged shards.
     """
     if pictures < 1:
-        raise ValueError(f"pictures {pictures}: show one at least.")
+        raise UserError(f"pictures {pictures}: show one at least.")
     tokenizer = None if visual_tokenizer is None else load_visual_tokenizer(visual_tokenizer)
     overview = look(Path(directory), tokenizer, pictures, max(rows, pictures), seed, progress=True)
     target = Path(out or directory)
@@ -147,7 +148,7 @@ def look(
     """Read a sample of rows and decode some of them; arguments as those of `show`."""
     shards, manifest = TokenShards(directory), read_manifest(directory)
     if tokenizer is not None and tokenizer.fingerprint != shards.fingerprint:
-        raise ValueError(
+        raise UserError(
             f"{directory} was made with the visual tokenizer {str(shards.fingerprint)[:12]}…, the one named is "
             f"{tokenizer.fingerprint[:12]}…: its pictures would be others. Name the one that made the codes."
         )

@@ -1,4 +1,4 @@
-"""Picture files to RGB arrays of one size: orientation, modes, crop.
+"""Picture files to RGB arrays of one size.
 
 A `PictureFile` is a picture that is not decoded yet: its size is read from the header, so that filters can leave it out
 before the costly part, or a decompression bomb before it goes off. A picture smaller than asked for is enlarged;
@@ -20,17 +20,14 @@ from typing import IO
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
+
+from simplear.errors import SystemRefusedError
+from simplear.pictures import PictureError, open_rgb, opened_picture
 
 logger = logging.getLogger(__name__)
 
 Pixels = npt.NDArray[np.uint8]
-
-SIGNATURES = (b"\x89PNG", b"\xff\xd8", b"RIFF", b"GIF8")
-"""How files of the usual formats begin, also when nothing but their beginning is left."""
-
-WHITE = (255, 255, 255)
-"""Shows through where a picture is transparent."""
 
 
 class Drop(Exception):
@@ -43,45 +40,13 @@ def warn_of_drops(drops: Counter[str], where: str = "") -> None:
         logger.warning("%d pictures dropped%s: %s", count, where, reason)
 
 
-def open_rgb(file: str | Path | IO[bytes]) -> Image.Image:
-    """The picture as RGB, upright as its EXIF orientation says; of an animation the first frame.
-
-    Transparency goes over white, 16-bit grey becomes 8-bit.
-
-    Raises:
-        Drop: a file that is missing, no picture, truncated or damaged, or a decompression bomb (more than 179 million
-            pixels, Pillow's limit); and the modes whose range nothing states (32-bit integers and floats).
-        OSError: the system could not read the file.
-    """
-    with _drops_of(file), Image.open(file) as opened:
-        opened.load()
-        picture = ImageOps.exif_transpose(opened)
-    if picture.mode in ("I", "F"):
-        raise Drop(f"picture of mode {picture.mode}, whose range is unknown")
-    if picture.mode.startswith("I;16"):
-        picture = Image.fromarray((np.asarray(picture).astype(np.uint32) // 257).astype(np.uint8))
-    if picture.has_transparency_data:
-        layer = picture.convert("RGBA")
-        picture = Image.new("RGB", layer.size, WHITE)
-        picture.paste(layer, mask=layer.getchannel("A"))
-    return picture.convert("RGB")
-
-
 @contextmanager
-def _drops_of(file: str | Path | IO[bytes]) -> Iterator[None]:
-    """What a decoder raises becomes a `Drop`; what the system refuses stays an OSError."""
+def _drops() -> Iterator[None]:
+    """A picture that cannot be used becomes a `Drop`; what the system refuses stays an OSError."""
     try:
         yield
-    except (FileNotFoundError, UnicodeEncodeError) as error:  # the latter: a name that no file can have
-        raise Drop("picture file missing") from error
-    except Exception as error:  # what decoders raise at damaged bytes is any of a dozen kinds
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        if isinstance(error, Image.DecompressionBombError) or "data too large" in str(error):
-            raise Drop("decompression bomb") from error
-        if isinstance(error, UnidentifiedImageError) and not _beginning(file).startswith(SIGNATURES):
-            raise Drop("not a picture") from error
-        raise Drop("truncated or damaged picture") from error
+    except PictureError as error:
+        raise Drop(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -90,19 +55,25 @@ class PictureFile:
 
     content: bytes | Path
     """The file, or where it is."""
+    name: str = ""
+    """Of the file where the content is given; its suffix counts."""
 
     def size(self) -> tuple[int, int]:
-        """Width and height in pixels as the header states them, before any orientation. Raises what `open_rgb` does."""
-        file = self._file()
-        with _drops_of(file), Image.open(file) as opened:
+        """Width and height in pixels as the header states them, before any orientation. Raises what `open` does."""
+        with _drops(), opened_picture(self._file(), self._name) as opened:
             return opened.size
 
     def open(self) -> Image.Image:
-        """The picture as RGB; see `open_rgb`, which says what is raised.
+        """The picture as RGB, see `simplear.pictures.open_rgb`.
 
-        Also raises OSError when the file changes while it is read.
+        Raises `Drop` where that raises PictureError, and OSError when the file changes while it is read.
         """
-        return open_rgb(self._file())
+        with _drops():
+            return open_rgb(self._file(), self._name)
+
+    @property
+    def _name(self) -> str:
+        return self.name or (str(self.content) if isinstance(self.content, Path) else "")
 
     def _file(self) -> IO[bytes]:
         return io.BytesIO(self._bytes)
@@ -124,16 +95,10 @@ def read_unchanged(path: Path) -> bytes:
         content = file.read()
         after = os.fstat(file.fileno())
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns) or len(content) != after.st_size:
-        raise OSError(f"{path} changed while it was read: wait until nothing writes there, and run the same again.")
+        raise SystemRefusedError(
+            f"{path} changed while it was read: wait until nothing writes there, and run the same again."
+        )
     return content
-
-
-def _beginning(file: str | Path | IO[bytes]) -> bytes:
-    if isinstance(file, str | Path):
-        with open(file, "rb") as opened:
-            return opened.read(4)
-    file.seek(0)
-    return file.read(4)
 
 
 CENTRE = (0.5, 0.5)

@@ -21,6 +21,7 @@ from simplear.data.filters import Filter
 from simplear.data.pictures import Drop, Pixels
 from simplear.data.sources import Sample, Source, Unit
 from simplear.data.sources.base import NO_CAPTION, NO_PICTURE
+from simplear.errors import UserError
 
 Int64 = npt.NDArray[np.int64]
 
@@ -59,11 +60,11 @@ class Preparation:
     def _require_codes(self, key: str, codes: Int64) -> None:
         wanted = codes.shape if self.size is None else tuple(side // self.downsample for side in self.size)
         if codes.shape != wanted:
-            raise ValueError(f"{key} has the grid {codes.shape}, height and width ask for {wanted}: leave them out.")
+            raise UserError(f"{key} has the grid {codes.shape}, height and width ask for {wanted}: leave them out.")
         outside = np.argwhere((codes < 0) | (codes >= self.codebook_size))
         if len(outside):
             row, column = outside[0].tolist()
-            raise ValueError(
+            raise UserError(
                 f"{key} has the code {codes[row, column]} in row {row}, column {column}, outside "
                 f"[0, {self.codebook_size}): it is of another visual tokenizer, or damaged. Name the tokenizer that "
                 "made it, or take the file out."

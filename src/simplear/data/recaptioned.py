@@ -24,6 +24,7 @@ from simplear.data.drops import drop
 from simplear.data.shards import MANIFEST_FILE, write_atomically, write_json
 from simplear.data.sources import Sample, Source, Unit
 from simplear.data.sources.base import decoded
+from simplear.errors import MissingFileError, UserError
 
 FORMAT_VERSION = 1
 """Of the tables; raised when older code cannot read newer ones or the other way round."""
@@ -88,7 +89,7 @@ class RecaptionedSource(Source):
         self.source, self.directory, self.keep_original = source, Path(captions), keep_original
         manifest_file = self.directory / MANIFEST_FILE
         if not manifest_file.is_file():
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"{manifest_file} is missing, so not all captions are written: run `simplear recaption` (again)."
             )
         content = manifest_file.read_bytes()
@@ -96,13 +97,13 @@ class RecaptionedSource(Source):
             manifest = json.loads(content)
             version, described, units = manifest["format_version"], manifest["source"], manifest["shards"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{manifest_file} is no manifest of captions ({error!r}): delete it and recaption again."
             ) from error
         if version != FORMAT_VERSION:
-            raise ValueError(f"{manifest_file} has format version {version}, this code reads {FORMAT_VERSION}.")
+            raise UserError(f"{manifest_file} has format version {version}, this code reads {FORMAT_VERSION}.")
         if described != json.loads(json.dumps(source.describe())):
-            raise ValueError(
+            raise UserError(
                 f"the captions in {captions} are of the source {described}, not of {source.describe()}: name the one "
                 "that was recaptioned."
             )
@@ -135,10 +136,10 @@ class RecaptionedSource(Source):
     def _rows(self, unit: Unit) -> defaultdict[str, deque[dict[str, Any]]]:
         file = self.directory / f"{unit.name}.parquet"
         if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing: run the same `simplear recaption` again to write it.")
+            raise MissingFileError(f"{file} is missing: run the same `simplear recaption` again to write it.")
         content = file.read_bytes()
         if hashlib.sha256(content).hexdigest() != self._sha256.get(file.name):
-            raise ValueError(f"{file} is not as it was written: delete it and run the same `simplear recaption` again.")
+            raise UserError(f"{file} is not as it was written: delete it and run the same `simplear recaption` again.")
         rows: defaultdict[str, deque[dict[str, Any]]] = defaultdict(deque)
         for row in parquet.read_table(io.BytesIO(content)).to_pylist():
             rows[row["key"]].append(row)

@@ -28,6 +28,7 @@ from simplear.data.prediction import UnitModule, UnitWriter, make_trainer, predi
 from simplear.data.recaptioned import FORMAT_VERSION, write_captions
 from simplear.data.shards import claim_directory
 from simplear.data.sources import Sample, Source, Unit
+from simplear.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -242,7 +243,7 @@ def recaption(
         ValueError: numbers out of range, or a directory that holds captions made with other settings.
     """
     if min(long_tokens, short_tokens, long_characters, short_characters, max_pixels, batch_size) < 1:
-        raise ValueError("tokens, characters, max_pixels and batch_size are 1 or more.")
+        raise UserError("tokens, characters, max_pixels and batch_size are 1 or more.")
     directory = Path(out)
     settings = {
         "format_version": FORMAT_VERSION,

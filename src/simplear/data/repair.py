@@ -25,6 +25,7 @@ from simplear.data.shards import (
     write_json,
     write_manifest,
 )
+from simplear.errors import MissingFileError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def sole_keeper(directory: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(f"another process repairs {directory} or merges into it: wait until it ends.") from error
+            raise UserError(f"another process repairs {directory} or merges into it: wait until it ends.") from error
         except OSError as error:
             logger.warning(
                 "%s has no locks (%s): make sure that no other process repairs or merges there",
@@ -73,12 +74,12 @@ def repair(directory: str, *, workers: int = 1) -> None:
     """
     path = Path(directory)
     if not path.is_dir():
-        raise FileNotFoundError(f"no token shards at {directory}: name a directory that `simplear tokenize` wrote.")
+        raise MissingFileError(f"no token shards at {directory}: name a directory that `simplear tokenize` wrote.")
     with sole_keeper(path):
         remove_abandoned(path)
         found = examine(path, workers=workers, progress=True)
         if found.settings is None:
-            raise ValueError(
+            raise UserError(
                 f"{path} has lost {SETTINGS_FILE} and {MANIFEST_FILE}, so nothing says what its codes were made with: "
                 "run the same `simplear tokenize` again, which writes the settings anew and keeps the shards."
             )

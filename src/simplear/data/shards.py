@@ -32,7 +32,9 @@ from xxhash import xxh3_64_intdigest
 
 from simplear import atomic
 from simplear.atomic import whole_file
+from simplear.errors import MissingFileError, SystemRefusedError, UserError
 from simplear.hashing import sha256_of
+from simplear.text_files import read_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -139,14 +141,12 @@ def rows_table(rows: Sequence[TokenRow]) -> pa.Table:
     metadata, checksums = [], []
     for row in rows:
         if not row.captions:
-            raise ValueError(f"row {row.key!r} of {row.source!r} has no caption; an empty string would be one.")
+            raise UserError(f"row {row.key!r} of {row.source!r} has no caption; an empty string would be one.")
         metadata.append(json.dumps(row.metadata, ensure_ascii=False))
         try:
             texts = TEXT_END.join((row.key, *row.captions, metadata[-1])).encode()
         except UnicodeEncodeError as error:
-            raise ValueError(
-                f"row {row.key!r} of {row.source!r} has text that is no valid Unicode: {error}."
-            ) from error
+            raise UserError(f"row {row.key!r} of {row.source!r} has text that is no valid Unicode: {error}.") from error
         checksums.append(
             row_checksum(np.ascontiguousarray(row.codes).data, (row.codes.shape[0], row.codes.shape[1]), texts)
         )
@@ -234,10 +234,10 @@ def merge_manifest(directory: Path, names: Iterable[str]) -> dict[str, Any]:
     shards = []
     for name in names:
         if not is_committed(directory, name):
-            raise ValueError(f"unit {name} in {directory} is not finished: run the same tokenization again.")
+            raise UserError(f"unit {name} in {directory} is not finished: run the same tokenization again.")
         sidecar = read_json(directory / f"{name}.json")
         if is_foreign(sidecar, settings):
-            raise ValueError(
+            raise UserError(
                 f"{directory / sidecar['file']} was made for another directory, of other settings: run `simplear data "
                 "repair` on this one, which sets it aside, and then the same tokenization again."
             )
@@ -273,9 +273,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except ValueError as error:  # no JSON, or no UTF-8
-        raise ValueError(f"{path} is no JSON ({error}): delete it and tokenize again.") from error
+        raise UserError(f"{path} is no JSON ({error}): delete it and tokenize again.") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is no JSON object: delete it and tokenize again.")
+        raise UserError(f"{path} is no JSON object: delete it and tokenize again.")
     return content
 
 
@@ -284,7 +284,7 @@ def require_version(path: Path, content: Mapping[str, Any]) -> None:
     if (version := content.get("format_version")) != FORMAT_VERSION:
         newer = isinstance(version, int) and version > FORMAT_VERSION
         remedy = "update simplear" if newer else "remove the directory and tokenize again"
-        raise ValueError(f"{path} has format version {version}, this code reads {FORMAT_VERSION}: {remedy}.")
+        raise UserError(f"{path} has format version {version}, this code reads {FORMAT_VERSION}: {remedy}.")
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -296,41 +296,17 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """
     path = directory / MANIFEST_FILE
     if not directory.is_dir():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"no token shards at {directory}: make them with `simplear tokenize` (the demo's: make tokenize)."
         )
     if not path.exists():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{path} is missing, so not all shards are written: run the same `simplear tokenize` again; "
             "it goes on where it stopped."
         )
     manifest = read_json(path)
     require_version(path, manifest)
     return manifest
-
-
-def read_prompts(path: Path) -> list[TokenRow]:
-    """Rows of a ``.jsonl`` of prompts: ``prompt``, and ``metadata`` or, without one, all other keys as metadata.
-
-    Raises ValueError naming file and line.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no file of prompts at {path}.")
-    rows = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line.decode())
-            prompt = entry.pop("prompt")
-            json.dumps(entry | {"prompt": prompt}, ensure_ascii=False).encode()  # JSON can spell half a surrogate pair
-        except (ValueError, AttributeError, TypeError, KeyError) as error:
-            raise ValueError(f'{path}, line {number} is no UTF-8 JSON object with a "prompt": {error}.') from error
-        metadata = entry.get("metadata", entry)
-        if not isinstance(prompt, str) or not isinstance(metadata, dict):
-            raise ValueError(f'{path}, line {number}: "prompt" must be text and "metadata" an object.')
-        rows.append(TokenRow(str(number), np.empty((0, 0), np.uint16), [prompt], metadata, path.name))
-    return rows
 
 
 @dataclass(frozen=True)
@@ -394,7 +370,10 @@ class TokenShards:
         for number, path in enumerate(self.paths):
             first = len(self._shards)
             if path.suffix == ".jsonl":
-                rows = read_prompts(path)
+                rows = [
+                    TokenRow(str(number), np.empty((0, 0), np.uint16), [prompt], metadata, path.name)
+                    for number, (prompt, metadata) in enumerate(read_prompts(path), start=1)
+                ]
                 self.holds_prompts = True
                 self._shards.append(Shard(path, len(rows), {(0, 0): len(rows)}, table=rows_table(rows)))
             else:
@@ -416,7 +395,7 @@ class TokenShards:
         if manifest["visual_tokenizer"] is None:
             self.holds_texts = True
         elif self.fingerprint not in (None, manifest["visual_tokenizer"]):
-            raise ValueError(
+            raise UserError(
                 f"{directory} was made with the visual tokenizer {manifest['visual_tokenizer'][:12]}…, the directories "
                 f"before it with {str(self.fingerprint)[:12]}…: codes of two tokenizers do not mix; tokenize one again."
             )
@@ -427,9 +406,9 @@ class TokenShards:
         for entry in manifest["shards"]:
             path = directory / entry["file"]
             if not path.exists():
-                raise FileNotFoundError(f"{path} is missing: run the same `simplear tokenize` again to write it.")
+                raise MissingFileError(f"{path} is missing: run the same `simplear tokenize` again to write it.")
             if (size := path.stat().st_size) != entry["bytes"]:
-                raise ValueError(
+                raise UserError(
                     f"{path} has {size} bytes instead of {entry['bytes']}: it is cut short or changed; run the same "
                     "`simplear tokenize` again to write it."
                 )
@@ -470,9 +449,7 @@ class TokenShards:
                 columns = self._open(index)
                 rows = np.flatnonzero((columns.height == grid[0]) & (columns.width == grid[1]))
                 if len(rows) != shard.grids[grid]:
-                    raise ValueError(
-                        f"{shard.path} has {len(rows)} rows of {grid}, not {shard.grids[grid]}: {DAMAGED}."
-                    )
+                    raise UserError(f"{shard.path} has {len(rows)} rows of {grid}, not {shard.grids[grid]}: {DAMAGED}.")
                 picks[len(starts)] = rows
             starts.append(int(self._starts[index]))
             counts.append(shard.grids[grid])
@@ -494,12 +471,12 @@ class TokenShards:
         read = [columns[shard].row(row) for shard, row in zip(shards, local, strict=True)]
         grids, codes, keys, captions, metadata = zip(*read, strict=True)
         if len(set(grids)) > 1:
-            raise ValueError(f"rows of the grids {sorted(set(grids))} cannot be read together.")
+            raise UserError(f"rows of the grids {sorted(set(grids))} cannot be read together.")
         stacked = np.frombuffer(bytearray().join(codes), np.uint16).reshape(len(rows), *grids[0])
         if stacked.size and self.codebook_size is not None and int(stacked.max()) >= self.codebook_size:
             number = int(np.flatnonzero((stacked >= self.codebook_size).any((1, 2)))[0])
             shard = shard_indices[number]
-            raise ValueError(
+            raise UserError(
                 f"{self._shards[shard].path}, key {keys[number]!r}: code {stacked[number].max()} in a codebook of "
                 f"{self.codebook_size}, in row {rows[number] - self._starts[shard]} of the shard. The codes are of "
                 "another tokenizer than the manifest says: tokenize again into another directory."
@@ -522,7 +499,7 @@ class TokenShards:
             if shard.sha256:
                 digest = sha256_of(shard.path)
                 if digest != shard.sha256:
-                    raise ValueError(
+                    raise UserError(
                         f"{shard.path} has SHA-256 {digest[:12]}…, its sidecar {shard.sha256[:12]}…: {DAMAGED}."
                     )
 
@@ -611,7 +588,7 @@ class Columns:
         return grid, codes, decoded[0], decoded[1:-1], decoded[-1]
 
 
-class Damage(ValueError):
+class Damage(UserError):
     """A shard, or a row of one, that is not as it was written."""
 
     def __init__(self, what: object, why: object) -> None:
@@ -636,12 +613,12 @@ def _map_table(path: Path) -> pa.Table:
             return stream.read_all()
     except (pa.ArrowException, OSError, RuntimeError) as error:  # RuntimeError is how PyTorch cannot map
         if os.strerror(errno.ENOMEM) in str(error):
-            raise OSError(
+            raise SystemRefusedError(
                 errno.ENOMEM,
                 f"{path} could not be mapped ({os.strerror(errno.ENOMEM)}): this process maps too many shards. Raise "
                 "the system's vm.max_map_count above their number, or tokenize in larger units.",
             ) from error
-        raise ValueError(f"{path} is no readable Arrow stream ({error}): {DAMAGED}.") from error
+        raise UserError(f"{path} is no readable Arrow stream ({error}): {DAMAGED}.") from error
 
 
 def stated_shard(directory: Path, sidecar: Mapping[str, Any]) -> Shard:

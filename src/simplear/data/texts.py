@@ -30,6 +30,7 @@ from simplear.data.shards import (
     remove_abandoned,
     write_shard,
 )
+from simplear.errors import MissingFileError, UserError
 from simplear.progress import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -69,13 +70,13 @@ def write_texts(
             no text at all.
     """
     if max_characters < 1 or rows_per_shard < 1:
-        raise ValueError(f"max_characters {max_characters} and rows_per_shard {rows_per_shard} must be above 0.")
+        raise UserError(f"max_characters {max_characters} and rows_per_shard {rows_per_shard} must be above 0.")
     paths = [Path(file) for file in files]
     for path in paths:
         if path.suffix not in READERS:
-            raise ValueError(f"{path} is none of {', '.join(READERS)}: convert it, or take it out.")
+            raise UserError(f"{path} is none of {', '.join(READERS)}: convert it, or take it out.")
         if not path.is_file():
-            raise FileNotFoundError(f"no file of texts at {path}.")
+            raise MissingFileError(f"no file of texts at {path}.")
         if path.suffix == ".parquet":
             _parquet(path, column)
     target = Path(out)
@@ -104,7 +105,7 @@ def write_texts(
         logger.warning("%d texts left out: %s", count, reason)
     manifest = merge_manifest(target, names)
     if not manifest["rows"]:
-        raise ValueError(f"the files hold no text: {', '.join(files)}.")
+        raise UserError(f"the files hold no text: {', '.join(files)}.")
     print(f"{manifest['rows']} texts in {len(names)} shards: {target}")
 
 
@@ -147,7 +148,7 @@ def _running_text(path: Path, column: str, drops: Counter[str]) -> Texts:
             try:
                 held.append(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError as error:
-                raise ValueError(f"{path}, line {number} is no UTF-8 ({error}): convert the file.") from error
+                raise UserError(f"{path}, line {number} is no UTF-8 ({error}): convert the file.") from error
             size += len(line)
             if size >= ENOUGH and (not line.strip() or size >= MUCH):
                 yield str(first), "".join(held), size
@@ -189,16 +190,16 @@ def _parquet_rows(path: Path, column: str, drops: Counter[str]) -> Texts:
                 yield str(number), _text(value, drops), size
                 number += 1
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged near row {number} ({error}): fetch it again.") from error
+        raise UserError(f"{path} is damaged near row {number} ({error}): fetch it again.") from error
 
 
 def _parquet(path: Path, column: str) -> pq.ParquetFile:
     try:
         file = pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is no readable parquet file ({error}): fetch it again.") from error
+        raise UserError(f"{path} is no readable parquet file ({error}): fetch it again.") from error
     if column not in file.schema_arrow.names:
-        raise ValueError(f"{path} has no column {column}, but {file.schema_arrow.names}: name one (--column).")
+        raise UserError(f"{path} has no column {column}, but {file.schema_arrow.names}: name one (--column).")
     return file
 
 

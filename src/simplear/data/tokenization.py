@@ -40,6 +40,7 @@ from simplear.data.shards import (
     write_shard,
 )
 from simplear.data.sources import Sample, Source
+from simplear.errors import UserError
 from simplear.visual_tokenizer import VisualTokenizer, load_visual_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -109,7 +110,7 @@ class TokenizeModule(UnitModule):
         if outside.any():
             kept = [sample for sample, reason in zip(batch.samples, dropped, strict=True) if reason is None]
             first = kept[int(outside.nonzero()[0])]
-            raise ValueError(
+            raise UserError(
                 f"the visual tokenizer gave codes in [{int(codes.min())}, {int(codes.max())}] but states a codebook of "
                 f"{self.visual_tokenizer.codebook_size}; picture {first.key!r} of {batch.unit} is one."
             )
@@ -250,9 +251,9 @@ def tokenize(
     tokenizer = load_visual_tokenizer(visual_tokenizer) if isinstance(visual_tokenizer, str) else visual_tokenizer
     size = _size(height, width, tokenizer.downsample)
     if size is None and crop is not None:
-        raise ValueError(f"a {type(crop).__name__} needs height and width to crop to.")
+        raise UserError(f"a {type(crop).__name__} needs height and width to crop to.")
     if tokenizer.codebook_size > MAX_CODEBOOK_SIZE:
-        raise ValueError(f"{tokenizer.codebook_size} codes do not fit the {MAX_CODEBOOK_SIZE} of a token shard.")
+        raise UserError(f"{tokenizer.codebook_size} codes do not fit the {MAX_CODEBOOK_SIZE} of a token shard.")
     directory = Path(out)
     settings = {
         "visual_tokenizer": tokenizer.fingerprint,
@@ -292,10 +293,10 @@ def tokenize(
 def _size(height: int | None, width: int | None, downsample: int) -> tuple[int, int] | None:
     if height is None or width is None:
         if height is not width:
-            raise ValueError(f"height {height} and width {width}: give both, or neither.")
+            raise UserError(f"height {height} and width {width}: give both, or neither.")
         return None
     if height % downsample or width % downsample:
-        raise ValueError(
+        raise UserError(
             f"{height} x {width} pixels are no multiples of the tokenizer's {downsample}: change height and width."
         )
     return height, width

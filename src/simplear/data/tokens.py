@@ -21,6 +21,7 @@ from simplear.data.datamodule import BatchDataset, OrderedDataModule
 from simplear.data.mixing import MixedOrder
 from simplear.data.order import DROPOUT, PREFIX, MicroBatch, Order, choose_captions, uniforms
 from simplear.data.shards import Rows, TokenShards
+from simplear.errors import UserError
 from simplear.language_model import load_text_tokenizer
 from simplear.sequence import (
     MAX_TEXT_TOKENS,
@@ -182,10 +183,10 @@ class TokenDataModule(OrderedDataModule):
         """
         super().__init__(global_batch_size, seed, num_workers, shuffle)
         if not 0 <= caption_dropout <= 1:
-            raise ValueError(f"caption_dropout {caption_dropout} is no probability.")
+            raise UserError(f"caption_dropout {caption_dropout} is no probability.")
         count = 1 if isinstance(paths, str) else len(paths)
         if weights is not None and len(weights) != count:
-            raise ValueError(f"{len(weights)} weights for {count} paths: give one for each, in their order.")
+            raise UserError(f"{len(weights)} weights for {count} paths: give one for each, in their order.")
         self.paths, self.validation_paths, self.weights = paths, validation_paths, weights
         self.tokenizer_path, self.codebook_size = tokenizer, codebook_size
         self.caption_dropout, self.caption_prefixes = caption_dropout, caption_prefixes
@@ -224,7 +225,7 @@ class TokenDataModule(OrderedDataModule):
             if shards is None:
                 continue
             if shards.holds_texts and shards.holds_prompts:
-                raise ValueError(
+                raise UserError(
                     "prompts (.jsonl) and texts without images cannot be in one set of paths: prompts are for GRPO, "
                     "texts for pretraining and fine-tuning."
                 )
@@ -232,7 +233,7 @@ class TokenDataModule(OrderedDataModule):
                 self._require_same_tokenizer(shards)
             self._verify(shards)
         if self.codebook_size is None:
-            raise ValueError("prompts or texts alone do not say the number of image codes: give codebook_size.")
+            raise UserError("prompts or texts alone do not say the number of image codes: give codebook_size.")
         self.text_tokenizer = load_text_tokenizer(self.tokenizer_path)
         vocabulary = self.text_tokenizer.get_vocab()
         if TEXT_TO_IMAGE in vocabulary and START_OF_IMAGE in vocabulary:
@@ -261,12 +262,12 @@ class TokenDataModule(OrderedDataModule):
 
     def _require_same_tokenizer(self, shards: TokenShards) -> None:
         if self.codebook_size not in (None, shards.codebook_size):
-            raise ValueError(
+            raise UserError(
                 f"the shards have {shards.codebook_size} codes, not {self.codebook_size} as codebook_size or the "
                 "training shards say: they were made with another visual tokenizer."
             )
         if self.fingerprint not in (None, shards.fingerprint):
-            raise ValueError(
+            raise UserError(
                 f"validation shards were made with the visual tokenizer {str(shards.fingerprint)[:12]}…, training "
                 f"shards with {str(self.fingerprint)[:12]}…: tokenize one of them again."
             )

@@ -15,6 +15,7 @@ from statistics import fmean
 from typing import Any
 
 from simplear.atomic import require_writable, whole_file
+from simplear.errors import UserError
 from simplear.evaluation.intervals import clustered_interval
 from simplear.evaluation.report import OVERALL, REPORT_FILE, read_report
 
@@ -57,7 +58,7 @@ def compare(first: str, second: str, *, out: str | None = None) -> dict[str, Any
         require_writable(out, "the comparison", "out")
     a, b = read_run(first), read_run(second)
     if a.kind != b.kind:
-        raise ValueError(f"{first} has {a.kind} and {second} {b.kind}: compare two of one kind.")
+        raise UserError(f"{first} has {a.kind} and {second} {b.kind}: compare two of one kind.")
     comparison = {
         "first": {"report": str(a.report), "run": a.name, "settings": dict(a.settings)},
         "second": {"report": str(b.report), "run": b.name, "settings": dict(b.settings)},
@@ -84,17 +85,17 @@ def read_run(name: str) -> EvaluatedRun:
         path, _, run = name.rpartition(":")
     file = Path(path) / REPORT_FILE if Path(path).is_dir() else Path(path)
     if not path or not file.is_file():
-        raise ValueError(f"no report at {file if path else name}: name a report.json, or its directory, and :RUN.")
+        raise UserError(f"no report at {file if path else name}: name a report.json, or its directory, and :RUN.")
     report = read_report(file)
     present = ", ".join(report["runs"]) or "none"
     if not run and len(report["runs"]) != 1:
-        raise ValueError(f"{file} has the runs {present}: name one as {path}:RUN.")
+        raise UserError(f"{file} has the runs {present}: name one as {path}:RUN.")
     run = run or next(iter(report["runs"]))
     if run not in report["runs"]:
-        raise ValueError(f"{file} has no run {run!r}, but {present}.")
+        raise UserError(f"{file} has no run {run!r}, but {present}.")
     settings = report.get("settings", {}).get(run, {})
     if "verdicts" not in settings:
-        raise ValueError(
+        raise UserError(
             f"run {run!r} of {file} names no file of results by prompt (settings.{run}.verdicts), so nothing can be "
             "paired: it is no evaluation by prompts, or an older one; evaluate it again."
         )
@@ -104,18 +105,18 @@ def read_run(name: str) -> EvaluatedRun:
 def _values(file: Path, key: str | None) -> tuple[dict[str, dict[str, float]], str]:
     """Means by category and prompt, and their kind, from a file of verdicts (see `VERDICTS_FILE`)."""
     if not file.is_file():
-        raise ValueError(f"the results by prompt, {file}, are gone: evaluate the run again.")
+        raise UserError(f"the results by prompt, {file}, are gone: evaluate the run again.")
     images: dict[str, dict[str, list[float]]] = {}
     kinds = set()
     for number, line in enumerate(file.read_text().splitlines(), start=1):
         row = json.loads(line)
         name = key or ("correct" if "correct" in row else "score")
         if not isinstance(row.get(name), (bool, int, float)) or not isinstance(row.get("prompt"), str):
-            raise ValueError(f"{file}, line {number}: no prompt with a {name!r}.")
+            raise UserError(f"{file}, line {number}: no prompt with a {name!r}.")
         kinds.add("accuracy" if isinstance(row[name], bool) else "score")
         images.setdefault(row.get("tag", OVERALL), {}).setdefault(row["prompt"], []).append(float(row[name]))
     if len(kinds) != 1:
-        raise ValueError(f"{file} holds {'verdicts and scores' if kinds else 'nothing'}: evaluate the run again.")
+        raise UserError(f"{file} holds {'verdicts and scores' if kinds else 'nothing'}: evaluate the run again.")
     means = {tag: {prompt: fmean(values) for prompt, values in prompts.items()} for tag, prompts in images.items()}
     return means, kinds.pop()
 
@@ -141,7 +142,7 @@ def paired_differences(
         mine, other = first.get(category, {}), second.get(category, {})
         pairs[category] = [(value, other[prompt]) for prompt, value in mine.items() if prompt in other]
         if len(pairs[category]) < 2:
-            raise ValueError(
+            raise UserError(
                 f"the runs share {len(pairs[category])} prompts of {category} (of {len(mine)} and {len(other)}): at "
                 "least two are needed. Evaluate both on the same prompts, with the same seed where it draws them."
             )

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from simplear.atomic import claim_directory, whole_file
+from simplear.errors import UserError
 from simplear.evaluation.dpg_rules import (
     PromptAnswers,
     Question,
@@ -81,7 +82,7 @@ def join_quarters(images: Sequence[Image.Image]) -> Image.Image:
     """
     width, height = images[0].size
     if width != height or not 1 <= len(images) <= MOST_SAMPLES:
-        raise ValueError(
+        raise UserError(
             f"{len(images)} images of {height} × {width} pixels: DPG-Bench takes one to four, and they must be square."
         )
     if len(images) == 1:
@@ -137,9 +138,9 @@ def evaluate_dpg(
             are not square.
     """
     if not 1 <= samples <= MOST_SAMPLES:
-        raise ValueError(f"samples {samples} must lie in [1, {MOST_SAMPLES}]: the official program reads quarters.")
+        raise UserError(f"samples {samples} must lie in [1, {MOST_SAMPLES}]: the official program reads quarters.")
     if judge_batch_size < 1:
-        raise ValueError(f"judge_batch_size {judge_batch_size} must be at least 1.")
+        raise UserError(f"judge_batch_size {judge_batch_size} must be at least 1.")
     name = run or Path(checkpoint).name
     directory = Path(out) / FOLDER / name
     prompts = dpg_prompts()
@@ -224,7 +225,7 @@ def questions_of(prompts: Sequence[Mapping[str, Any]], file: str | Path) -> dict
     items = [row["item_id"] for row in prompts]
     for difference, what in ((set(items) - set(found), "has no question of"), (set(found) - set(items), "asks of")):
         if difference:
-            raise ValueError(
+            raise UserError(
                 f"{file} {what} item {sorted(difference)[0]!r} and {len(difference) - 1} others. It must have those of "
                 f"all {len(items)} prompts and no more: it is not DPG-Bench's question file, or another version."
             )

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import variance
 
+from simplear.errors import MissingFileError, UserError
 from simplear.evaluation.intervals import effective_interval, ratio_proportion
 from simplear.evaluation.report import OVERALL, Result
 
@@ -66,7 +67,7 @@ def read_questions(file: str | Path) -> dict[str, list[Question]]:
             a question that occurs twice, a parent that is not there, questions that depend on each other in a circle.
     """
     if not Path(file).is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{file} is no file: download dpg_bench/dpg_bench.csv of https://github.com/TencentQQGYLab/ELLA, and name "
             "it (--questions)."
         )
@@ -74,15 +75,15 @@ def read_questions(file: str | Path) -> dict[str, list[Question]]:
     with open(file, encoding="utf-8-sig", newline="") as opened:
         rows = csv.DictReader(opened)
         if missing := [column for column in COLUMNS if column not in (rows.fieldnames or ())]:
-            raise ValueError(f"{file} has no column {missing[0]!r}: it is not DPG-Bench's question file.")
+            raise UserError(f"{file} has no column {missing[0]!r}: it is not DPG-Bench's question file.")
         for row in rows:
             try:
                 question = _question(row)
             except (ValueError, AttributeError) as error:  # the latter: a row that is too short
-                raise ValueError(f"{file}, line {rows.line_num}, item {row['item_id']!r}: {error}.") from error
+                raise UserError(f"{file}, line {rows.line_num}, item {row['item_id']!r}: {error}.") from error
             questions = items.setdefault(row["item_id"].strip(), {})
             if question.number in questions:
-                raise ValueError(
+                raise UserError(
                     f"{file}, line {rows.line_num}: item {row['item_id']!r} has two questions {question.number}."
                 )
             questions[question.number] = question
@@ -90,14 +91,14 @@ def read_questions(file: str | Path) -> dict[str, list[Question]]:
         try:
             ancestry(list(questions.values()))
         except ValueError as error:
-            raise ValueError(f"{file}, item {item!r}: {error}") from error
+            raise UserError(f"{file}, item {item!r}: {error}") from error
     return {item: list(questions.values()) for item, questions in items.items()}
 
 
 def _question(row: Mapping[str, str]) -> Question:
     parents = [int(number) for number in row["dependency"].split(",")]
     if not row["tuple"].partition("(")[0].strip():
-        raise ValueError("its tuple names no category")
+        raise UserError("its tuple names no category")
     return Question(
         int(row["proposition_id"]),
         row["question_natural_language"].strip(),
@@ -114,13 +115,13 @@ def ancestry(questions: Sequence[Question]) -> dict[int, frozenset[int]]:
     parents = {question.number: question.parents for question in questions}
     for number, above in parents.items():
         if unknown := [parent for parent in above if parent not in parents]:
-            raise ValueError(f"question {number} depends on {unknown[0]}, which there is not.")
+            raise UserError(f"question {number} depends on {unknown[0]}, which there is not.")
     found: dict[int, frozenset[int]] = {}
     while len(found) < len(parents):
         ready = [number for number, above in parents.items() if number not in found and all(p in found for p in above)]
         if not ready:
             circle = sorted(number for number in parents if number not in found)
-            raise ValueError(f"questions {circle} depend on each other in a circle.")
+            raise UserError(f"questions {circle} depend on each other in a circle.")
         for number in ready:
             found[number] = frozenset(parents[number]).union(*(found[parent] for parent in parents[number]))
     return found

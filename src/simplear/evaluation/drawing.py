@@ -22,6 +22,7 @@ from PIL import Image
 
 from simplear.atomic import claim_directory, require_writable, whole_directory, whole_file
 from simplear.data.prediction import make_trainer
+from simplear.errors import UserError
 from simplear.evaluation.prediction import predict_prompts
 from simplear.evaluation.scenes import image_seed
 from simplear.generation import SimpleARPipeline
@@ -125,7 +126,7 @@ def draw_prompts(
     """
     for name, value in (("samples", samples), ("limit", 1 if limit is None else limit), ("batch_size", batch_size)):
         if value < 1:
-            raise ValueError(f"{name} {value} must be at least 1.")
+            raise UserError(f"{name} {value} must be at least 1.")
     require_writable(directory, "images", "out")
     source = find_checkpoint(checkpoint)
     stated = load_checkpoint(source, with_weights=False).settings

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from simplear.errors import MissingFileError, UserError
+
 logger = logging.getLogger(__name__)
 
 INCEPTION_HASH = "6726825d"
@@ -53,13 +55,13 @@ class InceptionFeatures(nn.Module):
 
         file = _cached_weights() if weights is None else Path(weights)
         if not file.is_file():
-            raise FileNotFoundError(f"{file}, the weights of Inception-v3, is no file: check the path.")
+            raise MissingFileError(f"{file}, the weights of Inception-v3, is no file: check the path.")
         try:
             # torch-fidelity unpickles whatever is in the file: what this refuses does not get there.
             torch.load(file, map_location="meta", weights_only=True)
             self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(file))
         except Exception as error:  # pickle, zipfile and load_state_dict raise a dozen kinds
-            raise ValueError(
+            raise UserError(
                 f"{file} holds no weights of torch-fidelity's Inception-v3, or is damaged ({error}): fetch it again."
             ) from error
 
@@ -78,7 +80,7 @@ def _cached_weights() -> Path:
             file.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(URL_INCEPTION_V3, str(file), INCEPTION_HASH, progress=False)
         except Exception as error:
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"the weights of Inception-v3 are not in {file} and could not be downloaded ({error}). Download "
                 f"{URL_INCEPTION_V3} where there is a network and name the file "
                 "(--extractor InceptionFeatures --extractor.weights FILE)."
@@ -126,7 +128,7 @@ class FrechetDistance:
             self.metric.update(images.to(self.device), real=real)
         sums = self.metric.real_features_sum if real else self.metric.fake_features_sum
         if not sums.isfinite().all():
-            raise ValueError(f"features of {self.name} are not finite: its weights are damaged, or it is another's.")
+            raise UserError(f"features of {self.name} are not finite: its weights are damaged, or it is another's.")
 
     def compute(self) -> float:
         """The distance, 0 or more; a line is logged where there are too few pictures for it to mean much.
@@ -135,7 +137,7 @@ class FrechetDistance:
         """
         real, drawn = int(self.metric.real_features_num_samples), int(self.metric.fake_features_num_samples)
         if min(real, drawn) < 2:
-            raise ValueError(f"FID needs two pictures or more of each kind; there are {real} real and {drawn} drawn.")
+            raise UserError(f"FID needs two pictures or more of each kind; there are {real} real and {drawn} drawn.")
         if min(real, drawn) <= self.extractor.num_features:
             logger.warning(
                 "FID of %d and %d pictures by %d features: there are more features than pictures, so the covariances "

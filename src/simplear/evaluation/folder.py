@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from simplear.data.pictures import Drop, open_rgb, resize_and_crop
-from simplear.data.sources import PICTURE_SUFFIXES
+from simplear.data.pictures import resize_and_crop
+from simplear.errors import MissingFileError, UserError
+from simplear.pictures import PICTURE_SUFFIXES, PictureError, open_rgb
 
 logger = logging.getLogger(__name__)
 
@@ -27,10 +28,10 @@ READERS = min(8, os.cpu_count() or 1)
 def picture_files(folder: str | Path) -> list[Path]:
     """All pictures below a folder, in the order of their paths. Raises FileNotFoundError where there is none."""
     if not Path(folder).is_dir():
-        raise FileNotFoundError(f"{folder} is no folder: give one that holds pictures.")
+        raise MissingFileError(f"{folder} is no folder: give one that holds pictures.")
     files = sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES)
     if not files:
-        raise FileNotFoundError(f"{folder} holds no picture ({', '.join(sorted(PICTURE_SUFFIXES))}).")
+        raise MissingFileError(f"{folder} holds no picture ({', '.join(sorted(PICTURE_SUFFIXES))}).")
     return files
 
 
@@ -57,7 +58,7 @@ def picture_batches(
                 height, width = picture.shape[:2]
                 size = size or (height, width)
                 if not resize and (height, width) != size:
-                    raise ValueError(
+                    raise UserError(
                         f"{file} has {height} × {width} pixels, {files[0]} {size[0]} × {size[1]}: name the height and "
                         "width to which all are resized and cropped."
                     )
@@ -71,5 +72,5 @@ def picture_batches(
 def _read(file: Path) -> NDArray[np.uint8]:
     try:
         return np.asarray(open_rgb(file))
-    except Drop as reason:
-        raise ValueError(f"{file}: {reason}. Replace it or move it away.") from reason
+    except PictureError as reason:
+        raise UserError(f"{file}: {reason}. Replace it or move it away.") from reason

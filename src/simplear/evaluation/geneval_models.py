@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
 
+from simplear.errors import UserError
 from simplear.evaluation.geneval_rules import COLORS, THRESHOLD, Detection
 from simplear.rewards import LoadedCLIP, preprocess
 
@@ -60,7 +61,7 @@ def class_names(labels: Mapping[int, str], wanted: Sequence[str]) -> dict[int, s
         present = [spelled[text] for text in candidates if text in spelled]
         if not present:
             others = " or ".join(OTHER_SPELLINGS.get(name, ())) or "another word"
-            raise ValueError(
+            raise UserError(
                 f"the detector has no class {name!r} (nor {others}) among its {len(labels)}: take one trained on "
                 f"the 80 classes of COCO, such as {DETECTOR}."
             )
@@ -93,13 +94,13 @@ class InstanceDetector:
             network, loading = loader.from_pretrained(model, output_loading_info=True)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             reason = str(error).splitlines()[0]
-            raise ValueError(
+            raise UserError(
                 f"the detector {model} cannot be read ({reason}): name the directory or hub id of a Mask2Former for "
                 "instances (--detector), or leave judging to the official program (--score false)."
             ) from error
         # Buffers, such as the loss's, may be left out of the file; transformers would draw missing weights at random.
         if missing := sorted({name for name, _ in network.named_parameters()} & set(loading["missing_keys"])):
-            raise ValueError(
+            raise UserError(
                 f"the weights of the detector {model} are not those of a Mask2Former: {len(missing)} are missing, such "
                 f"as {missing[0]}."
             )

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from simplear.atomic import whole_directory, whole_file
 from simplear.data.pictures import Drop
 from simplear.data.sources import ImageFolderSource
+from simplear.errors import UserError
 from simplear.evaluation.drawing import draw_prompts
 from simplear.evaluation.fid import FrechetDistance, InceptionFeatures
 from simplear.evaluation.folder import picture_batches
@@ -32,8 +33,8 @@ from simplear.evaluation.grid import Cell, image_grid
 from simplear.evaluation.intervals import clustered_interval
 from simplear.evaluation.page import PageImage, write_page
 from simplear.evaluation.report import OVERALL, REPORT_FILE, Result, markdown_table, merge_run, write_tensorboard
-from simplear.generation.command import read_prompts
 from simplear.rewards import CLIPReward, HPSv2Reward, score
+from simplear.text_files import read_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -118,14 +119,14 @@ def evaluate_quality(
         ValueError: nothing to measure or to draw, a reference without a caption, or one that cannot be read.
     """
     if measure_batch_size < 1:
-        raise ValueError(f"measure_batch_size {measure_batch_size} must be at least 1.")
+        raise UserError(f"measure_batch_size {measure_batch_size} must be at least 1.")
     wants_fid = fid and references is not None
     if not wants_fid and clip is None and hps is None:
-        raise ValueError("nothing to measure: name references (FID), clip (CLIPScore) or hps.")
+        raise UserError("nothing to measure: name references (FID), clip (CLIPScore) or hps.")
     source = None if references is None else ImageFolderSource(references)
-    captions = _captions(source) if prompts_file is None else read_prompts(Path(prompts_file))
+    captions = _captions(source) if prompts_file is None else [text for text, _ in read_prompts(prompts_file)]
     if min(drawing.get("limit") or len(captions), len(captions)) < 2:
-        raise ValueError(f"{len(captions)} prompts: a mean and its interval need two or more.")
+        raise UserError(f"{len(captions)} prompts: a mean and its interval need two or more.")
     distance = None
     networks = {name: network for name, network in (("clip", clip), ("hps", hps)) if network is not None}
     if getattr(rank_zero_only, "rank", 0) == 0:  # weights that are missing are missed before the first image
@@ -218,15 +219,15 @@ def quality_result(
 def _captions(source: ImageFolderSource | None) -> list[str]:
     """The first caption of each reference."""
     if source is None:
-        raise ValueError("nothing to draw: name a file of prompts, or references with captions.")
+        raise UserError("nothing to draw: name a file of prompts, or references with captions.")
     found = []
     for index in range(len(source)):
         try:
             file, captions, _ = source.entry(index)
         except Drop as reason:
-            raise ValueError(f"picture {index} of {source.path}: {reason}.") from reason
+            raise UserError(f"picture {index} of {source.path}: {reason}.") from reason
         if not captions:
-            raise ValueError(f"{file} has no caption: write a .txt beside it, or name a file of prompts.")
+            raise UserError(f"{file} has no caption: write a .txt beside it, or name a file of prompts.")
         found.append(captions[0])
     return found
 

@@ -25,6 +25,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from tqdm import tqdm
 
 from simplear.atomic import require_writable, whole_directory, whole_file
+from simplear.errors import UserError
 from simplear.evaluation.fid import FrechetDistance, InceptionFeatures
 from simplear.evaluation.folder import picture_batches, picture_files
 from simplear.evaluation.grid import Cell, image_grid
@@ -108,14 +109,14 @@ def evaluate_tokenizer(
         ValueError: a picture that cannot be read or has another size (the message names it), or a number too small.
     """
     if (height is None) != (width is None):
-        raise ValueError("height and width go together: give both, or neither where all pictures have one size.")
+        raise UserError("height and width go together: give both, or neither where all pictures have one size.")
     if batch_size < 1 or (limit is not None and limit < 2):
-        raise ValueError(f"batch_size {batch_size} must be at least 1 and limit {limit} at least 2.")
+        raise UserError(f"batch_size {batch_size} must be at least 1 and limit {limit} at least 2.")
     files = picture_files(images)
     if limit is not None and limit < len(files):
         files = [files[index * len(files) // limit] for index in range(limit)]
     if len(files) < 2:
-        raise ValueError(f"{images} holds one picture: a mean and its interval need two or more.")
+        raise UserError(f"{images} holds one picture: a mean and its interval need two or more.")
     require_writable(out, "the report", "--out")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     visual_tokenizer = load_visual_tokenizer(tokenizer, device)
@@ -255,12 +256,12 @@ def codebook_use(counts: Tensor) -> tuple[float, float]:
 
 def _check_size(height: int, width: int, downsample: int) -> None:
     if height % downsample or width % downsample:
-        raise ValueError(
+        raise UserError(
             f"pictures of {height} × {width} pixels are not made of whole patches of {downsample} × {downsample}: name "
             "a height and width that are multiples, to which they are resized and cropped."
         )
     if min(height, width) < SMALLEST_SIDE:
-        raise ValueError(f"pictures of {height} × {width} pixels are smaller than SSIM's window of {SMALLEST_SIDE}.")
+        raise UserError(f"pictures of {height} × {width} pixels are smaller than SSIM's window of {SMALLEST_SIDE}.")
 
 
 def _cell(item: Reconstruction, folder: str) -> Cell:

@@ -17,6 +17,7 @@ from typing import Any
 from PIL import Image
 
 from simplear.atomic import whole_file
+from simplear.errors import UserError
 from simplear.evaluation.intervals import clustered_proportion, mean_proportion, stratified_interval, wilson_interval
 from simplear.evaluation.published import PUBLISHED
 
@@ -72,7 +73,7 @@ def read_report(path: str | Path) -> dict[str, Any]:
         if not isinstance(report["runs"], dict):
             raise TypeError("runs is no object")
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no report ({error!r}): move it away, or write to another directory.") from error
+        raise UserError(f"{path} is no report ({error!r}): move it away, or write to another directory.") from error
     return report
 
 

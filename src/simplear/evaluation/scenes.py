@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from simplear.errors import UserError
 from simplear.evaluation.diversity import diversity
 from simplear.evaluation.grid import Cell, image_grid
 from simplear.evaluation.page import PageImage, write_page
@@ -111,9 +112,9 @@ def evaluate_scenes(
     """
     for name, value in (("prompts_per_category", prompts_per_category), ("images_per_prompt", images_per_prompt)):
         if value < 1:
-            raise ValueError(f"{name} {value} must be at least 1.")
+            raise UserError(f"{name} {value} must be at least 1.")
     if not 0 <= blind_prompts <= prompts_per_category:
-        raise ValueError(
+        raise UserError(
             f"blind_prompts {blind_prompts} must lie in [0, {prompts_per_category}], the prompts there are."
         )
     prompts = evaluation_prompts(prompts_per_category, seed)
@@ -297,7 +298,7 @@ def _shown(out: Path, runs: Sequence[str], prompts: Sequence[dict[str, Any]]) ->
         # The first image of a prompt that has several.
         found.append({row["prompt"]: row for row in reversed(rows)})
         if missing := [prompt["prompt"] for prompt in prompts if prompt["prompt"] not in found[-1]]:
-            raise ValueError(
+            raise UserError(
                 f"run {run!r} has no image of {missing[0]!r} in {file}: evaluate it into the same directory with the "
                 "same seed and as many prompts_per_category."
             )

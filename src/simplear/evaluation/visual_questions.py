@@ -17,6 +17,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from simplear.errors import MissingFileError, UserError
+
 EXAMPLE = "model that chats about images, such as Qwen/Qwen2-VL-7B-Instruct (--judge)"
 INSTRUCTION = "{question} Answer with yes or no."
 YES = ("yes", "Yes", "YES", " yes", " Yes")
@@ -29,17 +31,17 @@ def judge_processor(model: str) -> Any:
     try:
         processor: Any = AutoProcessor.from_pretrained(model)
     except OSError as error:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"the judge {model} is not here and could not be downloaded ({_first_line(error)}): download it where "
             "there is a network, and name its directory (--judge)."
         ) from error
     except ValueError as error:
-        raise ValueError(f"{model} is no {EXAMPLE} ({_first_line(error)}).") from error
+        raise UserError(f"{model} is no {EXAMPLE} ({_first_line(error)}).") from error
     if getattr(processor, "chat_template", None) is None or not hasattr(processor, "image_processor"):
-        raise ValueError(f"{model} is no {EXAMPLE}: it has no chat template or takes no images.")
+        raise UserError(f"{model} is no {EXAMPLE}: it has no chat template or takes no images.")
     for words in (YES, NO):
         if not _tokens(processor, words):
-            raise ValueError(f"{model} is no {EXAMPLE}: its tokenizer has no token for any of {words}.")
+            raise UserError(f"{model} is no {EXAMPLE}: its tokenizer has no token for any of {words}.")
     processor.tokenizer.padding_side = "left"  # so that the last place of each row is where the reply begins
     return processor
 
@@ -73,10 +75,10 @@ class VisualJudge:
         try:
             loaded: Any = AutoModelForImageTextToText.from_pretrained(model, dtype="auto", output_loading_info=True)
         except (OSError, ValueError) as error:
-            raise ValueError(f"{model} is no {EXAMPLE} ({_first_line(error)}).") from error
+            raise UserError(f"{model} is no {EXAMPLE} ({_first_line(error)}).") from error
         network, report = loaded
         if missing := report["missing_keys"] or report["mismatched_keys"]:
-            raise ValueError(
+            raise UserError(
                 f"the weights of the judge {model} are incomplete: {len(missing)} are missing or of another shape, "
                 f"such as {sorted(map(str, missing))[0]}."
             )

@@ -16,6 +16,7 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from simplear.data.shards import MANIFEST_FILE
+from simplear.errors import MissingFileError, UserError
 from simplear.evaluation import markdown_table, read_report
 from simplear.language_model import Checkpoint
 
@@ -64,15 +65,15 @@ def read_card_inputs(
     """
     for file in (report, training_config):
         if file is not None and not Path(file).is_file():
-            raise FileNotFoundError(f"no file at {file}, which the model card is to show.")
+            raise MissingFileError(f"no file at {file}, which the model card is to show.")
     config = None if training_config is None else Path(training_config).read_text()
     if config is not None:
         try:
             read = yaml.safe_load(config)
         except yaml.YAMLError as error:
-            raise ValueError(f"{training_config} is no YAML: {error}.") from error
+            raise UserError(f"{training_config} is no YAML: {error}.") from error
         if not isinstance(read, dict) or "model" not in read:
-            raise ValueError(f"{training_config} has no key 'model': give the config.yaml that a run wrote.")
+            raise UserError(f"{training_config} has no key 'model': give the config.yaml that a run wrote.")
     content = None if report is None else _of_runs(read_report(report), runs, report)
     return CardInputs(content, [_manifest(Path(each)) for each in data], config)
 
@@ -82,7 +83,7 @@ def _of_runs(report: dict[str, Any], runs: list[str] | None, file: str) -> dict[
         return report
     missing = [name for name in runs if name not in report["runs"]]
     if missing:
-        raise ValueError(f"{file} has no run {missing[0]!r}; it has: {', '.join(report['runs'])}.")
+        raise UserError(f"{file} has no run {missing[0]!r}; it has: {', '.join(report['runs'])}.")
     varied = report.get("diversity", {})
     return {
         "runs": {name: report["runs"][name] for name in runs},
@@ -93,13 +94,13 @@ def _of_runs(report: dict[str, Any], runs: list[str] | None, file: str) -> dict[
 def _manifest(directory: Path) -> dict[str, Any]:
     file = directory / MANIFEST_FILE
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing: give directories of token shards (--data).")
+        raise MissingFileError(f"{file} is missing: give directories of token shards (--data).")
     content = file.read_bytes()
     try:
         manifest = json.loads(content)
         known = {key: manifest[key] for key in ("rows", "visual_tokenizer")}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is no manifest of token shards ({error!r}): tokenize again.") from error
+        raise UserError(f"{file} is no manifest of token shards ({error!r}): tokenize again.") from error
     return {"name": directory.name, "sha256": hashlib.sha256(content).hexdigest(), **known}
 
 

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 
 from simplear.atomic import require_writable, whole_directory
+from simplear.errors import ExistingFileError, UserError
 from simplear.evaluation import Cell, image_grid
 from simplear.export.card import CARD_FILE, SAMPLES_FILE, CardContent, model_card, read_card_inputs
 from simplear.generation import SimpleARPipeline
@@ -90,9 +91,9 @@ def export(
     """
     directory = Path(out)
     if directory.exists():
-        raise FileExistsError(f"{directory} is there already: name another directory (--out), or remove that one.")
+        raise ExistingFileError(f"{directory} is there already: name another directory (--out), or remove that one.")
     if not re.fullmatch(SIZE, max_shard_size):
-        raise ValueError(f"max_shard_size {max_shard_size!r} is no size: give a number and KB, MB or GB, such as 5GB.")
+        raise UserError(f"max_shard_size {max_shard_size!r} is no size: give a number and KB, MB or GB, such as 5GB.")
     require_writable(directory.absolute().parent, "the checkpoint", "--out")
     inputs = read_card_inputs(report, runs, data or [], training_config)
     source = _source(checkpoint, like)
@@ -100,7 +101,7 @@ def export(
     decoder = _visual_tokenizer(loaded, visual_tokenizer)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
     if prompts and decoder is None:
-        raise ValueError(
+        raise UserError(
             "the checkpoint carries no visual tokenizer to draw the card's picture with: name one "
             "(--visual-tokenizer), or leave out --prompt."
         )
@@ -139,7 +140,7 @@ def _source(path: str, like: str | None) -> _Source:
     if state.is_file() or (state / SHARDS_METADATA).is_file():
         return _from_state(state, like)
     if like is not None:
-        raise ValueError(f"{path} is no training state, so it brings its own configuration: leave out --like.")
+        raise UserError(f"{path} is no training state, so it brings its own configuration: leave out --like.")
     return _Source(load_checkpoint(find_checkpoint(path)), f"the checkpoint `{state.name}`")
 
 
@@ -154,16 +155,16 @@ def _from_state(state: Path, like: str | None) -> _Source:
         )
     assert configuration is not None
     if (reason := damage(state)) is not None:
-        raise ValueError(
+        raise UserError(
             f"{state} is damaged or no training state ({reason}): fetch it again, or name another, such as "
             "previous.ckpt."
         )
     try:
         weights, rest = read_state(state, MODULE)
     except Exception as error:  # of torch, pickle and zipfile
-        raise ValueError(f"{state} is no training state whose weights can be read safely: {error}") from error
+        raise UserError(f"{state} is no training state whose weights can be read safely: {error}") from error
     if not weights:
-        raise ValueError(
+        raise UserError(
             f"{state} holds no language model, so it is the state of another stage: a visual tokenizer's training "
             "writes its directory itself (export_dir)."
         )
@@ -175,7 +176,7 @@ def _from_state(state: Path, like: str | None) -> _Source:
         if name not in weights or expected_weights.get(name) != weights[name].shape
     )
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"{state} and {configuration} are of different models: {len(wrong)} weights are missing or of another "
             f"shape, the first is {wrong[0]}. Name another checkpoint directory (--like)."
         )

@@ -10,19 +10,20 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from tqdm import tqdm
 
+from simplear.errors import UserError
 from simplear.generation.pipeline import SimpleARPipeline
 from simplear.generation.png import file_name, read_metadata, write_png
 from simplear.language_model import checkpoint_hash, find_checkpoint
+from simplear.pictures import PictureError, open_mask, open_rgb
+from simplear.text_files import FreeText, read_prompts
 
-STANDARD_INPUT = "-"
-"""In place of a file's name."""
 SHOWN = 40
 """Characters of a setting in a message."""
 
@@ -31,7 +32,7 @@ def generate(
     checkpoint: str,
     *,
     out: str,
-    prompt: str | list[str] | None = None,
+    prompt: FreeText | list[FreeText] | None = None,
     prompts_file: str | None = None,
     num_images_per_prompt: int = 1,
     seed: int = 0,
@@ -40,8 +41,8 @@ def generate(
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
-    negative_prompt: str | None = None,
-    prompt_prefix: str | None = None,
+    negative_prompt: FreeText | None = None,
+    prompt_prefix: FreeText | None = None,
     height: int | None = None,
     width: int | None = None,
     image: str | None = None,
@@ -59,9 +60,9 @@ def generate(
     Args:
         checkpoint: directory or hub id.
         out: directory for the pictures.
-        prompt: one caption, or a list in brackets.
-        prompts_file: file with a caption a line, or .jsonl with a "prompt" in each line, or - for captions on standard
-            input; blank lines do not count.
+        prompt: what to draw, taken as it is typed; give the option again for each further prompt.
+        prompts_file: .txt with a prompt a line, .jsonl or .json with objects that have a "prompt", or - for lines on
+            standard input; blank lines do not count.
         num_images_per_prompt: images of each prompt.
         seed: image k uses seed + k, counted over all prompts and, where a run goes on, over what is there already.
         guidance_scale: classifier-free guidance; the checkpoint's default if not given.
@@ -74,7 +75,8 @@ def generate(
         height: pixels; the checkpoint's grid if not given.
         width: pixels; the checkpoint's grid if not given.
         image: picture to keep a part of, for all prompts; height and width are its own.
-        mask: picture of the same size: where it is not black, the image is drawn anew.
+        mask: picture of the same size that says where to draw: where it is transparent, or, if it has no transparency,
+            where it is not black.
         engine: how codes are drawn.
         engine_options: of the engine, as ``'{window: 7}'`` for jacobi.
         visual_tokenizer: directory or hub id to use in place of the checkpoint's own.
@@ -87,12 +89,12 @@ def generate(
     """
     prompts = _prompts(prompt, prompts_file)
     if num_images_per_prompt < 1 or batch_size < 1:
-        raise ValueError("num_images_per_prompt and batch_size must be 1 or more.")
+        raise UserError("num_images_per_prompt and batch_size must be 1 or more.")
     source = find_checkpoint(checkpoint)
     pipeline = SimpleARPipeline.from_pretrained(
         source, engine=engine, engine_options=engine_options, device=device, visual_tokenizer=visual_tokenizer
     )
-    picture, anew = (None if file is None else Image.open(file) for file in (image, mask))
+    picture, anew = _opened(open_rgb, image), _opened(open_mask, mask)
     size = (height, width) if picture is None else (picture.height, picture.width)
     pipeline.check_prompts(prompts, prompt_prefix, *size)
     sampling = pipeline.sampling_settings(guidance_scale, do_sample, temperature, top_k, top_p)
@@ -155,7 +157,7 @@ def _drawn_already(directory: Path, wanted: dict[Path, dict[str, Any]], settings
         expected = wanted.get(path, settings)
         if found is None:
             if path in wanted:
-                raise ValueError(
+                raise UserError(
                     f"{path} was not drawn by simplear generate and has the name of a picture to draw: move it, or "
                     "name another directory (--out)."
                 )
@@ -166,13 +168,23 @@ def _drawn_already(directory: Path, wanted: dict[Path, dict[str, Any]], settings
             if found.get(name) != value
         ]
         if other:
-            raise ValueError(
+            raise UserError(
                 f"{path} was drawn with other settings ({'; '.join(other)}): name another directory (--out), or remove "
                 "what is in this one."
             )
         if path in wanted:
             there.add(path)
     return there
+
+
+def _opened(opener: Callable[[str], Image.Image], file: str | None) -> Image.Image | None:
+    """Raises UserError naming a file that cannot be opened as a picture."""
+    if file is None:
+        return None
+    try:
+        return opener(file)
+    except PictureError as error:
+        raise UserError(f"{file}: {error}.") from error
 
 
 def _short(value: Any) -> str:
@@ -184,37 +196,7 @@ def _short(value: Any) -> str:
 def _prompts(prompt: str | list[str] | None, prompts_file: str | None) -> list[str]:
     prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
     if prompts_file is not None:
-        prompts += read_prompts(prompts_file)
+        prompts += [text for text, _ in read_prompts(prompts_file)]
     if not prompts:
-        raise ValueError('no prompt: give --prompt "…" or --prompts-file FILE.')
-    return prompts
-
-
-def read_prompts(file: str | Path) -> list[str]:
-    """The captions of a file, one a line, or of .jsonl the "prompt" of each line; - is standard input, a line each.
-
-    Blank lines do not count. Raises ValueError, naming file and line, for what is no text.
-    """
-    from_input = str(file) == STANDARD_INPUT
-    try:
-        content = sys.stdin.buffer.read() if from_input else Path(file).read_bytes()
-        lines = content.decode().replace("\r\n", "\n").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{'standard input' if from_input else file} is not UTF-8: {error}.") from error
-    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not str(file).endswith(".jsonl"):
-        return [line for _, line in numbered]
-    prompts = []
-    for number, line in numbered:
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{file}, line {number}: no JSON ({error}).") from error
-        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-            raise ValueError(f'{file}, line {number}: no object with a text "prompt".')
-        try:
-            row["prompt"].encode()  # JSON can spell half of a surrogate pair
-        except UnicodeEncodeError as error:
-            raise ValueError(f"{file}, line {number}: the prompt is no valid text ({error}).") from error
-        prompts.append(row["prompt"])
+        raise UserError('no prompt: give --prompt "…" or --prompts-file FILE.')
     return prompts

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from simplear.errors import UserError
 from simplear.generation.sampling import SamplingSettings
 from simplear.language_model import LanguageModel
 
@@ -77,14 +78,14 @@ ENGINES = {
 def make_engine(name: str, model: LanguageModel, **options: Any) -> Engine:
     """The engine of that name over a model, with options of its class. Raises ValueError for unknown ones."""
     if name not in ENGINES:
-        raise ValueError(f"no engine {name!r}; there are: {', '.join(sorted(ENGINES))}.")
+        raise UserError(f"no engine {name!r}; there are: {', '.join(sorted(ENGINES))}.")
     module, _, attribute = ENGINES[name].rpartition(".")
     made = getattr(importlib.import_module(module), attribute)
     known = inspect.signature(made).parameters
     unknown = options.keys() - known.keys()
     if unknown and not any(each.kind is each.VAR_KEYWORD for each in known.values()):
         there_are = ", ".join(option for option in known if option != "model") or "none"
-        raise ValueError(f"the engine {name!r} has no option {', '.join(sorted(unknown))}; it has: {there_are}.")
+        raise UserError(f"the engine {name!r} has no option {', '.join(sorted(unknown))}; it has: {there_are}.")
     return made(model, **options)
 
 
@@ -100,7 +101,7 @@ def check_request(
     given are no codes.
     """
     if not prompt_ids:
-        raise ValueError("no prompts: there is nothing to draw.")
+        raise UserError("no prompts: there is nothing to draw.")
     if not len(prompt_ids) == len(negative_ids) == len(seeds):
         raise ValueError(
             f"{len(prompt_ids)} prompts, {len(negative_ids)} negative prompts and {len(seeds)} seeds: "
@@ -108,10 +109,10 @@ def check_request(
         )
     height, width = grid
     if min(grid) < 1:
-        raise ValueError(f"a grid of {height} × {width} holds no codes.")
+        raise UserError(f"a grid of {height} × {width} holds no codes.")
     longest = max(len(ids) for ids in (*prompt_ids, *negative_ids))
     if longest + height * width > model.max_positions:
-        raise ValueError(
+        raise UserError(
             f"a prompt of {longest} tokens and a grid of {height} × {width} codes take {longest + height * width} "
             f"positions; the model has {model.max_positions}. Shorten the prompt or ask for a smaller picture."
         )
@@ -121,7 +122,7 @@ def check_request(
                 f"given codes of shape {tuple(given.shape)} for {len(prompt_ids)} images of {height} × {width} codes."
             )
         if not -1 <= int(given.min()) <= int(given.max()) < model.layout.codebook_size:
-            raise ValueError(
+            raise UserError(
                 f"given codes lie in [{int(given.min())}, {int(given.max())}]: a code lies in "
                 f"[0, {model.layout.codebook_size}), and -1 stands where one is drawn."
             )

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from simplear.errors import UserError
 from simplear.generation.decoder_step import PreparedStep
 from simplear.generation.engine import GenerationStats, RowCallback, check_request, kept_codes, leading
 from simplear.generation.sampling import Noise, SamplingSettings, draw
@@ -57,7 +58,7 @@ class JacobiEngine:
         on_pass: Callable[[list[int]], None] | None = None,
     ) -> None:
         if window is not None and window < 0:
-            raise ValueError(f"window {window} must be 0 or more; None chooses one.")
+            raise UserError(f"window {window} must be 0 or more; None chooses one.")
         self.model, self.window, self.proposal, self.on_pass = model, window, proposal, on_pass
         self._choices: defaultdict[int, WindowChoice] = defaultdict(WindowChoice)  # by number of rows
         self._step = PreparedStep(model, compiled)

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from simplear.errors import UserError
 from simplear.generation.engine import Engine, GenerationStats, RowCallback, make_engine
 from simplear.generation.memory import is_out_of_memory, out_of_memory
 from simplear.generation.sampling import SamplingSettings
 from simplear.generation.vllm_plugin.engine import VLLMEngine
 from simplear.language_model import CheckpointError, CheckpointSettings, LanguageModel, load_checkpoint
+from simplear.pictures import as_mask, as_rgb
 from simplear.sequence import encode_captions, prompt_sequence
 from simplear.visual_tokenizer import VisualTokenizer, load_visual_tokenizer, to_pixels
 
@@ -183,9 +185,9 @@ class SimpleARPipeline:
             height: pixels, a multiple of the visual tokenizer's downsample factor.
             width: pixels, likewise.
             image: picture to keep a part of, one for all or one a prompt; height and width are its own.
-            mask: where to draw anew, of the picture's size: all codes in whose patch it is not black. Codes are drawn
-                in raster order, so what is drawn continues what is above it and to its left, and knows nothing of what
-                is kept below.
+            mask: where to draw, of the picture's size: transparent where it has transparent areas (OpenAI's form), else
+                not black. A code whose patch is touched is drawn. Codes are drawn in raster order, so what is drawn
+                continues what is above it and to its left, and does not see what is kept below.
             output_type: "pil", "pt", or "codes", which needs no visual tokenizer.
             batch_size: images drawn at once.
             progress: show a bar over the codes.
@@ -200,9 +202,9 @@ class SimpleARPipeline:
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts or num_images_per_prompt < 1 or batch_size < 1:
-            raise ValueError("give at least one prompt, and num_images_per_prompt and batch_size of 1 or more.")
+            raise UserError("give at least one prompt, and num_images_per_prompt and batch_size of 1 or more.")
         if output_type not in ("pil", "pt", "codes"):
-            raise ValueError(f'output_type {output_type!r} is unknown: "pil", "pt" or "codes".')
+            raise UserError(f'output_type {output_type!r} is unknown: "pil", "pt" or "codes".')
         defaults = self.settings.generation
         sampling = self.sampling_settings(guidance_scale, do_sample, temperature, top_k, top_p)
         pictures = _pictures(image, mask, len(prompts), height, width)
@@ -213,9 +215,7 @@ class SimpleARPipeline:
         negative = defaults.negative_prompt if negative_prompt is None else negative_prompt
         negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
         if len(negatives) != len(prompts):
-            raise ValueError(
-                f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one, or one for each."
-            )
+            raise UserError(f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one, or one for each.")
         prompt_ids = self._encode(prompts, "prompt", grid, prefix)
         negative_ids = self._encode(negatives, "negative prompt", grid)
         order = [index for index in range(len(prompts)) for _ in range(num_images_per_prompt)]
@@ -323,8 +323,8 @@ class SimpleARPipeline:
     def _kept_codes(self, pictures: Sequence[tuple[Image.Image, Image.Image]]) -> Tensor:
         """Codes (P, h, w) of pictures, -1 where their mask is not black."""
         tokenizer, downsample = self.visual_tokenizer, self.settings.downsample
-        pixels = torch.from_numpy(to_pixels(np.stack([np.asarray(picture.convert("RGB")) for picture, _ in pictures])))
-        masks = torch.from_numpy(np.stack([np.asarray(mask.convert("L")) for _, mask in pictures]))
+        pixels = torch.from_numpy(to_pixels(np.stack([np.asarray(picture) for picture, _ in pictures])))
+        masks = torch.from_numpy(np.stack([np.asarray(mask) for _, mask in pictures]))
         anew = torch.nn.functional.max_pool2d(masks[:, None].float(), downsample)[:, 0] > 0
         return torch.where(anew, -1, tokenizer.encode(pixels.to(self.device)).cpu())
 
@@ -337,12 +337,10 @@ class SimpleARPipeline:
         sides = []
         for name, pixels, default in zip(("height", "width"), (height, width), self.settings.grid, strict=True):
             if pixels is not None and (pixels < downsample or pixels % downsample):
-                raise ValueError(
-                    f"{name} {pixels} is no multiple of {downsample}, the pixels that one code stands for."
-                )
+                raise UserError(f"{name} {pixels} is no multiple of {downsample}, the pixels that one code stands for.")
             sides.append(default if pixels is None else pixels // downsample)
         if self._positions_left(sides[0], sides[1]) < 0:
-            raise ValueError(
+            raise UserError(
                 f"a picture of {sides[0]} × {sides[1]} = {sides[0] * sides[1]} codes and two control tokens take more "
                 f"than the {self.model.max_positions} positions that the model has: ask for a smaller one."
             )
@@ -360,13 +358,13 @@ class SimpleARPipeline:
             try:
                 text.encode()
             except UnicodeEncodeError as error:
-                raise ValueError(f"{name} is no valid text: {error}.") from error
+                raise UserError(f"{name} is no valid text: {error}.") from error
         room = min(self.settings.max_text_tokens, self._positions_left(*grid))
         # The empty caption is what condition dropout trains, and that has no prefix either.
         encoded = encode_captions(self.tokenizer, [prefix + caption if caption else "" for caption in captions])
         for number, (caption, ids) in enumerate(zip(captions, encoded, strict=True)):
             if len(ids) > room:
-                raise ValueError(
+                raise UserError(
                     f"{noun} {number} ({caption[:40]!r}…) has {len(ids)} tokens; there is room for {room} beside "
                     f"{grid[0]} × {grid[1]} codes. Shorten it."
                 )
@@ -383,18 +381,18 @@ def _pictures(
     """Picture and mask of each prompt; none where there is no picture."""
     if image is None or mask is None:
         if image is not None or mask is not None:
-            raise ValueError("image and mask go together: the mask is white where the image is to be drawn anew.")
+            raise UserError("image and mask go together: the mask is white, or transparent, where to draw.")
         return []
-    images = [image] * prompts if isinstance(image, Image.Image) else list(image)
-    masks = [mask] * prompts if isinstance(mask, Image.Image) else list(mask)
+    images = [as_rgb(image)] * prompts if isinstance(image, Image.Image) else [as_rgb(each) for each in image]
+    masks = [as_mask(mask)] * prompts if isinstance(mask, Image.Image) else [as_mask(each) for each in mask]
     if not len(images) == len(masks) == prompts:
-        raise ValueError(
+        raise UserError(
             f"{len(images)} images and {len(masks)} masks for {prompts} prompts: give one, or one for each."
         )
     sizes = {item.size for item in (*images, *masks)}
     asked = (width or images[0].width, height or images[0].height)
     if sizes != {asked}:
-        raise ValueError(
+        raise UserError(
             f"images and masks have the sizes (width, height) {sorted(sizes)}, and {asked} is to be drawn: resize them."
         )
     return list(zip(images, masks, strict=True))
@@ -406,7 +404,7 @@ def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
     if not isinstance(seed, Sequence):
         return [int(seed) + index for index in range(count)]
     if len(seed) != count:
-        raise ValueError(f"{len(seed)} seeds for {count} images: give one for each, or a single number.")
+        raise UserError(f"{len(seed)} seeds for {count} images: give one for each, or a single number.")
     return list(seed)
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from simplear.errors import UserError
 from simplear.generation.guidance import guided_log_weights
 from simplear.hashing import INCREMENT, mix_tensor, shifted, signed
 
@@ -37,15 +38,15 @@ class SamplingSettings:
 
     def __post_init__(self) -> None:
         if not 0 <= self.guidance_scale < float("inf"):
-            raise ValueError(f"guidance_scale {self.guidance_scale} must be 0 or more; 1 is no guidance.")
+            raise UserError(f"guidance_scale {self.guidance_scale} must be 0 or more; 1 is no guidance.")
         if not 0 < self.temperature < float("inf"):
-            raise ValueError(
+            raise UserError(
                 f"temperature {self.temperature} must be above 0; for the most probable code set do_sample to false."
             )
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k {self.top_k} must be 1 or more; leave it out to keep all codes.")
+            raise UserError(f"top_k {self.top_k} must be 1 or more; leave it out to keep all codes.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p {self.top_p} must lie in (0, 1].")
+            raise UserError(f"top_p {self.top_p} must lie in (0, 1].")
 
 
 class Noise:

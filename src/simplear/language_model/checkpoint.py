@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from simplear.atomic import whole_directory
+from simplear.errors import UserError
 from simplear.hashing import sha256_of_all
 from simplear.hub import is_hub_id
 from simplear.language_model.model import (
@@ -57,7 +58,7 @@ RELEASED_NEGATIVE_PROMPT = (
 )
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint directory that cannot be used; the message names file and remedy."""
 
 

@@ -31,6 +31,7 @@ from transformers import (
 )
 from transformers.utils import has_file
 
+from simplear.errors import MissingFileError, UserError
 from simplear.hub import is_hub_id
 from simplear.language_model.loss import Normalizer, next_token_losses, token_cross_entropy, token_entropy
 from simplear.language_model.packing import PACKED_ATTENTION, Packing
@@ -70,7 +71,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         rows = decoder.config.vocab_size
         if rows != layout.vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"the model has {rows} embedding rows but tokenizer and codebook need {layout.image_token_offset} + "
                 f"{layout.codebook_size} = {layout.vocab_size}: it belongs to another text or visual tokenizer."
             )
@@ -164,7 +165,7 @@ class LanguageModel(nn.Module):
         if packing is None:
             return self.hidden_states(input_ids, position_ids, attention_mask=None)
         if self.decoder.config._attn_implementation != PACKED_ATTENTION:
-            raise ValueError(
+            raise UserError(
                 f"packed sequences need attention by sdpa, the model has {self.decoder.config._attn_implementation}: "
                 "leave attn_implementation out, or packed."
             )
@@ -315,14 +316,14 @@ def load_text_tokenizer(path: str) -> PreTrainedTokenizerBase:
     # Beside a Qwen2 model, AutoTokenizer would replace the normaliser and splitting that tokenizer.json states by
     # Qwen2's own: the same caption would get other ids in the checkpoint than in the tokenizer it was trained with.
     if not Path(path).is_dir() and not is_hub_id(path):
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"no text tokenizer at {path}: train one (the demo's: make train-tokenizer; a checkpoint brings its "
             "own: make pretrain), or name another."
         )
     loader = PreTrainedTokenizerFast if has_file(path, "tokenizer.json") else AutoTokenizer
     tokenizer = loader.from_pretrained(path)
     if not tokenizer.is_fast:
-        raise ValueError(f"the text tokenizer at {path} has no fast implementation, which plain-text captions need.")
+        raise UserError(f"the text tokenizer at {path} has no fast implementation, which plain-text captions need.")
     return tokenizer
 
 

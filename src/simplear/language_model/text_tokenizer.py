@@ -12,6 +12,7 @@ from pathlib import Path
 
 from transformers import Qwen2Tokenizer
 
+from simplear.errors import UserError
 from simplear.sequence import add_special_tokens
 
 SMALLEST_VOCABULARY = 257
@@ -30,7 +31,7 @@ def train_text_tokenizer(captions: Iterable[str], vocab_size: int, directory: st
         ValueError: a vocabulary too small to hold every byte.
     """
     if vocab_size < SMALLEST_VOCABULARY:
-        raise ValueError(f"vocab_size {vocab_size} is below {SMALLEST_VOCABULARY}: 256 bytes and <|endoftext|>.")
+        raise UserError(f"vocab_size {vocab_size} is below {SMALLEST_VOCABULARY}: 256 bytes and <|endoftext|>.")
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(iter(captions), vocab_size, show_progress=False)
     add_special_tokens(tokenizer)
     tokenizer.save_pretrained(directory)

@@ -17,6 +17,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import Qwen2ForCausalLM
 
+from simplear.errors import UserError
+
 NamedWeights = Iterator[tuple[str, Tensor]]
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 
@@ -64,7 +66,7 @@ def stored_weights(decoder: Qwen2ForCausalLM, directory: str | Path, text_rows: 
     """
     files = [safe_open(file, "pt") for file in sorted(Path(directory).glob("*.safetensors"))]
     if not files:
-        raise ValueError(
+        raise UserError(
             f"{directory} has no *.safetensors, which sharded training reads its weights from: save the model in that "
             "format."
         )
@@ -107,7 +109,7 @@ def fill_new_rows(weight: Tensor, text_rows: int) -> None:
 def require_rows(text_rows: int, rows: int) -> None:
     """Raises ValueError where a tokenizer has more ids than a model has rows."""
     if text_rows > rows:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer has {text_rows} ids but the pretrained model {rows} rows: they do not belong together."
         )
 
@@ -115,7 +117,7 @@ def require_rows(text_rows: int, rows: int) -> None:
 def require_all(directory: str | Path, wrong: list[str]) -> None:
     """Raises ValueError where weights of a directory are missing or of another shape."""
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"the weights in {directory} are no Qwen2 of this configuration: {len(wrong)} are missing or of another "
             f"shape, the first is {min(wrong)}."
         )

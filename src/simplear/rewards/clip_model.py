@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from simplear.atomic import whole_directory
+from simplear.errors import MissingFileError, UserError
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
@@ -66,7 +67,7 @@ def load_clip(model: str, pretrained: str | None = None, precision: str = "fp32"
     source = _directory(model) if _is_directory(model) else model
     if source.startswith((DIRECTORY, HUB)):
         if pretrained is not None:
-            raise ValueError(f"{model} holds weights of its own: leave pretrained {pretrained!r} out.")
+            raise UserError(f"{model} holds weights of its own: leave pretrained {pretrained!r} out.")
         file = None
     else:
         file = _weights(model, pretrained)
@@ -77,11 +78,11 @@ def load_clip(model: str, pretrained: str | None = None, precision: str = "fp32"
     except Exception as error:  # open_clip, safetensors, pickle and the hub raise a dozen kinds
         what = " with ".join(part for part in (model, pretrained) if part)
         if source.startswith(HUB) or (file and not Path(file).is_file()):
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"{what} is not in the local cache and could not be downloaded ({error}). Download it where there is a "
                 "network, and name the directory as model, or the file as pretrained."
             ) from error
-        raise ValueError(f"{what} could not be loaded: damaged, or weights of another model ({error}).") from error
+        raise UserError(f"{what} could not be loaded: damaged, or weights of another model ({error}).") from error
     network.eval().requires_grad_(False)
     preprocessing = PreprocessCfg(**network.visual.preprocess_cfg)
     return LoadedCLIP(network, tokenizer, preprocessing, get_input_dtype(precision) or torch.float32)
@@ -95,7 +96,7 @@ def _directory(model: str) -> str:
     """The model as open_clip names a directory, with the files that it needs; open_clip would go on without weights."""
     directory = Path(model.removeprefix(DIRECTORY))
     if not (directory / CONFIG_FILE).is_file() or not any(directory.glob("*.safetensors")):
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{directory} is no CLIP model: it must hold {CONFIG_FILE} and {WEIGHTS_FILE}. Train one (the demo's: "
             "simplear fit --config configs/demo/clip.yaml), or name a model of open_clip and its weights."
         )
@@ -108,17 +109,17 @@ def _weights(model: str, pretrained: str | None) -> str:
 
     if model not in open_clip.list_models():
         near = difflib.get_close_matches(model, open_clip.list_models(), n=1)
-        raise ValueError(
+        raise UserError(
             f"CLIP model {model!r} is no directory and no model of open_clip"
             + (f"; did you mean {near[0]!r}?" if near else "; open_clip.list_models() names them.")
         )
     tags = open_clip.list_pretrained_tags_by_model(model)
     if pretrained is None:
-        raise ValueError(f"{model} needs pretrained weights: a file, {HUB}OWNER/REPOSITORY/FILE, or one of {tags}.")
+        raise UserError(f"{model} needs pretrained weights: a file, {HUB}OWNER/REPOSITORY/FILE, or one of {tags}.")
     if pretrained.startswith(HUB):
         return _downloaded(pretrained)
     if pretrained not in tags and not Path(pretrained).is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"pretrained {pretrained!r} for {model} is no file here and none of open_clip's tags {tags}: check the "
             "path, or download the weights."
         )
@@ -133,7 +134,7 @@ def _downloaded(name: str) -> str:
     try:
         return hf_hub_download(f"{owner}/{repository}", file)
     except Exception as error:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{file} of {owner}/{repository} is not in the local cache and could not be downloaded ({error}). "
             f"Download https://huggingface.co/{owner}/{repository} where there is a network, and name the file's path."
         ) from error

@@ -16,6 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from simplear.errors import UserError
+
 
 class Reward(Protocol):
     """Scores pictures; frozen, without gradient, and the same for a picture whatever else is in the batch.
@@ -90,11 +92,11 @@ def move(reward: Reward, device: torch.device | str) -> None:
 
 def _require_input(images: Tensor, captions: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-        raise ValueError(f"a reward needs images (B, 3, H, W) float, not {tuple(images.shape)} {images.dtype}.")
+        raise UserError(f"a reward needs images (B, 3, H, W) float, not {tuple(images.shape)} {images.dtype}.")
     if not len(images) == len(captions) == len(metadata):
-        raise ValueError(f"{len(images)} images, {len(captions)} captions and {len(metadata)} metadata do not match.")
+        raise UserError(f"{len(images)} images, {len(captions)} captions and {len(metadata)} metadata do not match.")
     if not (images.amin() >= 0 and images.amax() <= 1):  # NaN too
-        raise ValueError(
+        raise UserError(
             f"a reward needs images in [0, 1], these lie in [{images.amin():.3f}, {images.amax():.3f}]: scale what a "
             "visual tokenizer decodes, (pixels + 1) / 2."
         )
@@ -103,9 +105,9 @@ def _require_input(images: Tensor, captions: Sequence[str], metadata: Sequence[M
 def _checked(values: Any, name: str, images: Tensor, captions: Sequence[str]) -> Tensor:
     if not isinstance(values, Tensor) or values.shape != (len(images),):
         what = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise ValueError(f"{name} must return one score for each of {len(images)} images, not {what}.")
+        raise UserError(f"{name} must return one score for each of {len(images)} images, not {what}.")
     broken = ~values.isfinite()
     if broken.any():
         first = int(broken.nonzero()[0])
-        raise ValueError(f"{name} returned {values[first].item()} for the caption {captions[first]!r}.")
+        raise UserError(f"{name} returned {values[first].item()} for the caption {captions[first]!r}.")
     return values.detach().to(images.device, torch.float32)

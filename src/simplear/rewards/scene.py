@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from simplear.errors import UserError
 from simplear.rewards.protocol import RewardOfParts
 from simplear.scenes import BACKGROUNDS, MATCH, Detection, background_name, detect, judge, residue
 
@@ -83,7 +84,7 @@ class SceneReward(RewardOfParts):
             "details": details_weight,
         }
         if min(self.weights.values()) < 0 or correct_weight + objects_weight == 0:
-            raise ValueError(f"weights {self.weights}: none may be negative, nor correct and objects both be 0.")
+            raise UserError(f"weights {self.weights}: none may be negative, nor correct and objects both be 0.")
 
     def parts(
         self, images: Tensor, captions: Sequence[str], metadata: Sequence[Mapping[str, Any]]
@@ -98,7 +99,7 @@ class SceneReward(RewardOfParts):
             try:
                 rows.append(self._parts(picture, caption, prompt))
             except ValueError as error:
-                raise ValueError(f"SceneReward cannot judge the caption {caption!r}: {error}") from error
+                raise UserError(f"SceneReward cannot judge the caption {caption!r}: {error}") from error
         return {
             name: torch.tensor([row[name] for row in rows], dtype=torch.float32, device=images.device)
             for name in rows[0]

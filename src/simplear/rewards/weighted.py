@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from simplear.errors import UserError
 from simplear.rewards.protocol import Reward, RewardOfParts, move, score
 
 
@@ -24,9 +25,9 @@ class WeightedReward(RewardOfParts):
             ValueError: no rewards, a name with "/", or names that differ.
         """
         if not rewards or any("/" in name for name in rewards):
-            raise ValueError(f"rewards {sorted(rewards)}: at least one, with names without '/'.")
+            raise UserError(f"rewards {sorted(rewards)}: at least one, with names without '/'.")
         if weights is not None and set(weights) != set(rewards):
-            raise ValueError(f"weights are given for {sorted(weights)}, the rewards are {sorted(rewards)}.")
+            raise UserError(f"weights are given for {sorted(weights)}, the rewards are {sorted(rewards)}.")
         self.rewards = rewards
         self.weights = weights or dict.fromkeys(rewards, 1.0)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from simplear.errors import UserError
 from simplear.scenes.sampling import Dice, sample_scene
 from simplear.scenes.scene import CATEGORIES, Scene, SceneObject, metadata
 
@@ -61,7 +62,7 @@ def evaluation_prompts(per_category: int = 100, seed: int = 0) -> list[dict[str,
                 described = metadata(scene)
                 rows.append({"prompt": prompt, **{key: described[key] for key in ("tag", "include", "relation")}})
         if len(rows) < wanted:
-            raise ValueError(f"per_category {per_category} is more than the different prompts of {category}: lower it.")
+            raise UserError(f"per_category {per_category} is more than the different prompts of {category}: lower it.")
     return rows
 
 

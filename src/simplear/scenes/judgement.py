@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from simplear.errors import UserError
 from simplear.scenes.detection import Detection
 from simplear.scenes.scene import CATEGORIES, COLORS, RELATIONS, SHAPES, entry, known, relations_of
 
@@ -67,7 +68,7 @@ def verdict(prompt: Mapping[str, Any], detections: Sequence[Detection]) -> Verdi
     if tag == "position":
         relation = known(prompt, "relation", RELATIONS, where)
         if len(best) != 2:
-            raise ValueError(f"{where}: include has {len(best)} entries, a relation needs two.")
+            raise UserError(f"{where}: include has {len(best)} entries, a relation needs two.")
         first, second = best
         if relation not in relations_of(first, second):
             return Verdict(False, f"{first.shape} not {relation} {second.shape}")

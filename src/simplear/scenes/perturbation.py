@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator
 
 import numpy as np
 
+from simplear.errors import UserError
 from simplear.scenes.scene import BACKGROUNDS, COLORS, SHAPES
 
 _NUMBERS = ("two", "three", "four")
@@ -61,7 +62,7 @@ def perturb(caption: str, kind: str, rng: np.random.Generator, avoid: Collection
         ValueError: the kind is unknown.
     """
     if kind not in PERTURBATIONS:
-        raise ValueError(f"kind {kind!r} is unknown, known are {list(PERTURBATIONS)}.")
+        raise UserError(f"kind {kind!r} is unknown, known are {list(PERTURBATIONS)}.")
     changed = [
         other
         for other in map(_with_articles, _changed(caption, kind))

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from simplear.errors import UserError
 from simplear.scenes.scene import (
     BACKGROUNDS,
     CATEGORIES,
@@ -46,7 +47,7 @@ class Dice:
 
     def __init__(self, seed: int, index: int, stream: str):
         if not (0 <= seed < 2**64 and 0 <= index < 2**62):
-            raise ValueError(f"seed {seed} must lie in [0, 2**64) and index {index} in [0, 2**62).")
+            raise UserError(f"seed {seed} must lie in [0, 2**64) and index {index} in [0, 2**62).")
         key = np.array([seed, index * len(_STREAMS) + _STREAMS.index(stream)], dtype=np.uint64)
         self.uniform = np.random.Generator(np.random.Philox(key=key)).random
         """Next number in [0, 1)."""
@@ -69,7 +70,7 @@ def sample_scene(seed: int, index: int, split: str = "train") -> Scene:
         split: one of `SPLITS`; equal indices of different splits are unrelated scenes.
     """
     if split not in SPLITS:
-        raise ValueError(f"split {split!r} is unknown, known are {list(SPLITS)}.")
+        raise UserError(f"split {split!r} is unknown, known are {list(SPLITS)}.")
     dice = Dice(seed, index, split)
     category = CATEGORIES[index % len(CATEGORIES)]
     count = {"single_object": 1, "colors": 1, "counting": dice.pick((2, 3, 4))}.get(category, 2)

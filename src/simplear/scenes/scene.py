@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+from simplear.errors import UserError
+
 SHAPES = ("circle", "square", "triangle", "cross")
 """The shapes; each fills a bounding square, the triangle stands on its base."""
 
@@ -142,7 +144,7 @@ def scene_from_metadata(row: Mapping[str, Any]) -> Scene:
 def entry(row: Mapping[str, Any], key: str, where: str) -> Any:
     """``row[key]``, or a ValueError that says where it is missing."""
     if key not in row:
-        raise ValueError(f"{where}: no key {key!r}, only {sorted(row)}; simplear.scenes.metadata writes it.")
+        raise UserError(f"{where}: no key {key!r}, only {sorted(row)}; simplear.scenes.metadata writes it.")
     return row[key]
 
 
@@ -150,5 +152,5 @@ def known(row: Mapping[str, Any], key: str, options: Any, where: str) -> Any:
     """``row[key]``, or a ValueError when it is missing or is none of ``options``."""
     value = entry(row, key, where)
     if value not in options:
-        raise ValueError(f"{where}: {key} is {value!r}, known are {list(options)}.")
+        raise UserError(f"{where}: {key} is {value!r}, known are {list(options)}.")
     return value

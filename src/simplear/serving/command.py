@@ -14,6 +14,7 @@ from typing import Any
 
 import uvicorn
 
+from simplear.errors import UserError
 from simplear.generation import SimpleARPipeline
 from simplear.serving.app import create_app
 from simplear.serving.batcher import PROMPT_MULTIPLE, Batcher
@@ -84,13 +85,13 @@ def serve(
     drawing = {**dict.fromkeys(named, engine), **(engines or {})}
     for name, each in drawing.items():
         if each not in ENGINES:
-            raise ValueError(f"engine {each!r} cannot be served; one of {', '.join(ENGINES)} can.")
+            raise UserError(f"engine {each!r} cannot be served; one of {', '.join(ENGINES)} can.")
         if name not in named:
-            raise ValueError(f"engines: no checkpoint is called {name!r}; there are: {', '.join(named)}.")
+            raise UserError(f"engines: no checkpoint is called {name!r}; there are: {', '.join(named)}.")
     if not batch_sizes or min(batch_sizes) < 1:
-        raise ValueError(f"batch_sizes {batch_sizes}: give numbers of 1 or more.")
+        raise UserError(f"batch_sizes {batch_sizes}: give numbers of 1 or more.")
     if max_queue < 1 or batch_wait < 0 or timeout <= 0 or shutdown_timeout < 0:
-        raise ValueError("max_queue and timeout must be above 0, batch_wait and shutdown_timeout not below.")
+        raise UserError("max_queue and timeout must be above 0, batch_wait and shutdown_timeout not below.")
     service = Service(api_key=api_key or os.environ.get(API_KEY_VARIABLE) or None, timeout=timeout)
     models: list[ServedModel] = []
     for name, checkpoint in named.items():
@@ -126,10 +127,10 @@ def _named(checkpoints: list[str]) -> dict[str, str]:
         name, equals, path = given.rpartition("=")
         name = name if equals else Path(given).absolute().name
         if name in named:
-            raise ValueError(f"two checkpoints are called {name!r}: give one another name, as other={path}.")
+            raise UserError(f"two checkpoints are called {name!r}: give one another name, as other={path}.")
         named[name] = path
     if not named:
-        raise ValueError("no checkpoint: simplear serve CHECKPOINT [CHECKPOINT …].")
+        raise UserError("no checkpoint: simplear serve CHECKPOINT [CHECKPOINT …].")
     return named
 
 

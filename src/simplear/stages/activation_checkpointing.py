@@ -17,6 +17,8 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import Qwen2ForCausalLM
 
+from simplear.errors import UserError
+
 ActivationCheckpointing = Literal["none", "selective", "full"]
 MODES: tuple[ActivationCheckpointing, ...] = get_args(ActivationCheckpointing)
 
@@ -40,7 +42,7 @@ KEPT = frozenset(
 def require_mode(mode: Any) -> None:
     """Raises ValueError for what is not one of `MODES`, such as the booleans of a switch."""
     if mode not in MODES:
-        raise ValueError(
+        raise UserError(
             f"activation_checkpointing {str(mode).lower()}: it is one of {', '.join(MODES)}. What `true` would say is "
             "full; selective costs less time and saves less memory."
         )

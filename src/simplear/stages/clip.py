@@ -24,6 +24,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from simplear.errors import MissingFileError, UserError
 from simplear.rewards import CLIPReward, caption_accuracy, save_clip
 from simplear.scenes import HELD_OUT, PERTURBATIONS, perturb
 from simplear.stages.optimized import OptimizedModule
@@ -229,13 +230,13 @@ def _tokenizer(directory: str | None, text: dict[str, Any]) -> Any:
     if directory is None:
         return SimpleTokenizer(context_length=length)
     if not Path(directory).is_dir():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"text tokenizer {directory} is not here: train one (the demo's: make train-tokenizer), or leave it out."
         )
     tokenizer = HFTokenizer(directory, context_length=length)
     plain = tokenizer.tokenizer
     if plain.eos_token is None:
-        raise ValueError(f"text tokenizer {directory} has no end token, at which CLIP reads a caption.")
+        raise UserError(f"text tokenizer {directory} has no end token, at which CLIP reads a caption.")
     # It ends no text by itself, and so would cut the end token off a long one.
     backend = plain.backend_tokenizer
     backend.post_processor = TemplateProcessing(

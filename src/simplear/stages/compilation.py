@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from transformers import Qwen2ForCausalLM
 
+from simplear.errors import UserError
+
 INDUCTOR = "inductor"
 
 
@@ -24,7 +26,7 @@ def require_compiler() -> None:
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler as error:
-        raise ValueError(
+        raise UserError(
             "compile_layers needs a C++ compiler, and there is none: install one (apt-get install g++), or name one in "
             "the environment (CXX), or train without compile_layers."
         ) from error

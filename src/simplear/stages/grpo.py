@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from simplear.data import TokenDataModule
+from simplear.errors import UserError
 from simplear.generation import SamplingSettings, make_engine
 from simplear.language_model import Architecture, Checkpoint, LanguageModel, NamedWeights, StepWork
 from simplear.language_model.arithmetic import TRAINING_PASSES
@@ -124,7 +125,7 @@ class GRPOModule(LanguageModelModule):
             ("beta", beta, 0),
         ):
             if value < least:
-                raise ValueError(f"{name} {value} must be at least {least}.")
+                raise UserError(f"{name} {value} must be at least {least}.")
         self.checkpoint, self.reward, self.group_size, self.sampling = checkpoint, reward, group_size, sampling
         self.inner_updates, self.beta = inner_updates, beta
         self.epsilon_low, self.epsilon_high = epsilon_low, epsilon_high
@@ -165,12 +166,12 @@ class GRPOModule(LanguageModelModule):
     def configure_callbacks(self) -> list[Callback]:
         """No callback: the first place where the Trainer's flags can be refused with a remedy."""
         if self.trainer.gradient_clip_val is not None:
-            raise ValueError(
+            raise UserError(
                 f"--trainer.gradient_clip_val {self.trainer.gradient_clip_val} has no effect on the inner updates of "
                 "GRPO: set --model.init_args.gradient_clip_val instead."
             )
         if self.trainer.accumulate_grad_batches != 1:
-            raise ValueError(
+            raise UserError(
                 f"--trainer.accumulate_grad_batches {self.trainer.accumulate_grad_batches}: a training step of GRPO is "
                 "a whole rollout; divide its gradient by --model.init_args.micro_batch_size instead."
             )
@@ -186,22 +187,22 @@ class GRPOModule(LanguageModelModule):
         super().on_fit_start()
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, TokenDataModule) and data.caption_dropout > 0:
-            raise ValueError(
+            raise UserError(
                 f"--data.init_args.caption_dropout {data.caption_dropout}: the reward of an image drawn from an empty "
                 "caption says nothing about the caption; set it to 0."
             )
         if isinstance(data, TokenDataModule) and data.holds_texts:
-            raise ValueError(
+            raise UserError(
                 "the paths of the data hold texts without images, which are no prompts: give token shards of images, "
                 "or a .jsonl of prompts."
             )
         if self.visual_tokenizer_path is None:
-            raise ValueError(
+            raise UserError(
                 "the reward reads pictures, which takes a visual tokenizer, and the checkpoint carries none: name its "
                 "directory (--model.init_args.visual_tokenizer)."
             )
         if self.start_fingerprint not in (None, self.visual_tokenizer.fingerprint):
-            raise ValueError(
+            raise UserError(
                 f"the visual tokenizer at {self.visual_tokenizer_path} is {self.visual_tokenizer.fingerprint[:12]}…, "
                 f"but the checkpoint draws the codes of {str(self.start_fingerprint)[:12]}…: name the one that belongs "
                 "to it (--model.init_args.visual_tokenizer)."
@@ -341,7 +342,7 @@ class GRPOModule(LanguageModelModule):
             )
             norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
             if not torch.isfinite(norm):
-                raise ValueError(
+                raise UserError(
                     f"the gradient is not finite in training step {self.rollouts_done}; captions: "
                     f"{sorted(set(rollout.captions))[:3]}. Lower the learning rate, or resume from an earlier state."
                 )
@@ -406,7 +407,7 @@ def _require_plain_sampling(sampling: SamplingSettings) -> None:
     for name in ("guidance_scale", "do_sample", "top_k", "top_p"):
         value, wanted = getattr(sampling, name), getattr(plain, name)
         if value != wanted:
-            raise ValueError(
+            raise UserError(
                 f"sampling.{name} {value}: rollouts must sample the policy itself, at a temperature alone. With "
                 "guidance or truncation the images come from another distribution than the one whose log-probs the "
                 f"objective takes, and its gradient is wrong. Leave it at {wanted}."

@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from simplear.errors import UserError
+
 SPREAD_EPSILON = 1e-4
 """Added to a group's standard deviation; trl and the paper's release have the same."""
 
@@ -32,7 +34,7 @@ def group_advantages(rewards: Tensor, group_size: int, scale: bool = True) -> Te
         ValueError: `group_size` below 2, or rewards that are no whole number of groups.
     """
     if group_size < 2:
-        raise ValueError(f"group_size {group_size} must be 2 or more: an advantage is relative to the rest of a group.")
+        raise UserError(f"group_size {group_size} must be 2 or more: an advantage is relative to the rest of a group.")
     if rewards.ndim != 1 or len(rewards) % group_size:
         raise ValueError(f"rewards of shape {tuple(rewards.shape)} must be flat and a multiple of group {group_size}.")
     groups = rewards.detach().to(torch.promote_types(rewards.dtype, torch.float32)).view(-1, group_size)
@@ -118,7 +120,7 @@ def _relative_weights(weights: Tensor) -> Tensor:
     means = weights.mean(dim=1, keepdim=True)
     wrong = ((weights < 0).any(dim=1) | ~(means[:, 0] > 0) | means[:, 0].isinf()).nonzero().flatten().tolist()
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"token_weights of images {wrong} of the batch must be finite, 0 or more, and above 0 somewhere; "
             "to leave an image out give it an advantage of 0."
         )

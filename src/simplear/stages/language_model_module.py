@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from transformers import PreTrainedTokenizerBase
 
 from simplear.data import TokenDataModule
+from simplear.errors import UserError
 from simplear.language_model import (
     Checkpoint,
     CheckpointSettings,
@@ -161,7 +162,7 @@ class LanguageModelModule(OptimizedModule):
         if not isinstance(data, TokenDataModule):
             return
         if data.codebook_size != self.language_model.layout.codebook_size:
-            raise ValueError(
+            raise UserError(
                 f"the token shards have a codebook of {data.codebook_size} codes, the model one of "
                 f"{self.language_model.layout.codebook_size}: tokenize with the checkpoint's visual tokenizer."
             )
@@ -170,20 +171,20 @@ class LanguageModelModule(OptimizedModule):
             known[self.visual_tokenizer_path] = self.visual_tokenizer.fingerprint
         for name, fingerprint in known.items():
             if None not in (fingerprint, data.fingerprint) and fingerprint != data.fingerprint:
-                raise ValueError(
+                raise UserError(
                     f"the token shards were made by visual tokenizer {str(data.fingerprint)[:12]}…, but {name} is "
                     f"{str(fingerprint)[:12]}…: tokenize again with that one, or name the one that made them "
                     "(--model.init_args.visual_tokenizer)."
                 )
         if data.layout != self.language_model.layout:
-            raise ValueError(
+            raise UserError(
                 f"--data.tokenizer {data.tokenizer_path} gives {data.layout}, the model's text tokenizer "
                 f"{self.language_model.layout}: name the same one for both."
             )
         for height, width in self.grids(data):
             longest = height * width + data.max_text_tokens + 2
             if longest > self.language_model.max_positions:
-                raise ValueError(
+                raise UserError(
                     f"a {height} × {width} grid with up to {data.max_text_tokens} caption tokens takes {longest} "
                     f"positions, the model has {self.language_model.max_positions}: lower --data.max_text_tokens or "
                     "raise max_position_embeddings (--model.init_args.language_model.architecture)."

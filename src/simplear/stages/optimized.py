@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import nn
 
+from simplear.errors import UserError
 from simplear.stages.optimizers import (
     apply_settings,
     group_settings,
@@ -58,7 +59,7 @@ class OptimizedModule(LightningModule):
         others = sorted(name for name in saved.keys() | own.keys() if saved.get(name) != own.get(name))
         if saved and others:
             name = others[0]
-            raise ValueError(
+            raise UserError(
                 f"{self.trainer.ckpt_path} is the state of another model: {len(others)} weights differ, such as "
                 f"{name}: {saved.get(name, 'absent')} there, {own.get(name, 'absent')} here. Use the configuration "
                 "that it was trained with, or begin anew: without --ckpt_path, in another --trainer.default_root_dir."

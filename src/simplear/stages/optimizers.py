@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
+from simplear.errors import UserError
+
 MATRICES = "matrices"
 
 
@@ -65,7 +67,7 @@ def apply_settings(optimizer: Optimizer, configured: list[dict[str, Any]], sched
             if restored == value:
                 continue
             if key == "lr" and scheduled:
-                raise ValueError(
+                raise UserError(
                     f"the run to resume has a schedule that began at learning rate {restored}, now {value} is "
                     "configured: set it back, or start a new run from the exported checkpoint."
                 )
@@ -98,7 +100,7 @@ def require_same_schedule(scheduler: Any, configured: dict[str, Any]) -> None:
     restored = schedule_settings(scheduler)
     for key, value in configured.items():
         if not key.startswith("_") and restored.get(key) != value:
-            raise ValueError(
+            raise UserError(
                 f"the run to resume has a schedule with {key} = {restored.get(key)}, now {value} is configured: set it "
                 "back, or start a new run from the exported checkpoint."
             )
@@ -138,12 +140,12 @@ class MuonWithAdamW(Optimizer):
         groups = [{**group, "lr": lr if group.get("name") == MATRICES else adamw_lr} for group in params]
         for group in groups:
             if any(isinstance(parameter, DTensor) for parameter in group["params"]):
-                raise ValueError(
+                raise UserError(
                     "MuonWithAdamW needs whole matrices, and FSDP2 shards them: use DDP, or torch.optim.AdamW with "
                     "FSDP2 (--model.init_args.optimizer torch.optim.AdamW)."
                 )
             if group.get("name") == MATRICES and any(parameter.ndim != 2 for parameter in group["params"]):
-                raise ValueError("MuonWithAdamW takes matrices of two dimensions; use torch.optim.AdamW here.")
+                raise UserError("MuonWithAdamW takes matrices of two dimensions; use torch.optim.AdamW here.")
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         # AdamW completes its groups once; afterwards it only computes, on this object's own groups and state.
         self._adamw = AdamW(self._groups(False), lr=adamw_lr, weight_decay=weight_decay, betas=betas, eps=eps)

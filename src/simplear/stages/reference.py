@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from simplear.errors import UserError
 from simplear.language_model import LanguageModel
 from simplear.stages.sharding import copy_shards, shard_language_model
 
@@ -45,7 +46,7 @@ class Reference:
 
     def __init__(self, policy: LanguageModel, settings: ReferenceSettings, mesh: DeviceMesh | None = None) -> None:
         if mesh is not None and (settings.device is not None or settings.offload):
-            raise ValueError("a sharded reference lives where the policy does: leave reference.device and offload out.")
+            raise UserError("a sharded reference lives where the policy does: leave reference.device and offload out.")
         self.settings = settings
         self.sharded = mesh is not None
         if mesh is None:

@@ -7,6 +7,8 @@ import math
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from simplear.errors import UserError
+
 
 class CosineWithWarmup(LambdaLR):
     """Linear warm-up from 0, then half a cosine down to a share of the configured rate.
@@ -20,7 +22,7 @@ class CosineWithWarmup(LambdaLR):
 
     def __init__(self, optimizer: Optimizer, total_steps: int, warmup: float = 0.1, end: float = 0.1) -> None:
         if total_steps < 1 or not 0 <= warmup < 1 or not 0 <= end <= 1:
-            raise ValueError(f"total_steps {total_steps}, warmup {warmup}, end {end}: need ≥ 1, [0, 1) and [0, 1].")
+            raise UserError(f"total_steps {total_steps}, warmup {warmup}, end {end}: need ≥ 1, [0, 1) and [0, 1].")
         self.total_steps, self.warmup, self.end = total_steps, warmup, end
         super().__init__(optimizer, self._factor)
 

@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
+from simplear.errors import UserError
 from simplear.language_model import LanguageModel, NamedWeights
 from simplear.states import DAMAGED, damage
 
@@ -41,7 +42,7 @@ class FSDP2(ModelParallelStrategy):
         look = self.global_rank == 0 and state.exists() and state.absolute() not in self.whole
         reason = self.broadcast(damage(state) if look else None)
         if reason is not None:
-            raise ValueError(DAMAGED.format(state, reason))
+            raise UserError(DAMAGED.format(state, reason))
         return super().load_checkpoint(checkpoint_path, weights_only)
 
     def setup_environment(self) -> None:
@@ -58,7 +59,7 @@ def refuse_fsdp1(strategy: Any) -> None:
     """Raises ValueError for Lightning's FSDP1, by name, class path or object, with the line to write instead."""
     path = strategy if isinstance(strategy, str) else getattr(strategy, "class_path", type(strategy).__name__)
     if path == "fsdp" or path.startswith("fsdp_") or path.rpartition(".")[2] == "FSDPStrategy":
-        raise ValueError(
+        raise UserError(
             f"--trainer.strategy {path} is FSDP1, which no stage shards for; write --trainer.strategy {FSDP2_NAME}."
         )
 

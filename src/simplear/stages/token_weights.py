@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from simplear.errors import UserError
+
 
 class TokenWeights(Protocol):
     """What weighs the tokens of the loss; any class with this ``__call__``, by class_path.
@@ -46,7 +48,7 @@ class SimilarityTokenWeights:
             ValueError: `floor` outside (0, 1].
         """
         if not 0 < floor <= 1:
-            raise ValueError(f"floor {floor} must be above 0 and at most 1.")
+            raise UserError(f"floor {floor} must be above 0 and at most 1.")
         self.floor = floor
 
     def __call__(self, codes: Tensor, group_size: int) -> Tensor:

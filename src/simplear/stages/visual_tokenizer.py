@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from simplear.atomic import require_replaceable
 from simplear.data import ImageDataModule
+from simplear.errors import UserError
 from simplear.stages.optimized import OptimizedModule
 from simplear.visual_tokenizer import save_visual_tokenizer
 
@@ -118,7 +119,7 @@ class VisualTokenizerModule(OptimizedModule):
     def _check_size(self) -> None:
         data, downsample = getattr(self.trainer, "datamodule", None), self.tokenizer.downsample
         if isinstance(data, ImageDataModule) and (data.height % downsample or data.width % downsample):  # type: ignore[operator]
-            raise ValueError(
+            raise UserError(
                 f"--data.height {data.height} and --data.width {data.width} must be multiples of the tokenizer's "
                 f"downsample, {downsample} pixels a code."
             )

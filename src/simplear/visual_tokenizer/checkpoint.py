@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from simplear.atomic import whole_directory
+from simplear.errors import MissingFileError, UserError
 from simplear.hub import is_hub_id
 from simplear.visual_tokenizer import cosmos, janus
 from simplear.visual_tokenizer.protocol import VisualTokenizer
@@ -43,7 +44,7 @@ def save_visual_tokenizer(tokenizer: VisualTokenizer, directory: str | Path) -> 
     directory, when the disk takes no more.
     """
     if not hasattr(tokenizer, "init_args"):
-        raise ValueError(
+        raise UserError(
             f"{type(tokenizer).__name__} has no init_args: keep the constructor's arguments in self.init_args (plain "
             "JSON values), so that the directory can rebuild it."
         )
@@ -85,7 +86,7 @@ def find_visual_tokenizer(path: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(path), allow_patterns=PRETRAINED_FILES))
     except Exception as error:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"no visual tokenizer at {path}: no such directory, and the hub did not give it ({type(error).__name__}). "
             "Download it where there is a network, and name its directory (visual_tokenizer=…)."
         ) from error
@@ -140,11 +141,11 @@ def _load_own(directory: Path) -> Any:
         try:
             tokenizer.load_state_dict(load_file(weights_file))
         except (SafetensorError, RuntimeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{weights_file} is damaged or of another configuration: {error}. Export it again."
             ) from error
     if tokenizer.fingerprint != config["fingerprint"]:
-        raise ValueError(
+        raise UserError(
             f"{directory} does not have the fingerprint that its {CONFIG_FILE} names: weights or arguments were "
             "changed or damaged. Export the tokenizer again."
         )
@@ -153,7 +154,7 @@ def _load_own(directory: Path) -> Any:
 
 def _require_file(file: Path) -> None:
     if not file.is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{file} is missing: {file.parent} is no visual tokenizer. Train one (the demo's: make train-tokenizer), "
             "or give the directory that an earlier training exported."
         )
@@ -163,10 +164,10 @@ def _read_config(file: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is no JSON, perhaps cut short: {error}. Export the tokenizer again.") from error
+        raise UserError(f"{file} is no JSON, perhaps cut short: {error}. Export the tokenizer again.") from error
     for key in ("class_path", "init_args", "fingerprint"):
         if key not in config:
-            raise ValueError(f"{file} has no key {key!r}: it describes no visual tokenizer.")
+            raise UserError(f"{file} has no key {key!r}: it describes no visual tokenizer.")
     return config
 
 
@@ -182,4 +183,4 @@ def _import_class(class_path: str, file: Path) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{file} names the class {class_path}, which cannot be imported: {error}.") from error
+        raise UserError(f"{file} names the class {class_path}, which cannot be imported: {error}.") from error

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from simplear.errors import MissingFileError, UserError
 from simplear.hashing import sha256_of
 from simplear.hub import SHA256, stated_sha256
 from simplear.visual_tokenizer import protocol
@@ -76,7 +77,7 @@ class CosmosTokenizer(nn.Module):
         expected = {name: _expected(directory / name, sha256) for name in FILES}
         for name, digest in expected.items():
             if (found := sha256_of(directory / name)) != digest:
-                raise ValueError(
+                raise UserError(
                     f"{directory / name} has SHA-256 {found[:12]}…, not the stated {digest[:12]}…: it is cut short, "
                     "damaged or another file, and was not loaded. Download it again."
                 )
@@ -88,7 +89,7 @@ class CosmosTokenizer(nn.Module):
         for name, digest in self.init_args["sha256"].items():
             shutil.copyfile(self.directory / name, directory / name)
             if sha256_of(directory / name) != digest:
-                raise ValueError(f"{self.directory / name} was changed since it was loaded: download it again.")
+                raise UserError(f"{self.directory / name} was changed since it was loaded: download it again.")
 
     @property
     def fingerprint(self) -> str:
@@ -109,7 +110,7 @@ class CosmosTokenizer(nn.Module):
         indices = output[0] if isinstance(output, tuple | list) else output
         wanted = (batch, 1, height // self.downsample, width // self.downsample)
         if tuple(indices.shape) != wanted or indices.is_floating_point():
-            raise ValueError(
+            raise UserError(
                 f"{self.directory / ENCODER_FILE} gave {indices.dtype} of shape {tuple(indices.shape)} for pixels of "
                 f"shape {tuple(pixels.shape)}, not whole numbers of shape {wanted}: it is not the encoder of Cosmos "
                 "DV8x16x16."
@@ -118,7 +119,7 @@ class CosmosTokenizer(nn.Module):
         outside = (codes < 0) | (codes >= self.codebook_size)
         if outside.any():
             picture, row, column = outside.nonzero()[0].tolist()
-            raise ValueError(
+            raise UserError(
                 f"{self.directory / ENCODER_FILE} gave code {int(codes[picture, row, column])} for picture {picture} "
                 f"of the batch, at row {row}, column {column}: outside [0, {self.codebook_size}). It is not the "
                 "encoder of Cosmos DV8x16x16, or the picture has values that are no numbers."
@@ -138,7 +139,7 @@ class CosmosTokenizer(nn.Module):
             video = self.decoder(codes[:, None].long())
         wanted = (batch, 3, 1, height * self.downsample, width * self.downsample)
         if tuple(video.shape) != wanted:
-            raise ValueError(
+            raise UserError(
                 f"{self.directory / DECODER_FILE} gave shape {tuple(video.shape)} for codes of shape "
                 f"{tuple(codes.shape)}, not {wanted}: it is not the decoder of Cosmos DV8x16x16."
             )
@@ -148,7 +149,7 @@ class CosmosTokenizer(nn.Module):
 def _expected(file: Path, given: Mapping[str, str] | None) -> str:
     """The hash that the file must have."""
     if not file.is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{file} is missing: Cosmos DV8x16x16 is the two files {' and '.join(FILES)} of "
             "nvidia/Cosmos-1.0-Tokenizer-DV8x16x16 on the hub."
         )
@@ -156,13 +157,13 @@ def _expected(file: Path, given: Mapping[str, str] | None) -> str:
         given = _read_sums(sums)
     digest = stated_sha256(file) if given is None else given.get(file.name)
     if digest is None:
-        raise ValueError(
+        raise UserError(
             f"no SHA-256 is known for {file}, and a TorchScript file is a program: download it with `hf download "
             f"--local-dir`, or write the hash that its page on the hub states into {file.parent / SUMS_FILE}, as a "
             f"line `HASH  {file.name}` (in a git clone: git lfs ls-files --long > {SUMS_FILE})."
         )
     if not SHA256.fullmatch(digest):
-        raise ValueError(f"the SHA-256 given for {file} is {digest!r}, not 64 hexadecimal digits: copy it again.")
+        raise UserError(f"the SHA-256 given for {file} is {digest!r}, not 64 hexadecimal digits: copy it again.")
     return digest
 
 
@@ -179,7 +180,7 @@ def _load(file: Path) -> Any:
             warnings.filterwarnings("ignore", ".*torch.jit.load.*", FutureWarning)
             return torch.jit.load(str(file), map_location="cpu").eval()
     except (RuntimeError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"{file} is no TorchScript module that can be read: {str(error).splitlines()[0]} Download it again."
         ) from error
 

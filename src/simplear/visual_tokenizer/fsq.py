@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from vector_quantize_pytorch import FSQ
 
+from simplear.errors import UserError
 from simplear.visual_tokenizer import protocol
 
 
@@ -88,11 +89,11 @@ class FSQAutoencoder(nn.Module):
         """
         super().__init__()
         if not levels or min(levels) < 3:
-            raise ValueError(f"levels {levels} must be a list of numbers of 3 or more.")
+            raise UserError(f"levels {levels} must be a list of numbers of 3 or more.")
         if encoder_kernel % 2 == 0:
-            raise ValueError(f"encoder_kernel {encoder_kernel} must be odd, so that codes keep their place.")
+            raise UserError(f"encoder_kernel {encoder_kernel} must be odd, so that codes keep their place.")
         if downsample % refine_scale:
-            raise ValueError(f"refine_scale {refine_scale} must divide downsample {downsample}.")
+            raise UserError(f"refine_scale {refine_scale} must divide downsample {downsample}.")
         self.init_args = {
             "levels": list(levels),
             "downsample": downsample,

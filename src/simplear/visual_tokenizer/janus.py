@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from simplear.errors import UserError
 from simplear.visual_tokenizer import protocol
 
 MODEL_TYPES = ("janus", "janus_vqgan")
@@ -100,14 +101,14 @@ class JanusTokenizer(nn.Module):
                 local_files_only=True,
             )
         except Exception as error:  # what safetensors and transformers raise at damaged files is any of a dozen kinds
-            raise ValueError(
+            raise UserError(
                 f"the visual tokenizer's weights in {directory} cannot be read: {error} Download it again."
             ) from error
         finally:
             logging.set_verbosity(verbosity)
         vqvae, report = loaded
         if missing := sorted(report["missing_keys"]):
-            raise ValueError(
+            raise UserError(
                 f"{directory} lacks {len(missing)} weights of Janus's visual tokenizer, the first {missing[0]}: it is "
                 "another model or damaged. Download it again."
             )
@@ -131,7 +132,7 @@ class JanusTokenizer(nn.Module):
             vectors = self.vqvae.quant_conv(self.vqvae.encoder(pixels.to(self._codebook.dtype)))
             broken = ~torch.isfinite(vectors).flatten(1).all(1)
             if broken.any():
-                raise ValueError(
+                raise UserError(
                     f"the encoder gave values that are no finite numbers for picture {int(broken.nonzero()[0])} of the "
                     "batch: its pixels are not in [-1, 1], or the weights are damaged."
                 )

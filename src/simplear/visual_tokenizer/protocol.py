@@ -15,6 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from simplear.errors import UserError
+
 
 class VisualTokenizer(Protocol):
     """Turns pictures into codes and codes into pictures; fully convolutional, so one serves every resolution."""
@@ -55,7 +57,7 @@ def require_whole_patches(pixels: Tensor, downsample: int) -> None:
         raise ValueError(f"pixels have shape {tuple(pixels.shape)}, not (B, 3, H, W).")
     height, width = pixels.shape[-2:]
     if height % downsample or width % downsample:
-        raise ValueError(
+        raise UserError(
             f"a picture of {height} x {width} pixels is not made of whole patches of {downsample} x {downsample}: "
             f"resize or crop it to multiples of {downsample}."
         )
@@ -68,7 +70,7 @@ def require_codes(codes: Tensor, codebook_size: int) -> None:
     outside = (codes < 0) | (codes >= codebook_size)
     if outside.any():
         image, row, column = outside.nonzero()[0].tolist()
-        raise ValueError(
+        raise UserError(
             f"code {int(codes[image, row, column])} at image {image}, row {row}, column {column} lies outside "
             f"[0, {codebook_size}): the codes were made with another visual tokenizer or are damaged. Decode them "
             "with the tokenizer that made them."

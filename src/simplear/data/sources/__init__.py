@@ -6,7 +6,6 @@ img2dataset does.
 
 from simplear.data.sources.base import (
     CAPTION_KEYS,
-    PICTURE_SUFFIXES,
     IndexedSource,
     Sample,
     Source,
@@ -21,7 +20,6 @@ from simplear.data.sources.token_files import TokenFilesSource
 
 __all__ = [
     "CAPTION_KEYS",
-    "PICTURE_SUFFIXES",
     "HuggingFaceSource",
     "ImageFolderSource",
     "IndexedSource",

@@ -21,8 +21,9 @@ from PIL import Image
 
 from simplear.data.drops import drop
 from simplear.data.pictures import Drop, PictureFile, Pixels
+from simplear.errors import UserError
+from simplear.text_files import NotUTF8Error, read_lines
 
-PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 CAPTION_KEYS = ("captions", "caption", "text")
 """Where metadata holds captions when nothing is said; the first that is there counts."""
 NO_CAPTION = "no caption"
@@ -46,7 +47,7 @@ class Sample:
     def image(self) -> Image.Image | Pixels:
         """RGB. Raises `Drop` when the picture cannot be decoded, ValueError where there are codes in its place."""
         if self.codes is not None:
-            raise ValueError(f"sample {self.key!r} has codes and no picture: this needs a source of pictures.")
+            raise UserError(f"sample {self.key!r} has codes and no picture: this needs a source of pictures.")
         return self.picture.open() if isinstance(self.picture, PictureFile) else self.picture
 
     @cached_property
@@ -56,7 +57,7 @@ class Sample:
         Raises `Drop` as `image` does, and ValueError where there are codes in place of a picture.
         """
         if self.codes is not None:
-            raise ValueError(f"sample {self.key!r} has codes and no picture: filters by size cannot judge it.")
+            raise UserError(f"sample {self.key!r} has codes and no picture: filters by size cannot judge it.")
         if isinstance(self.picture, np.ndarray):
             return self.picture.shape[1], self.picture.shape[0]
         return self.picture.size if isinstance(self.picture, Image.Image) else self.picture.size()
@@ -195,8 +196,8 @@ def valid_text(text: str) -> str:
 
 
 def caption_lines(content: bytes) -> list[str]:
-    """A caption a line. Raises `Drop` for what is no UTF-8."""
+    """A caption a line. Raises `Drop` for text that is not UTF-8."""
     try:
-        return [line.strip() for line in content.decode("utf-8-sig").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
+        return [line.strip() for _, line in read_lines(content)]
+    except NotUTF8Error as error:
         raise Drop("text is no valid Unicode") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,13 +10,15 @@ from typing import Any
 from simplear.data.pictures import Drop, PictureFile, read_unchanged
 from simplear.data.sources.base import (
     NO_CAPTION,
-    PICTURE_SUFFIXES,
     IndexedSource,
     Sample,
     caption_lines,
     captions_and_metadata,
     valid_text,
 )
+from simplear.errors import MissingFileError, SystemRefusedError, UserError
+from simplear.pictures import PICTURE_SUFFIXES
+from simplear.text_files import read_objects
 
 
 class ImageFolderSource(IndexedSource):
@@ -43,7 +44,7 @@ class ImageFolderSource(IndexedSource):
         """
         self.path, self.rows_per_unit, self.captions_required = Path(path), rows_per_unit, captions_required
         if not self.path.is_dir():
-            raise FileNotFoundError(f"{path} is no folder: give one that holds pictures.")
+            raise MissingFileError(f"{path} is no folder: give one that holds pictures.")
         listing = self.path / "metadata.jsonl"
         self._entries: list[tuple[str, dict[str, Any] | None]]
         if listing.exists():
@@ -52,7 +53,7 @@ class ImageFolderSource(IndexedSource):
             found = (file for file in files_below(self.path) if file.suffix.lower() in PICTURE_SUFFIXES)
             self._entries = [(name, None) for name in sorted(file.relative_to(self.path).as_posix() for file in found)]
         if not self._entries:
-            raise FileNotFoundError(f"{path} holds no picture ({', '.join(sorted(PICTURE_SUFFIXES))}).")
+            raise MissingFileError(f"{path} holds no picture ({', '.join(sorted(PICTURE_SUFFIXES))}).")
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -93,12 +94,12 @@ def files_below(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterat
         status = folder.stat()
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
-        raise OSError(
+        raise SystemRefusedError(
             error.errno, f"{folder} cannot be read ({error.strerror}): make it readable, or take it out of the source."
         ) from error
     place = (status.st_dev, status.st_ino)
     if place in above:
-        raise OSError(f"{folder} is a link to a folder above it, without end: remove the link.")
+        raise SystemRefusedError(f"{folder} is a link to a folder above it, without end: remove the link.")
     for entry in entries:
         if entry.is_dir():
             yield from files_below(folder / entry.name, (*above, place))
@@ -108,13 +109,8 @@ def files_below(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterat
 
 def _read_listing(listing: Path) -> list[tuple[str, dict[str, Any] | None]]:
     entries: list[tuple[str, dict[str, Any] | None]] = []
-    with open(listing, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                entry = json.loads(line.decode())
-                entries.append((entry.pop("file_name"), entry))
-            except (ValueError, AttributeError, TypeError, KeyError) as error:
-                raise ValueError(
-                    f'{listing}, line {number} is no UTF-8 JSON object with a "file_name": {error}.'
-                ) from error
+    for number, entry in read_objects(listing):
+        if not isinstance(entry.get("file_name"), str):
+            raise UserError(f'{listing}, line {number} has no text "file_name".')
+        entries.append((entry.pop("file_name"), entry))
     return entries

@@ -19,6 +19,7 @@ from simplear.data.sources.base import (
     column,
     valid_text,
 )
+from simplear.errors import UserError
 
 
 class HuggingFaceSource(IndexedSource):
@@ -93,7 +94,7 @@ class HuggingFaceSource(IndexedSource):
 
     def __len__(self) -> int:
         if self.streaming:
-            raise ValueError(f"{self.settings['path']} is streamed and has no numbered rows: set streaming to false.")
+            raise UserError(f"{self.settings['path']} is streamed and has no numbered rows: set streaming to false.")
         return len(self.rows)
 
     def units(self) -> list[Unit]:
@@ -168,7 +169,7 @@ class HuggingFaceSource(IndexedSource):
         wanted = [*self.images, *(self.captions or []), *(self.metadata or [])]
         for name in [*wanted, *([self.key_column] if self.key_column else [])]:
             if name not in features and name.partition(".")[0] not in features:
-                raise ValueError(
+                raise UserError(
                     f"{self.settings['path']} has no column {name!r}; it has {', '.join(features)}: set image, "
                     "captions, key and metadata accordingly."
                 )

@@ -15,7 +15,6 @@ from simplear.data.drops import drop
 from simplear.data.pictures import Drop, PictureFile
 from simplear.data.sources.base import (
     NO_CAPTION,
-    PICTURE_SUFFIXES,
     Sample,
     Source,
     Unit,
@@ -24,6 +23,8 @@ from simplear.data.sources.base import (
     decoded,
     valid_text,
 )
+from simplear.errors import MissingFileError, SystemRefusedError, UserError
+from simplear.pictures import PICTURE_SUFFIXES
 
 
 class WebDatasetSource(Source):
@@ -58,7 +59,7 @@ class WebDatasetSource(Source):
         for pattern in self.paths:
             found = sorted(glob.glob(pattern))
             if not found:
-                raise FileNotFoundError(f"no tar file at {pattern}.")
+                raise MissingFileError(f"no tar file at {pattern}.")
             self.tars += map(Path, found)
 
     def units(self) -> list[Unit]:
@@ -79,12 +80,12 @@ class WebDatasetSource(Source):
                 except Drop as reason:
                     drop(drops, key, reason)
         except (tarfile.TarError, EOFError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{unit.part} is damaged or cut short ({error}): fetch it again, or take it out of the paths."
             ) from error
         after = os.stat(unit.part)
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-            raise OSError(
+            raise SystemRefusedError(
                 f"{unit.part} changed while it was read: wait until nothing writes there, and run the same again."
             )
 

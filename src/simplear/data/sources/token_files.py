@@ -9,7 +9,6 @@ as ever, the visual tokenizer that made them.
 from __future__ import annotations
 
 import io
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ import numpy.typing as npt
 
 from simplear.data.pictures import Drop, read_unchanged
 from simplear.data.sources.base import NO_CAPTION, NO_PICTURE, IndexedSource, Sample, caption_lines, valid_text
+from simplear.errors import MissingFileError, UserError
+from simplear.text_files import parse_json, read_objects
 
 CODES, LABELS = "_codes", "_labels"
 """How the two directories end."""
@@ -44,7 +45,7 @@ class TokenFilesSource(IndexedSource):
         self.path, self.root, self.rows_per_unit = Path(path), Path(root or "."), rows_per_unit
         self._files = self._listed() if self.path.suffix in (".json", ".jsonl") else self._beside()
         if not self._files:
-            raise FileNotFoundError(f"{path} holds no codes (.npy).")
+            raise MissingFileError(f"{path} holds no codes (.npy).")
 
     def __len__(self) -> int:
         return len(self._files)
@@ -73,25 +74,26 @@ class TokenFilesSource(IndexedSource):
 
     def _beside(self) -> list[tuple[str, str]]:
         if not self.path.is_dir():
-            raise FileNotFoundError(f"no directory of codes at {self.path}.")
+            raise MissingFileError(f"no directory of codes at {self.path}.")
         if not self.path.name.endswith(CODES):
-            raise ValueError(f'{self.path} does not end in "{CODES}": name the directory of codes, or the .json list.')
+            raise UserError(f'{self.path} does not end in "{CODES}": name the directory of codes, or the .json list.')
         labels = self.path.with_name(self.path.name.removesuffix(CODES) + LABELS)
         names = sorted((file.name for file in self.path.glob("*.npy")), key=_by_number)
         self.root = Path()
         return [(str(self.path / name), str(labels / name)) for name in names]
 
     def _listed(self) -> list[tuple[str, str]]:
-        try:
-            text = self.path.read_text()
-            lines = self.path.suffix == ".jsonl"
-            entries = [json.loads(line) for line in text.splitlines() if line.strip()] if lines else json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"{self.path} is no JSON ({error}).") from error
+        if self.path.suffix == ".jsonl":
+            entries: Any = [entry for _, entry in read_objects(self.path)]
+        else:
+            try:
+                entries = parse_json(self.path.read_bytes())
+            except ValueError as error:
+                raise UserError(f"{self.path} is not JSON ({error}).") from error
         files = []
         for number, entry in enumerate(entries):
             if not isinstance(entry, dict) or not {"code_path", "label_path"} <= entry.keys():
-                raise ValueError(f"{self.path}, entry {number} is no object with code_path and label_path.")
+                raise UserError(f"{self.path}, entry {number} is no object with code_path and label_path.")
             files.append((str(entry["code_path"]), str(entry["label_path"])))
         return files
 
@@ -110,7 +112,7 @@ def _read_codes(file: Path) -> npt.NDArray[np.int64]:
     except (ValueError, EOFError) as error:
         raise Drop("truncated or damaged code file") from error
     if array.ndim < 2 or array.size != array.shape[-2] * array.shape[-1] or not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(
+        raise UserError(
             f"{file} holds an array {array.shape} of {array.dtype}, no grid of whole numbers (1, 1, h, w): these are "
             "no codes of an image tokenizer."
         )

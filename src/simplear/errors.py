@@ -1,0 +1,23 @@
+"""One class of error for mistakes in what the user gave: the command line prints its message, and a trace for all else.
+
+The message says what is wrong, where (file, row, key) and what to do about it. The subclasses are Python's own errors
+too, so a caller of the library catches ValueError, FileNotFoundError or OSError as usual.
+"""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """Input, configuration or environment that cannot work as it is."""
+
+
+class MissingFileError(FileNotFoundError, UserError):
+    """A file or directory that the user named, or that a verb should have written before, is missing."""
+
+
+class ExistingFileError(FileExistsError, UserError):
+    """Something is in the way of what would be written."""
+
+
+class SystemRefusedError(OSError, UserError):
+    """The system refused to read, write or reach something that the user named; (errno, message) as an OSError has."""

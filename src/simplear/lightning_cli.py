@@ -1,0 +1,83 @@
+"""Lightning's verbs over any stage and data module of the configuration: ``simplear fit|validate|test|predict``."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from jsonargparse import set_parsing_settings
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from torch.optim import AdamW
+
+from simplear.callbacks.preemption import Preempted
+from simplear.command_line import PARSER_OPTIONS, SuggestingParser, in_home, refuse_repeated
+from simplear.stages.sharding import leave_ranks, refuse_fsdp1
+
+STAGE_BASES = {"model": ("simplear.stages", LightningModule), "data": ("simplear.data", LightningDataModule)}
+"""Keys of the configuration whose values are classes: the package that has them, and what they are."""
+
+
+class StageParser(SuggestingParser, LightningArgumentParser):
+    """Lightning's parser, which also knows the options of the project's stages and DataModules."""
+
+    def class_options(self) -> set[str]:
+        options = {f"trainer.{name}" for name in inspect.signature(Trainer).parameters}
+        options |= {f"model.init_args.optimizer.init_args.{name}" for name in inspect.signature(AdamW).parameters}
+        for key, (package, base) in STAGE_BASES.items():
+            module = importlib.import_module(package)
+            for class_ in (getattr(module, name) for name in module.__all__):
+                if inspect.isclass(class_) and issubclass(class_, base):
+                    options |= {f"{key}.init_args.{name}" for name in inspect.signature(class_).parameters}
+        return options
+
+
+class ConfigurationCLI(LightningCLI):
+    """Lightning's command line, as the project's verbs read theirs."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        refuse_repeated(args)
+        StageParser.typed = args
+        super().parse_arguments(parser, args)
+        self.config = in_home(self.config)
+
+
+class CommandLine(ConfigurationCLI):
+    """What runs a verb."""
+
+    def _parse_ckpt_path(self) -> None:
+        """Checkpoints hold no hyperparameters, so resuming cannot override the command line; Lightning would read a
+        whole state to look for them.
+        """
+
+    def before_instantiate_classes(self) -> None:
+        """Before Lightning's own message, which knows no remedy."""
+        refuse_fsdp1(self._get(self.config, "trainer.strategy") or "auto")
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Run one of Lightning's verbs.
+
+    Args:
+        arguments: the verb and its options.
+    """
+    # The verb is a level above the files' keys: ${trainer.…} in a file must still find the file's own.
+    set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    try:
+        CommandLine(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            parser_class=StageParser,
+            parser_kwargs={**PARSER_OPTIONS, "prog": "simplear"},
+            save_config_kwargs={"overwrite": True},
+            load_from_checkpoint_support=False,
+            args=list(arguments),
+        )
+    except Preempted:
+        leave_ranks()
+        raise
+    leave_ranks()
