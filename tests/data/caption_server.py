@@ -63,7 +63,7 @@ def caption_server() -> Iterator[CaptionServer]:
             told.authorizations.append(self.headers.get("Authorization"))
             time.sleep(told.slow)
             address = body["messages"][0]["content"][0]["image_url"]["url"]
-            picture = Image.open(io.BytesIO(base64.b64decode(address.removeprefix("data:image/png;base64,"))))
+            picture = Image.open(io.BytesIO(base64.b64decode(address.removeprefix("data:image/jpeg;base64,"))))
             answer = told.answer(picture, body)
             if isinstance(answer, int):
                 self.reply(answer, b'{"error": "as told"}')

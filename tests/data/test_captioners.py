@@ -143,7 +143,7 @@ def test_what_will_not_pass_stops_the_work(server: CaptionServer) -> None:
         server.answer = lambda picture, body, foreign=foreign: foreign
         with pytest.raises(ValueError, match="does not speak OpenAI's chat protocol"):
             ask(server).answer(PICTURES, "describe it", 40)
-    with pytest.raises(ValueError, match="no address of a server"):
+    with pytest.raises(ValueError, match="not the address of a server"):
         ServerCaptioner("localhost:8000", MODEL)
 
 

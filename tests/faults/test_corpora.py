@@ -231,6 +231,10 @@ class Meddling(WebDatasetSource):
         super().__init__(paths)
         self.meddle = meddle
 
+    def describe(self) -> dict[str, Any]:
+        """As the source that goes on in its place."""
+        return WebDatasetSource(self.paths).describe()
+
     def candidates(self, unit: Unit, drops: Counter[str]) -> Iterator[Sample]:
         for number, sample in enumerate(super().candidates(unit, drops)):
             if unit.name == "2" and number == 2:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from simplear.atomic import TEMPORARY_MARK
 from simplear.cli import main
 from simplear.data import TokenShards
 from simplear.data.inspection import examine, ranges
@@ -24,7 +25,6 @@ from simplear.data.repair import repair, sole_keeper
 from simplear.data.shards import (
     MANIFEST_FILE,
     SETTINGS_FILE,
-    TEMPORARY_MARK,
     TokenRow,
     claim_directory,
     is_committed,

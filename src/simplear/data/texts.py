@@ -22,12 +22,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from simplear.atomic import remove_abandoned
 from simplear.data.shards import (
     TokenRow,
     claim_directory,
     is_committed,
     merge_manifest,
-    remove_abandoned,
     write_shard,
 )
 from simplear.errors import MissingFileError, UserError
