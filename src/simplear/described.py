@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 PACKAGE = __name__.partition(".")[0]
-SECRET = re.compile(r"(^|_)(api_?key|(hf|api|auth|access|bearer)_?token|secret|passw(or)?d|credentials?)$", re.I)
+SECRET = re.compile(r"^token$|(^|_)(api_?key|(hf|api|auth|access|bearer)_?token|secret|password|credentials?)$", re.I)
 """Names of what must never be written down."""
 CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
 """In an address."""
