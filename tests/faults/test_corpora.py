@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import multiprocessing
 import os
+import re
 import signal
 import tarfile
 import tempfile
@@ -16,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -188,9 +190,8 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with the tars a, b and c of four pictures each."""
     monkeypatch.chdir(tmp_path)
     for name in "abc":
-        write_webdataset(
-            tmp_path / f"{name}.tar", [Picture(f"{name}{p.name}", p.content, p.captions) for p in pictures(4)]
-        )
+        named = [replace(picture, name=f"{name}{picture.name}") for picture in pictures(4)]
+        write_webdataset(tmp_path / f"{name}.tar", named)
     return tmp_path
 
 
@@ -233,8 +234,7 @@ def test_what_the_source_no_longer_has_is_left_out_of_the_manifest_with_a_line(
     for _ in range(2):
         assert [key[0] for key in keys(corpus / "out")] == ["a"] * 4 + ["c"] * 4
         main(["data", "verify", "out"])
-        assert "2 whole shards" not in capsys.readouterr().out
-        (corpus / "out" / MANIFEST_FILE).read_bytes()
+        assert "0 problems" in capsys.readouterr().out
         main(["data", "repair", "out"])
     tokenize_tars(tiny_visual_tokenizer, "*.tar")
     assert content(corpus / "out") == whole
@@ -255,7 +255,8 @@ def test_another_tar_of_the_same_name_is_never_mixed_in(
     with pytest.raises(SystemExit):
         tokenize_tars(tiny_visual_tokenizer, "[moved/a.tar, elsewhere/b.tar]")
     said = capsys.readouterr().err
-    assert "out/b.arrow was made from b of 20480 bytes, SHA-256" in said and "the source's b has 10240 bytes" in said
+    identity = r"\d+ bytes, SHA-256 of both ends [0-9a-f]{16}"
+    assert re.search(rf"out/b\.arrow was made from b of {identity}; the source's b has {identity}: ", said)
     assert content(corpus / "out") == before
     (corpus / "out/b.json").unlink()  # as the message says
     tokenize_tars(tiny_visual_tokenizer, "[moved/a.tar, elsewhere/b.tar]")
