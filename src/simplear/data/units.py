@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from simplear.data.drops import Dropped
@@ -50,7 +51,7 @@ class UnitBatch:
 
     def pin_memory(self) -> UnitBatch:
         """With pictures in memory from which a GPU copies beside its work."""
-        return self if self.images is None else replace(self, images=self.images.pin_memory())
+        return replace(self, images=self.images.pin_memory()) if isinstance(self.images, Tensor) else self
 
 
 class UnitDataset(IterableDataset[UnitBatch]):
