@@ -23,6 +23,7 @@ from simplear.data.shards import is_committed
 from .conftest import MeanTokenizer
 from .test_recaptioning import MeanCaptioner
 
+SHORT = timedelta(seconds=1)
 PATIENCE = 60.0
 """Seconds after which something counts as never coming."""
 
@@ -60,16 +61,21 @@ def test_a_unit_is_committed_when_its_last_batch_has_come(tmp_path: Path, work: 
         assert (tmp_path / "manifest.json").exists()
 
 
-@pytest.mark.parametrize("ends", ["late", "dead"])
-def test_ranks_wait_longer_than_their_group_would_and_end_with_one_that_dies(tmp_path: Path, ends: str) -> None:
+@pytest.mark.parametrize(("last", "dies"), [(0, False), (2, False), (2, True)])
+def test_ranks_wait_longer_than_their_group_would_and_end_with_one_that_dies(
+    tmp_path: Path, last: int, dies: bool
+) -> None:
+    """Whichever is the last, for the first has another part in the wait."""
+
     def rank(number: int) -> int:
-        store = distributed.FileStore(str(tmp_path / "store"), 2)
-        distributed.init_process_group("gloo", store=store, rank=number, world_size=2)
+        store = distributed.FileStore(str(tmp_path / "store"), 3)
+        distributed.init_process_group("gloo", store=store, rank=number, world_size=3)
+        distributed.distributed_c10d._set_pg_timeout(SHORT, distributed.group.WORLD)
+        distributed.distributed_c10d._get_default_timeout = lambda backend: SHORT
         ranks = RanksTogether()
-        distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=1), distributed.group.WORLD)
-        if number == 1:
-            time.sleep(2.5)
-            if ends == "dead":
+        if number == last:
+            time.sleep(2.5 * SHORT.total_seconds())
+            if dies:
                 return 3
         try:
             ranks.wait()
@@ -79,7 +85,7 @@ def test_ranks_wait_longer_than_their_group_would_and_end_with_one_that_dies(tmp
         return 0
 
     processes = []
-    for number in range(2):
+    for number in range(3):
         processes.append(os.fork())
         if processes[-1] == 0:
             torch.set_num_threads(1)
@@ -88,7 +94,7 @@ def test_ranks_wait_longer_than_their_group_would_and_end_with_one_that_dies(tmp
             finally:
                 os._exit(6)
     codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
-    assert codes == ([0, 0] if ends == "late" else [4, 3])
+    assert codes == [(3 if number == last else 4) if dies else 0 for number in range(3)]
 
 
 def test_one_process_waits_for_nobody() -> None:

@@ -29,7 +29,7 @@ from simplear.data.units import UnitBatch, UnitDataset, UnitEnd, checked_units
 from simplear.errors import SystemRefusedError
 from simplear.progress import progress_bar
 
-NO_LIMIT = timedelta(days=365)
+TO_CONNECT, NO_LIMIT = timedelta(minutes=5), timedelta(days=365)
 
 
 def make_trainer(
@@ -72,9 +72,11 @@ class RanksTogether:
     """
 
     def __init__(self) -> None:
-        several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-        # gloo's connections end with a process, so a death is seen at once; NCCL would wait on.
-        self._group: Any = distributed.new_group(backend="gloo") if several else None
+        """Raises OSError when the machines cannot reach each other."""
+        self._group: Any = None
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            distributed.destroy_process_group(_connected(TO_CONNECT))
+            self._group = _connected(NO_LIMIT)
 
     def wait(self) -> None:
         """Return when all ranks have come here. Raises OSError when one has ended before."""
@@ -92,6 +94,17 @@ class RanksTogether:
         """Take the connections down."""
         if self._group is not None:
             distributed.destroy_process_group(self._group)
+
+
+def _connected(timeout: timedelta) -> Any:
+    try:
+        # gloo's connections end with a process, so a death is seen at once; NCCL would wait on.
+        return distributed.new_group(backend="gloo", timeout=timeout)
+    except RuntimeError as error:
+        raise SystemRefusedError(
+            f"the processes of this job cannot connect to each other ({error}): set GLOO_SOCKET_IFNAME to the name of "
+            "the network interface between the machines."
+        ) from error
 
 
 class UnitModule(lightning.LightningModule):
