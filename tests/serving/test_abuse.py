@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -20,13 +21,14 @@ import openai
 import pytest
 import schemathesis
 import torch
+import uvicorn
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from serving.conftest import GRID, PATIENCE, Clock, Live, wait_until
 from serving.test_api import Pipelines, drawn_by, pixels
-from simplear.serving import Service, gate, pending
+from simplear.serving import Service, command, gate, pending
 
 GENERATIONS = "/v1/images/generations"
 JSON = {"Content-Type": "application/json"}
@@ -66,6 +68,8 @@ def requests(live: Live, status: str) -> float:
         b'{"prompt": "x", "guidance_scale": 1e400}',
         b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}",
         b"[" * 100_000,
+        b'{"prompt": "x", "user": ' + b"[" * 900 + b"]" * 900 + b"}",
+        b'{"prompt": "x", "a": ' + b'{"a":' * 900 + b"1" + b"}" * 901,
         b'{"a":' * 20_000,
         b"\x00" * 100,
     ],
@@ -80,11 +84,13 @@ def test_bodies_that_are_no_request(live: Live, content: bytes) -> None:
 
 
 def test_bodies_that_are_too_large(live: Live) -> None:
-    huge = json.dumps({"prompt": "a" * 2**20}).encode()
-    assert post(live, huge).status_code == 413
-    assert post(live, (huge[start : start + 4096] for start in range(0, len(huge), 4096))).status_code == 413
-    # The largest that is one: two prompts of four thousand characters outside the basic plane.
-    prompt = json.dumps("\U0001f600" * 4000)
+    huge = json.dumps({"prompt": "a" * 16 * 2**20}).encode()
+    pieces = (huge[start : start + 4096] for start in range(0, len(huge), 4096))
+    for content in (huge, pieces):  # the second without a length
+        answer = post(live, content)
+        assert answer.status_code == 413 and "at most 1048576 bytes" in answer.json()["error"]["message"]
+    # The largest that is one: two prompts of the largest length outside the basic plane.
+    prompt = json.dumps("\U0001f600" * 32_000)
     answer = post(live, f'{{"prompt": {prompt}, "negative_prompt": {prompt}}}'.encode())
     assert answer.status_code == 400 and "there is room for" in answer.json()["error"]["message"]
 
@@ -95,12 +101,56 @@ def test_a_form_of_another_site_is_no_request(live: Live) -> None:
         assert post(live, b'{"prompt": "x"}', {"Content-Type": kind}).status_code == 400
 
 
-def test_other_paths_and_methods(live: Live) -> None:
-    for path in ("/v1/chat/completions", "/../../etc/passwd", "/page.py", "/docs", "//"):
-        answer = httpx2.get(live.url + path)
-        assert answer.status_code == 404 and answer.json()["error"]["type"] == "invalid_request_error"
-    answer = httpx2.get(live.url + GENERATIONS)
-    assert answer.status_code == 405 and answer.headers["allow"] == "POST"
+@pytest.mark.parametrize(
+    ("method", "path", "status", "message"),
+    [
+        ("GET", "/v1/chat/completions", 404, "no GET /v1/chat/completions here"),
+        ("POST", "/v1/chat/completions", 404, "no POST /v1/chat/completions here"),
+        ("POST", "/v1/images/edits", 404, "no POST /v1/images/edits here. There are POST /v1/images/generations"),
+        ("POST", "/v1/images/variations", 404, "There are POST /v1/images/generations"),
+        ("POST", "/images/generations", 404, "There are POST /v1/images/generations"),
+        ("POST", "/v1", 404, "There are POST /v1/images/generations"),
+        ("GET", "/v1/", 404, ""),
+        ("GET", "/v1/models/third", 404, "there are: first, second"),
+        ("GET", "/../../etc/passwd", 404, ""),
+        ("GET", "/page.py", 404, ""),
+        ("GET", "/docs", 404, ""),
+        ("GET", "//", 404, ""),
+        ("GET", "/" + "x" * 10_000, 404, ""),
+        ("GET", GENERATIONS, 405, "only POST"),
+        ("OPTIONS", GENERATIONS, 405, "only POST"),
+        ("DELETE", "/v1/models/first", 405, "only GET"),
+        ("POST", "/v1/models", 405, "only GET"),
+        ("POST", "/healthz", 405, "only GET"),
+    ],
+)
+def test_other_paths_and_methods(live: Live, method: str, path: str, status: int, message: str) -> None:
+    answer = live.ask(method, path, content=b'{"prompt": "x"}', headers=JSON)
+    assert answer.status_code == status and len(answer.text) < 500
+    error = answer.json()["error"]
+    assert error["type"] == "invalid_request_error" and message in error["message"]
+    assert (status == 405) == ("allow" in answer.headers)
+
+
+def test_a_picture_for_a_route_that_is_not_there(live: Live) -> None:
+    """The client sends all of it before it looks at the answer."""
+    with pytest.raises(openai.NotFoundError, match="no POST /v1/images/edits here"):
+        live.client().images.edit(image=("a.png", b"x" * 10_000_000), prompt="x")
+
+
+def test_what_clients_write_otherwise(live: Live) -> None:
+    """A slash at the end, a byte order mark, a character set."""
+    body = b'{"prompt": "x", "seed": 1}'
+    image = post(live, body).json()["data"][0]["b64_json"]
+    for path, content, kind in (
+        (GENERATIONS + "/", body, "application/json"),
+        (GENERATIONS, b"\xef\xbb\xbf" + body, "application/json"),
+        (GENERATIONS, body, "application/json; charset=utf-8"),
+        (GENERATIONS, body, "application/vnd.x+json"),
+    ):
+        answer = live.ask("POST", path, content=content, headers={"Content-Type": kind})
+        assert answer.status_code == 200 and answer.json()["data"][0]["b64_json"] == image
+    assert live.ask("GET", "/v1/models/").json() == live.ask("GET", "/v1/models").json()
 
 
 def test_slow_clients_hold_up_nobody_and_are_dropped(pipelines: Pipelines, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,12 +161,93 @@ def test_slow_clients_hold_up_nobody_and_are_dropped(pipelines: Pipelines, monke
         assert live.client().images.generate(prompt="x").data
         monkeypatch.setattr(gate, "TRANSFER_SECONDS", 0.1)
         late = send(live, b'{"prompt": ', length=100)
-        answer = late.recv(1000)
+        answer = b"".join(iter(lambda: late.recv(1000), b""))  # to its end: the server closes the connection
         assert answer.startswith(b"HTTP/1.1 408 ") and b"No whole request came" in answer
         wait_until(lambda: live.service.in_flight == 50)
         for connection in slow:
             connection.close()
         wait_until(lambda: live.service.in_flight == 0)
+
+
+@pytest.mark.parametrize("read", [True, False])
+def test_a_long_answer_goes_out_in_pieces(read: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of which the client has to take in time; nothing is sent to one that does not."""
+    body, sent = bytes(range(256)) * 4096, bytearray()
+    ended: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        try:
+            await send({"type": "http.response.body", "body": body[:-1], "more_body": True})
+            await send({"type": "http.response.body", "body": body[-1:]})
+        except TimeoutError:
+            ended.append("early")
+            raise
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            assert len(message["body"]) <= gate.PIECE
+            sent.extend(message["body"])
+            assert message.get("more_body", False) == (len(sent) < len(body))
+            if not read and len(sent) > gate.PIECE:
+                await asyncio.Event().wait()
+
+    monkeypatch.setattr(gate, "TRANSFER_SECONDS", PATIENCE if read else 0.01)
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": [(b"host", b"x")]}
+    asyncio.run(gate.Gate(app, Service())(scope, asyncio.Event().wait, send))
+    assert sent == (body if read else body[: 2 * gate.PIECE]) and ended == ([] if read else ["early"])
+
+
+def test_connections_that_only_stay_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a whole head of a request, or without taking the end of an answer; a request that is answered stays."""
+
+    class Cycle:
+        def __init__(self, response_complete: bool) -> None:
+            self.response_complete = response_complete
+
+    class Connection:
+        def __init__(self, cycle: Cycle | None) -> None:
+            self.cycle, self.transport, self.dropped = cycle, self, False
+
+        def is_closing(self) -> bool:
+            return False
+
+        def abort(self) -> None:
+            self.dropped = True
+
+    server = command._Server(uvicorn.Config("none"), [], Service(), 0)
+    connections = [Connection(None), Connection(Cycle(True)), Connection(Cycle(False))]
+    server.server_state.connections = set(connections)  # type: ignore[arg-type]
+    clock = Clock()
+
+    async def ticks() -> None:
+        monkeypatch.setattr(asyncio.get_running_loop(), "time", clock)
+        for _ in range(3):
+            await server.on_tick(0)
+            clock.now += command.KEEP_ALIVE_SECONDS * 0.6
+            connections[1].cycle = Cycle(True)  # of another request
+
+    asyncio.run(ticks())
+    assert [connection.dropped for connection in connections] == [True, False, False]
+
+
+def test_long_prompts_are_tokenized_beside_the_event_loop(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    checking, go_on = threading.Event(), threading.Event()
+    served = live.models[0]
+    whole = served.shared
+
+    def shared(asked: Any) -> Any:
+        checking.set()
+        assert go_on.wait(PATIENCE)
+        return whole(asked)
+
+    monkeypatch.setattr(served, "shared", shared)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(post, live, b'{"prompt": "x"}')
+        assert checking.wait(PATIENCE)
+        assert live.ask("GET", "/healthz").status_code == 200
+        go_on.set()
+        assert asked.result().status_code == 200
 
 
 def test_who_hangs_up_leaves_the_queue(pipelines: Pipelines) -> None:

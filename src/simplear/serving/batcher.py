@@ -103,7 +103,7 @@ class _Limit:
     """The largest shape that fits into memory for one size of picture."""
 
     shape: int
-    batches_left: int = GROW_AFTER
+    batches_left: int
     """Until a larger one is tried."""
 
 
@@ -304,7 +304,7 @@ class Batcher:
             smaller[-1],
             GROW_AFTER,
         )
-        self._limits[size] = _Limit(smaller[-1])
+        self._limits[size] = _Limit(smaller[-1], GROW_AFTER)
         with self._changed:
             self._waiting[:0] = left
 
@@ -315,7 +315,7 @@ class Batcher:
             limit.batches_left -= 1
             if not limit.batches_left:
                 larger = next(shape for shape in self.shapes if shape > limit.shape)
-                self._limits[size] = _Limit(larger)
+                self._limits[size] = _Limit(larger, GROW_AFTER)
                 if larger == self.shapes[-1]:
                     del self._limits[size]
 

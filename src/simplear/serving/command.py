@@ -18,6 +18,7 @@ from typing import Any, cast
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from simplear.command_line import STOPPED
 from simplear.device import resolve_device
 from simplear.errors import SystemRefusedError, UserError
 from simplear.generation import SimpleARPipeline
@@ -243,7 +244,7 @@ class _Server(uvicorn.Server):
             print("Stopping when all requests are answered; another Ctrl-C stops at once", flush=True)
             self._going_down = asyncio.get_running_loop().create_task(self._go_down())
         else:
-            self.should_exit = self.force_exit = True
+            os._exit(STOPPED)
 
     async def _go_down(self) -> None:
         self.service.draining = True

@@ -57,6 +57,11 @@ class Service:
     """Requests of the API that are not answered yet."""
 
 
+def going_down() -> APIError:
+    """The answer to what comes too late."""
+    return APIError(503, "The server is going down.", code="shutting_down", headers=RETRY_ELSEWHERE)
+
+
 class Gate:
     """ASGI middleware.
 
@@ -124,6 +129,10 @@ class Gate:
                 await refusal.response(scope, receive, sending)
             else:
                 await self.app(scope, receiving, sending)
+        except asyncio.CancelledError:
+            if not service.draining or status is not None:
+                raise
+            await going_down().response(scope, receive, sending)
         except Exception as error:
             if stalled:
                 log.warning("%s %s: the client does not read its answer", scope["method"], path)
@@ -163,5 +172,5 @@ class Gate:
                     headers={"WWW-Authenticate": "Bearer"},
                 )
         if service.draining and path.startswith(API):
-            return APIError(503, "The server is going down.", code="shutting_down", headers=RETRY_ELSEWHERE)
+            return going_down()
         return None

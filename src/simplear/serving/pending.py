@@ -22,7 +22,7 @@ from starlette.types import Receive, Scope, Send
 from simplear.generation import OutOfMemoryError
 from simplear.generation.png import png_bytes
 from simplear.serving.batcher import Drawing, Picture, QueueFullError, Shared, StoppedError
-from simplear.serving.gate import RETRY_ELSEWHERE
+from simplear.serving.gate import going_down
 from simplear.serving.schema import (
     APIError,
     GeneratedImage,
@@ -225,7 +225,7 @@ def _as_answer(error: Exception) -> APIError:
             message = f"Too many images are waiting; try again in {error.retry_after} s."
             return APIError(429, message, code="queue_full", headers={"Retry-After": str(error.retry_after)})
         case StoppedError():
-            return APIError(503, "The server is going down.", code="shutting_down", headers=RETRY_ELSEWHERE)
+            return going_down()
         case OutOfMemoryError():
             return APIError(503, "There is not enough memory for a picture of this size.", "size", "out_of_memory")
         case _:
