@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from PIL import Image
 from torch import Tensor
 
-from simplear.generation import OutOfMemoryError, SamplingSettings, SimpleARPipeline, pil_images
+from simplear.generation import SamplingSettings, SimpleARPipeline, pil_images
 from simplear.serving.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -272,7 +272,7 @@ class Batcher:
             self._grow(shared)
         except _AbandonedError:
             self._fail(left, StoppedError())
-        except OutOfMemoryError as error:
+        except MemoryError as error:
             self._out_of_memory(left, shape, error)
         except Exception as error:
             log.exception("%s: a batch of %d images failed", self.name, len(batch))
@@ -282,12 +282,12 @@ class Batcher:
     def _show(self, drawing: Drawing, codes: Tensor, shape: int) -> None:
         """Give the rows that are drawn, unless others would wait longer for it or there is no memory."""
         if all(other.cancelled or other.request is drawing.request for other in self._waiting):
-            with contextlib.suppress(OutOfMemoryError):
+            with contextlib.suppress(MemoryError):
                 drawing.notify(self._picture(codes, shape))
                 return
         self.metrics.dropped.labels(self.name).inc()
 
-    def _out_of_memory(self, left: list[Drawing], shape: int, error: OutOfMemoryError) -> None:
+    def _out_of_memory(self, left: list[Drawing], shape: int, error: MemoryError) -> None:
         """Draw what is left of a batch again in parts; for a while, batches of such pictures are smaller."""
         smaller = [each for each in self.shapes if each < shape]
         if not smaller:

@@ -43,6 +43,7 @@ KEEP_ALIVE_SECONDS = 75
 """Longer than proxies keep idle connections, so that theirs are not closed under a request. A connection on which no
 request begins for so long, or which does not take the end of its last answer, is dropped."""
 LOCAL_NAMES = ("localhost", "*.localhost", "127.0.0.1", "::1")
+HOST = re.compile(r"[\w*.-]+|\[?[\da-f]*:[\da-f]*:[\da-f:.]*\]?", re.IGNORECASE)
 ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#\s]+", re.IGNORECASE)
 LAST_ANSWERS_SECONDS = 2.0
 POLL_SECONDS = 0.05
@@ -95,8 +96,8 @@ def serve(
         shutdown_timeout: seconds to finish what runs after SIGTERM or Ctrl-C; a second signal ends at once.
 
     Raises:
-        ValueError: an engine that cannot be served or is given to no checkpoint, batch sizes or limits that are none,
-            or two checkpoints of one name.
+        UserError: an engine that cannot be served or is given to no checkpoint, batch sizes or limits out of range, two
+            checkpoints of one name, a device that is missing, or an address or port that cannot be listened on.
     """
     named = _named(checkpoints)
     where = resolve_device(device)
@@ -110,6 +111,9 @@ def serve(
         raise UserError(f"batch_sizes {batch_sizes}: give numbers of 1 or more.")
     if max_queue < 1 or batch_wait < 0 or timeout <= 0 or shutdown_timeout < 0:
         raise UserError("max_queue and timeout must be above 0, batch_wait and shutdown_timeout not below.")
+    for name in allowed_hosts:
+        if not HOST.fullmatch(name):
+            raise UserError(f"allowed_hosts: {name!r} is not a name or address: give one, without scheme and port.")
     for origin in cors_origins:
         if not ORIGIN.fullmatch(origin):
             raise UserError(f"cors_origins: {origin!r} is not an origin: give SCHEME://HOST[:PORT] alone, or *.")

@@ -135,11 +135,11 @@ class Gate:
             await going_down().response(scope, receive, sending)
         except Exception as error:
             if stalled:
-                log.warning("%s %s: the client does not read its answer", scope["method"], path)
+                log.warning("%s %.80r: the client does not read its answer", scope["method"], path)
             elif status is not None:  # too late for another answer: the connection ends in the middle
                 raise
             elif not gone:
-                log.error("%s %s failed", scope["method"], path, exc_info=error)
+                log.error("%s %.80r failed", scope["method"], path, exc_info=error)
                 failure = APIError(500, "The server failed; its log says more.", code="internal_error")
                 await failure.response(scope, receive, sending)
         finally:

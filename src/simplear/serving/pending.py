@@ -19,7 +19,6 @@ from fastapi.responses import StreamingResponse
 from PIL import ExifTags, Image
 from starlette.types import Receive, Scope, Send
 
-from simplear.generation import OutOfMemoryError
 from simplear.generation.png import png_bytes
 from simplear.serving.batcher import Drawing, Picture, QueueFullError, Shared, StoppedError
 from simplear.serving.gate import going_down
@@ -226,7 +225,7 @@ def _as_answer(error: Exception) -> APIError:
             return APIError(429, message, code="queue_full", headers={"Retry-After": str(error.retry_after)})
         case StoppedError():
             return going_down()
-        case OutOfMemoryError():
+        case MemoryError():
             return APIError(503, "There is not enough memory for a picture of this size.", "size", "out_of_memory")
         case _:
             return APIError(500, "Drawing failed; the server's log says more.", code="internal_error")
