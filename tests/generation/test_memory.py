@@ -55,8 +55,10 @@ def test_one_image_too_many_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "batch_size=4" in str(out_of_memory(language_model(), 8, 8, 16, 2))
 
 
-def test_pictures_too_many_to_decode_at_once(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipeline = SimpleARPipeline.from_pretrained(tiny_checkpoint, device="cpu")
+def test_pictures_too_many_to_decode_at_once(
+    tiny_checkpoint: Path, tiny_visual_tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = SimpleARPipeline.from_pretrained(tiny_checkpoint, device="cpu", visual_tokenizer=tiny_visual_tokenizer)
     codes = pipeline("x", num_images_per_prompt=4, seed=0, output_type="codes").codes
     expected, whole = pipeline.decode(codes, 2), pipeline.visual_tokenizer.decode
 
