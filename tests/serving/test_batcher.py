@@ -270,8 +270,6 @@ def test_batches_grow_again_after_a_while(
     assert batch_sizes(1, 2, 3, 4) == [1, 1, 1, 1]
     pipeline.failing = lambda seeds: None
     assert batch_sizes(1, 2) == [1, 1]
-    assert batch_sizes(1, 2, 3, 4) == [2, 2, 2, 2]
-    assert [batch_sizes(1) for _ in range(4)] == [[1]] * 4
     assert batch_sizes(1, 2, 3, 4) == [4, 4, 4, 4]
 
 

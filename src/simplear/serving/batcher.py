@@ -34,7 +34,7 @@ FAILURES_IN_A_ROW = 3
 LAST_ROW_SECONDS = 5.0
 """Given to a batch that is broken off to reach the end of its row of codes."""
 GROW_AFTER = 100
-"""Batches after which those that were made smaller for want of memory try the next larger shape again."""
+"""Batches after which those that were made smaller for want of memory may be large again: it may be free by then."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,11 @@ class Shared:
     """One for all, so that it is read once and the rows of a batch are as many each time."""
     prompt_tokens: int
     """That prompts are padded to."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels, on which memory depends most."""
+        return self.height, self.width
 
 
 @dataclass(frozen=True)
@@ -98,15 +103,6 @@ class _AbandonedError(Exception):
     """Nobody waits for the batch any more."""
 
 
-@dataclass
-class _Limit:
-    """The largest shape that fits into memory for one size of picture."""
-
-    shape: int
-    batches_left: int
-    """Until a larger one is tried."""
-
-
 class Batcher:
     """Draws what is submitted, first come, first served but for companions that ask for alike.
 
@@ -136,7 +132,7 @@ class Batcher:
         self._changed = threading.Condition()
         self._closed = self._abandoned = False
         self._thread: threading.Thread | None = None
-        self._limits: dict[tuple[int, int], _Limit] = {}  # by height and width of the picture
+        self._limits: dict[tuple[int, int], tuple[int, int]] = {}  # by size: a shape that fits, for how many batches
         self._batch_seconds, self._free_since, self._failures = 1.0, 0.0, 0
         self._progress = 0.0  # when a row of codes, or a picture, was last finished
 
@@ -221,8 +217,7 @@ class Batcher:
                     self._changed.wait()
                     continue
                 shared = self._waiting[0].shared
-                limit = self._limits.get((shared.height, shared.width))
-                largest = limit.shape if limit else self.shapes[-1]
+                largest, _ = self._limits.get(shared.size, (self.shapes[-1], 0))
                 batch = [drawing for drawing in self._waiting if drawing.shared == shared][:largest]
                 # Counted from the end of the batch before: whoever waited for that asks again just now.
                 left = max(self._waiting[0].arrived, self._free_since) + self.wait - self.clock()
@@ -269,7 +264,9 @@ class Batcher:
                 left.remove(drawing)
                 self._progress = self.clock()
             self._failures = 0
-            self._grow(shared)
+            fitting, batches = self._limits.pop(shared.size, (0, 0))
+            if batches > 1:
+                self._limits[shared.size] = (fitting, batches - 1)
         except _AbandonedError:
             self._fail(left, StoppedError())
         except MemoryError as error:
@@ -294,30 +291,12 @@ class Batcher:
             log.error("%s: %s", self.name, error)
             self._fail(left, error)
             return
-        shared = left[0].shared
-        size = (shared.height, shared.width)
-        log.warning(
-            "%s: %s Pictures of %d × %d are drawn %d at once for the next %d batches.",
-            self.name,
-            error,
-            *size,
-            smaller[-1],
-            GROW_AFTER,
-        )
-        self._limits[size] = _Limit(smaller[-1], GROW_AFTER)
+        size = left[0].shared.size
+        text = "%s: %s Pictures of %d × %d are drawn %d at once for the next %d batches."
+        log.warning(text, self.name, error, *size, smaller[-1], GROW_AFTER)
+        self._limits[size] = (smaller[-1], GROW_AFTER)
         with self._changed:
             self._waiting[:0] = left
-
-    def _grow(self, shared: Shared) -> None:
-        """After many batches that fitted, what was taking the memory may be gone."""
-        size = (shared.height, shared.width)
-        if limit := self._limits.get(size):
-            limit.batches_left -= 1
-            if not limit.batches_left:
-                larger = next(shape for shape in self.shapes if shape > limit.shape)
-                self._limits[size] = _Limit(larger, GROW_AFTER)
-                if larger == self.shapes[-1]:
-                    del self._limits[size]
 
     def _picture(self, codes: Tensor, batch_size: int) -> Picture:
         """Decoded by itself, so that the visual tokenizer too has one shape."""

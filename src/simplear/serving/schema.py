@@ -60,7 +60,7 @@ class ImageRequest(BaseModel):
         None, ge=0, le=LARGEST_SEED, description="A random one if not given; the answer says which."
     )
     negative_prompt: Prompt | None = Field(None, description="What guidance leads away from.")
-    guidance_scale: float | None = Field(None, ge=0, le=100, allow_inf_nan=False, description="1 is no guidance.")
+    guidance_scale: float | None = Field(None, ge=0, le=100, allow_inf_nan=False, description="1: no guidance.")
     temperature: float | None = Field(None, gt=0, le=100, allow_inf_nan=False)
     top_k: Whole | None = Field(None, ge=1, le=2**31)
     top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
