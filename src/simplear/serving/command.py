@@ -245,8 +245,8 @@ class _Server(uvicorn.Server):
 
     def _stop(self) -> None:
         if self._going_down is None:
-            print("Stopping when all requests are answered; another Ctrl-C stops at once", flush=True)
             self._going_down = asyncio.get_running_loop().create_task(self._go_down())
+            log.info("Stopping when all requests are answered; another Ctrl-C stops at once.")
         else:
             os._exit(STOPPED)
 
