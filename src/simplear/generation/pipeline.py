@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from simplear.errors import UserError
 from simplear.generation.engine import Engine, GenerationStats, RowCallback, make_engine
-from simplear.generation.memory import is_out_of_memory, out_of_memory
+from simplear.generation.memory import OutOfMemoryError, is_out_of_memory, out_of_memory
 from simplear.generation.sampling import SamplingSettings
 from simplear.generation.vllm_plugin.engine import VLLMEngine
 from simplear.language_model import CheckpointError, CheckpointSettings, LanguageModel, load_checkpoint
@@ -269,8 +269,7 @@ class SimpleARPipeline:
             if not is_out_of_memory(error):
                 raise
         # Outside the handler: the error that it handled held all that was allocated.
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        _release_memory()
         longest, rows = max(len(ids) for ids in (*prompt_ids, *negative_ids)), 1 + (sampling.guidance_scale != 1.0)
         width = getattr(self.engine, "tokens_a_pass", 1)
         raise out_of_memory(self.model, len(prompt_ids), longest, grid[0] * grid[1], rows, width)
@@ -313,11 +312,25 @@ class SimpleARPipeline:
 
     @torch.no_grad()
     def decode(self, codes: Tensor, batch_size: int = 32) -> Tensor:
-        """Pictures (B, 3, H, W) float32 in [0, 1], on CPU, of codes (B, h, w)."""
+        """Pictures (B, 3, H, W) float32 in [0, 1], on CPU, of codes (B, h, w).
+
+        Raises OutOfMemoryError if `batch_size` pictures are too many to decode at once.
+        """
         tokenizer: Any = self.visual_tokenizer
         device = next(tokenizer.parameters()).device if isinstance(tokenizer, nn.Module) else self.device
-        decoded = [tokenizer.decode(part.to(device)).float().cpu() for part in codes.split(batch_size)]
-        return ((torch.cat(decoded) + 1) / 2).clamp(0, 1)
+        try:
+            decoded = [tokenizer.decode(part.to(device)).float().cpu() for part in codes.split(batch_size)]
+            return ((torch.cat(decoded) + 1) / 2).clamp(0, 1)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        _release_memory()
+        count = min(batch_size, len(codes))
+        height, width = (side * self.settings.downsample for side in codes.shape[1:])
+        remedy = f"Decode fewer at once (batch_size={count // 2})." if count > 1 else "Ask for a smaller picture."
+        raise OutOfMemoryError(
+            f"decoding {count} pictures of {height} × {width} pixels at once ran out of memory on {device}. {remedy}"
+        )
 
     @torch.no_grad()
     def _kept_codes(self, pictures: Sequence[tuple[Image.Image, Image.Image]]) -> Tensor:
@@ -396,6 +409,11 @@ def _pictures(
             f"images and masks have the sizes (width, height) {sorted(sizes)}, and {asked} is to be drawn: resize them."
         )
     return list(zip(images, masks, strict=True))
+
+
+def _release_memory() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
