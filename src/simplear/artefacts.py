@@ -1,0 +1,61 @@
+"""What lies at a path, in words: for messages where a verb was given one kind of artefact and reads another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from simplear.text_files import parse_json
+
+STATE = ".ckpt"
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".npz", ".gguf")
+SHARDED_STATE, CLIP, SHARDS, TEXT = ".metadata", "open_clip_config.json", "manifest.json", "tokenizer.json"
+CONFIG, SETTINGS, COSMOS = "config.json", "simplear.json", "encoder.jit"
+SHOWN = 4
+"""Directories named in a message."""
+
+
+def what_is(path: str | Path) -> str:
+    """A phrase that says what is at a path and, where something else was probably meant, what to name instead."""
+    path = Path(path)
+    if not path.exists():
+        return f"missing (looked for {path.absolute()})"
+    if path.suffix == STATE or (path / SHARDED_STATE).is_file():
+        beside = path.with_suffix("")
+        named = f"name {beside}, the checkpoint directory beside it, or " if (beside / CONFIG).is_file() else ""
+        return f"a training state: {named}make a checkpoint of it (simplear export {path} --out DIR)"
+    if path.is_file():
+        kind = "a file of weights" if path.suffix in WEIGHTS else "a file"
+        return f"{kind}: name the directory that it lies in ({path.absolute().parent})"
+    if is_visual_tokenizer(path):
+        return "a visual tokenizer (--visual-tokenizer)"
+    if (path / CONFIG).is_file():
+        kind = "a checkpoint" if (path / SETTINGS).is_file() else "a model of transformers"
+        inner = path / "visual_tokenizer"
+        return kind + (f" (its visual tokenizer is {inner})" if inner.is_dir() else "")
+    for name, kind in ((CLIP, "a CLIP model"), (SHARDS, "token shards or captions"), (TEXT, "a text tokenizer")):
+        if (path / name).is_file():
+            return kind
+    inside = sorted(each for each in _directories(path) if (each / CONFIG).is_file())
+    if inside:
+        more = f" and {len(inside) - SHOWN} more" if len(inside) > SHOWN else ""
+        return f"a directory of others: name {', '.join(map(str, inside[:SHOWN]))}{more}"
+    return "a directory of something else" if any(path.iterdir()) else "an empty directory"
+
+
+def is_visual_tokenizer(directory: Path) -> bool:
+    """Whether a directory says that it is one of this project's, or is Cosmos."""
+    try:
+        content = parse_json((directory / CONFIG).read_bytes())
+    except (OSError, ValueError):
+        content = None
+    known = content if isinstance(content, dict) else {}
+    return "class_path" in known or ((directory / COSMOS).is_file() and "vocab_size" not in known)
+
+
+def _directories(path: Path) -> Iterable[Path]:
+    """Those in a directory and in its directories."""
+    for each in path.iterdir():
+        if each.is_dir() and not each.name.startswith("."):
+            yield each
+            yield from (inner for inner in each.iterdir() if inner.is_dir() and not inner.name.startswith("."))
