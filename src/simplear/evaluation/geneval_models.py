@@ -89,7 +89,9 @@ class InstanceDetector:
         loader: Any = Mask2FormerForUniversalSegmentation
         try:
             self.processor: Any = AutoImageProcessor.from_pretrained(
-                model, size={"shortest_edge": size, "longest_edge": round(size * LONGEST_OVER_SHORTEST)}
+                model,
+                size={"shortest_edge": size, "longest_edge": round(size * LONGEST_OVER_SHORTEST)},
+                trust_remote_code=False,
             )
             network, loading = loader.from_pretrained(model, output_loading_info=True)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:

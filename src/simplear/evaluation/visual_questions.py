@@ -29,7 +29,7 @@ NO = ("no", "No", "NO", " no", " No")
 def judge_processor(model: str) -> Any:
     """The processor of a judge, held against what a judge needs: a quick look beforehand. Errors: see `VisualJudge`."""
     try:
-        processor: Any = AutoProcessor.from_pretrained(model)
+        processor: Any = AutoProcessor.from_pretrained(model, trust_remote_code=False)
     except OSError as error:
         raise MissingFileError(
             f"the judge {model} is not here and could not be downloaded ({_first_line(error)}): download it where "
@@ -73,7 +73,9 @@ class VisualJudge:
         self.batch_size = batch_size
         self.processor = judge_processor(model)
         try:
-            loaded: Any = AutoModelForImageTextToText.from_pretrained(model, dtype="auto", output_loading_info=True)
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
+                model, dtype="auto", trust_remote_code=False, output_loading_info=True
+            )
         except (OSError, ValueError) as error:
             raise UserError(f"{model} is no {EXAMPLE} ({_first_line(error)}).") from error
         network, report = loaded
