@@ -95,11 +95,18 @@ def test_prompts_come_from_a_text_file_a_line_each(checkpoint, tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("p.jsonl", b'{"prompt": "x"}\n{"prompt": 3}\n', r"p\.jsonl, line 2: no object"),
-        ("p.jsonl", b'{"prompt": "x"}\n\n{"prompt"\n', r"p\.jsonl, line 3: no JSON"),
+        ("p.jsonl", b'{"prompt": "x"}\n{"prompt": 3}\n', r"p\.jsonl, line 2 has no text .prompt"),
+        ("p.jsonl", b'{"prompt": "x"}\n\n{"prompt"\n', r"p\.jsonl, line 3 is not JSON"),
         ("p.txt", b"caf\xe9\n", r"p\.txt is not UTF-8"),
         ("p.txt", b"one star\n" + b"a red circle " * 60, "prompt 1 .* tokens"),
-        ("p.txt", b"\n \n", "no prompt"),
+        ("p.txt", b"\n \n", r"p\.txt holds no prompt"),
+        ("p.txt", "one star\n".encode("utf-16"), r"p\.txt is UTF-16"),
+        ("p.json", "[\"one star\"]".encode("utf-16-le"), r"p\.json is UTF-16LE"),
+        ("p.json", b'{"prompt": "one star"}', r"p\.json is not a JSON list"),
+        ("p.json", b'["one star", {"text": 1}]', r"p\.json, entry 2 has no text"),
+        ("p.csv", b"prompt\none star\n", r"p\.csv: prompts are read from .*not from \.csv"),
+        ("p.tsv", b"prompt\none star\n", r"p\.tsv: .*not from \.tsv"),
+        ("p.xlsx", b"PK", r"p\.xlsx: .*not from \.xlsx"),
     ],
 )
 def test_a_bad_file_is_named_and_nothing_drawn(checkpoint, tmp_path: Path, name, content, words):

@@ -108,8 +108,8 @@ def draw_prompts(
             raise UserError(f"{name} {value} must be at least 1.")
     require_writable(directory, "images", "out")
     source = find_checkpoint(checkpoint)
-    stated = load_checkpoint(source, with_weights=False).settings
-    fingerprint = stated.visual_tokenizer_fingerprint
+    loaded = load_checkpoint(source, with_weights=False)
+    fingerprint = loaded.settings.visual_tokenizer_fingerprint
     if options.visual_tokenizer is not None:
         fingerprint = load_visual_tokenizer(options.visual_tokenizer).fingerprint
     settings = {
@@ -118,10 +118,14 @@ def draw_prompts(
         "prompts_sha256": hashlib.sha256(json.dumps(list(prompts), sort_keys=True).encode()).hexdigest(),
         "samples": samples,
         "seed": seed,
-        **options.stated(stated),
+        **options.stated(loaded.settings),
     }
-    claim_directory(directory / SETTINGS_FILE, settings)
     rows = list(prompts)[:limit]
+    # Before the directory is bound to settings with which nothing can be drawn.
+    SimpleARPipeline(loaded.model, loaded.tokenizer, loaded.settings).check_prompts(
+        [row["prompt"] for row in rows], options.prompt_prefix, options.height, options.width
+    )
+    claim_directory(directory / SETTINGS_FILE, settings)
     paths = [directory / layout.name(number, row) for number, row in enumerate(rows)]
     task = _Drawing(source, rows, paths, layout, samples, seed, options)
     trainer = make_trainer(accelerator, devices, num_nodes, strategy, inference_mode=False)
@@ -155,11 +159,8 @@ class _Drawing:
             counts[row["prompt"]] += 1
 
     def setup(self, device: torch.device) -> None:
-        """Load the checkpoint, and make sure that all prompts can be drawn."""
-        options = self.options
-        self.pipeline = options.pipeline(self.checkpoint, device)
-        prompts = [row["prompt"] for row in self.rows]
-        self.pipeline.check_prompts(prompts, options.prompt_prefix, options.height, options.width)
+        """Load the checkpoint."""
+        self.pipeline = self.options.pipeline(self.checkpoint, device)
         _ = self.pipeline.visual_tokenizer  # one that is missing is missed before the first image
 
     def is_finished(self, number: int) -> bool:

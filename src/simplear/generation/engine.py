@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -77,6 +77,11 @@ ENGINES = {
 
 def make_engine(name: str, model: LanguageModel, **options: Any) -> Engine:
     """The engine of that name over a model, with options of its class. Raises ValueError for unknown ones."""
+    return engine_class(name, options)(model, **options)
+
+
+def engine_class(name: str, options: Mapping[str, Any]) -> Any:
+    """The class of that name, which takes these options. Raises ValueError for unknown ones."""
     if name not in ENGINES:
         raise UserError(f"no engine {name!r}; there are: {', '.join(sorted(ENGINES))}.")
     module, _, attribute = ENGINES[name].rpartition(".")
@@ -86,7 +91,7 @@ def make_engine(name: str, model: LanguageModel, **options: Any) -> Engine:
     if unknown and not any(each.kind is each.VAR_KEYWORD for each in known.values()):
         there_are = ", ".join(option for option in known if option != "model") or "none"
         raise UserError(f"the engine {name!r} has no option {', '.join(sorted(unknown))}; it has: {there_are}.")
-    return made(model, **options)
+    return made
 
 
 def check_request(

@@ -10,13 +10,16 @@ from typing import Any
 import torch
 
 from simplear.errors import UserError
+from simplear.generation.engine import engine_class
 from simplear.generation.pipeline import SimpleARPipeline
+from simplear.generation.sampling import SamplingSettings
 from simplear.language_model import CheckpointSettings
 from simplear.text_files import FreeText
 
 LOADING = ("engine", "engine_options", "visual_tokenizer")
 """Options that decide how a checkpoint is loaded; the others are arguments of a call of the pipeline."""
 SIDES = ("height", "width")
+SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p")
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class DrawingOptions:
         visual_tokenizer: directory or hub id to use in place of the checkpoint's own.
         batch_size: images drawn at once.
 
-    Raises ValueError for a batch size below 1.
+    Raises ValueError for a batch size below 1, and for an engine or options of an engine that are unknown.
     """
 
     guidance_scale: float | None = None
@@ -58,6 +61,7 @@ class DrawingOptions:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise UserError(f"batch_size {self.batch_size} must be at least 1.")
+        engine_class(self.engine, self.engine_options or {})
 
     def pipeline(self, checkpoint: str | Path, device: str | torch.device | None = None) -> SimpleARPipeline:
         """The checkpoint's pipeline. Errors: see `SimpleARPipeline.from_pretrained`."""
@@ -71,11 +75,13 @@ class DrawingOptions:
     def stated(self, checkpoint: CheckpointSettings) -> dict[str, Any]:
         """What decides the pictures, the checkpoint's defaults filled in; for reports, and to compare with later.
 
-        What a report did not name before there was a choice is left out at its default.
+        What a report did not name before there was a choice is left out at its default. Raises ValueError for a number
+        outside its range.
         """
         defaults = dataclasses.asdict(checkpoint.generation)
         defaults |= {name: side * checkpoint.downsample for name, side in zip(SIDES, checkpoint.grid, strict=True)}
         given = {name: getattr(self, name) for name in defaults}
         stated = {name: default if given[name] is None else given[name] for name, default in defaults.items()}
+        SamplingSettings(do_sample=self.do_sample, **{name: stated[name] for name in SAMPLING})
         stated |= {"engine": self.engine, "engine_options": self.engine_options or {}}
         return stated if self.do_sample else {**stated, "do_sample": False}
