@@ -103,7 +103,9 @@ def test_generate_names_a_bad_prompt_of_the_command_line(
 def test_bytes_that_are_no_text_on_a_real_command_line(checkpoint: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "simplear.cli", "generate", str(checkpoint), "--out", str(tmp_path / "out")]
     ended = subprocess.run([*map(os.fsencode, command), b"--prompt", b"caf\xe9"], capture_output=True)
-    assert ended.returncode == 2 and b"--prompt is not text in utf-8" in ended.stderr and b"Traceback" not in ended.stderr
+    assert (
+        ended.returncode == 2 and b"--prompt is not text in utf-8" in ended.stderr and b"Traceback" not in ended.stderr
+    )
 
 
 @pytest.fixture

@@ -101,7 +101,7 @@ def test_prompts_come_from_a_text_file_a_line_each(checkpoint, tmp_path: Path):
         ("p.txt", b"one star\n" + b"a red circle " * 60, "prompt 1 .* tokens"),
         ("p.txt", b"\n \n", r"p\.txt holds no prompt"),
         ("p.txt", "one star\n".encode("utf-16"), r"p\.txt is UTF-16"),
-        ("p.json", "[\"one star\"]".encode("utf-16-le"), r"p\.json is UTF-16LE"),
+        ("p.json", '["one star"]'.encode("utf-16-le"), r"p\.json is UTF-16LE"),
         ("p.json", b'{"prompt": "one star"}', r"p\.json is not a JSON list"),
         ("p.json", b'["one star", {"text": 1}]', r"p\.json, entry 2 has no text"),
         ("p.csv", b"prompt\none star\n", r"p\.csv: prompts are read from .*not from \.csv"),

@@ -74,7 +74,7 @@ def compare(first: str, second: str, *, out: str | None = None) -> dict[str, Any
             (str(Path(COMPARISON_FILE).with_suffix(".md")), table),
         ):
             with whole_file(Path(out) / name) as partial:
-                partial.write_text(text)
+                partial.write_text(text, encoding="utf-8")
     print(table)
     return comparison
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
 
-from simplear.errors import UserError
+from simplear.errors import UserError, first_line
 from simplear.evaluation.geneval_rules import COLORS, THRESHOLD, Detection
 from simplear.rewards import LoadedCLIP, preprocess
 
@@ -95,7 +95,7 @@ class InstanceDetector:
             )
             network, loading = loader.from_pretrained(model, output_loading_info=True)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise UserError(
                 f"the detector {model} cannot be read ({reason}): name the directory or hub id of a Mask2Former for "
                 "instances (--detector), or leave judging to the official program (--score false)."

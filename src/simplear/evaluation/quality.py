@@ -172,7 +172,7 @@ def evaluate_quality(
             {"file": str(file.relative_to(directory)), "prompt": prompt, **{key: scores[key][place] for key in scores}}
             for place, (file, prompt) in enumerate(zip(files, prompts, strict=True))
         ]
-        (partial / SCORES_FILE).write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        (partial / SCORES_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
         write_tensorboard(partial, result, picture, tag=FOLDER)
     settings = {
         "benchmark": FOLDER,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import heapq
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,8 +155,8 @@ def evaluate_tokenizer(
     directory = Path(out) / FOLDER / name
     with whole_directory(directory) as partial:
         # A picture stands where other evaluations have a prompt: it is what two runs are compared by.
-        rows = [{"prompt": str(file.relative_to(images)), "psnr": psnr, "ssim": ssim} for file, psnr, ssim in scores]
-        (partial / ROWS_FILE).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        rows = [{"prompt": _shown(file, images), "psnr": psnr, "ssim": ssim} for file, psnr, ssim in scores]
+        (partial / ROWS_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
         write_tensorboard(partial, result, page, tag=FOLDER)
     picture = directory.with_name(f"{name}.png")
     with whole_file(picture) as partial:
@@ -267,9 +268,14 @@ def _check_size(height: int, width: int, downsample: int) -> None:
         raise UserError(f"pictures of {height} × {width} pixels are smaller than SSIM's window of {SMALLEST_SIDE}.")
 
 
+def _shown(file: Path, folder: str) -> str:
+    """A picture's path in its folder as text: a name may hold bytes that are not."""
+    return os.fsencode(file.relative_to(folder)).decode(errors="replace")
+
+
 def _cell(item: Reconstruction, folder: str) -> Cell:
     return Cell(
-        f"{item.file.relative_to(folder)}: {item.psnr:.1f} dB, SSIM {item.ssim:.3f}",
+        f"{_shown(item.file, folder)}: {item.psnr:.1f} dB, SSIM {item.ssim:.3f}",
         (Image.fromarray(item.original), Image.fromarray(item.decoded)),
         labels=("original", "decoded"),
     )

@@ -127,7 +127,7 @@ def merge_run(
         report.setdefault("diversity", {})[name] = dict(diversity)
     for file, text in ((path, json.dumps(report, indent=2) + "\n"), (path.with_suffix(".md"), markdown_table(report))):
         with whole_file(file) as partial:
-            partial.write_text(text)
+            partial.write_text(text, encoding="utf-8")
     return report
 
 
@@ -136,7 +136,8 @@ def markdown_table(report: Mapping[str, Any]) -> str:
     head, *rows = report_table(report)
     rows = [[f"**{row[0]}**" if row[0] == OVERALL else row[0], *row[1:]] for row in rows]
     rule = ["---", *["---:" for _ in head[1:]]]
-    table = "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *rows]) + "\n"
+    lines = [[cell.replace("|", "\\|") for cell in row] for row in [head, rule, *rows]]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
     sources = [f"{PUBLISHED_MARK} {source}\n" for source in published_sources(report)]
     return table + "".join(["\n", *sources] if sources else [])
 

@@ -18,6 +18,7 @@ from huggingface_hub import ModelCardData
 from simplear.data.shards import MANIFEST_FILE
 from simplear.errors import MissingFileError, UserError
 from simplear.evaluation import markdown_table, read_report
+from simplear.evaluation.report import REPORT_FILE
 from simplear.hashing import sha256_of
 from simplear.language_model import Checkpoint
 from simplear.text_files import decode, read_object
@@ -65,6 +66,8 @@ def read_card_inputs(
     Raises FileNotFoundError for a file that is not there, and ValueError for one that is not what it should be or a
     run that the report has not.
     """
+    if report is not None and Path(report).is_dir():
+        report = str(Path(report) / REPORT_FILE)
     for file in (report, training_config):
         if file is not None and not Path(file).is_file():
             raise MissingFileError(f"no file at {file}, which the model card is to show.")
@@ -143,14 +146,14 @@ def _samples(content: CardContent) -> list[str]:
 
 def _use(content: CardContent) -> list[str]:
     prompt = content.prompts[0] if content.prompts else PROMPT
-    settings, name = content.checkpoint.settings, content.name
+    settings, name = content.checkpoint.settings, json.dumps(content.name, ensure_ascii=False)
     tokenizer = "" if settings.visual_tokenizer_fingerprint else ', visual_tokenizer="…"'
     parts = [
         "## Use\n",
         "Draw:\n",
         "```python\n"
         "from simplear import SimpleARPipeline\n\n"
-        f'pipe = SimpleARPipeline.from_pretrained("{name}"{tokenizer})\n'
+        f"pipe = SimpleARPipeline.from_pretrained({name}{tokenizer})\n"
         f'pipe({json.dumps(prompt, ensure_ascii=False)}, seed=0).images[0].save("drawn.png")\n'
         "```\n",
     ]
@@ -165,9 +168,9 @@ def _use(content: CardContent) -> list[str]:
         f"As a plain language model (code c is id {settings.image_token_offset:,} + c):\n",
         "```python\n"
         "from transformers import AutoModelForCausalLM\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{name}")\n'
+        f"model = AutoModelForCausalLM.from_pretrained({name})\n"
         "```\n",
-        f'```python\nfrom vllm import LLM\n\nmodel = LLM("{name}", skip_tokenizer_init=True)\n```\n',
+        f"```python\nfrom vllm import LLM\n\nmodel = LLM({name}, skip_tokenizer_init=True)\n```\n",
     ]
 
 

@@ -252,7 +252,7 @@ def load_checkpoint(path: str | Path, *, dtype: torch.dtype | None = None, with_
             keep_generation_config(decoder, directory)
     except Exception as error:  # what damaged JSON and safetensors raise in transformers is any of a dozen kinds
         raise CheckpointError(
-            f"cannot read the model (config.json, model.safetensors or its parts) in {directory}: {error} Export or "
+            f"cannot read the weights (model.safetensors or its parts, config.json) in {directory}: {error} Export or "
             "download the checkpoint again."
         ) from error
     return Checkpoint(LanguageModel(decoder, layout).eval(), tokenizer, settings, directory)

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simplear.errors import MissingFileError, UserError
+from simplear.errors import MissingFileError, UserError, first_line
 from simplear.hashing import sha256_of
 from simplear.hub import SHA256, stated_sha256
 from simplear.text_files import read_lines
@@ -207,7 +207,7 @@ def _load(file: Path) -> Any:
         raise
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"{file} is no TorchScript module that can be read: {str(error).splitlines()[0]} Download it again."
+            f"{file} is no TorchScript module that can be read: {first_line(error)} Download it again."
         ) from error
 
 
