@@ -36,7 +36,7 @@ def what_is(path: str | Path) -> str:
     for name, kind in ((CLIP, "a CLIP model"), (SHARDS, "token shards or captions"), (TEXT, "a text tokenizer")):
         if (path / name).is_file():
             return kind
-    inside = sorted(each for each in _directories(path) if (each / CONFIG).is_file())
+    inside = sorted(_with_config(path))
     if inside:
         more = f" and {len(inside) - SHOWN} more" if len(inside) > SHOWN else ""
         return f"a directory of others: name {', '.join(map(str, inside[:SHOWN]))}{more}"
@@ -53,9 +53,10 @@ def is_visual_tokenizer(directory: Path) -> bool:
     return "class_path" in known or ((directory / COSMOS).is_file() and "vocab_size" not in known)
 
 
-def _directories(path: Path) -> Iterable[Path]:
-    """Those in a directory and in its directories."""
+def _with_config(path: Path, levels: int = 2) -> Iterable[Path]:
+    """Directories below that have a configuration, but for those within such ones."""
     for each in path.iterdir():
-        if each.is_dir() and not each.name.startswith("."):
+        if (each / CONFIG).is_file():
             yield each
-            yield from (inner for inner in each.iterdir() if inner.is_dir() and not inner.name.startswith("."))
+        elif levels > 1 and each.is_dir() and not each.name.startswith("."):
+            yield from _with_config(each, levels - 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import warnings
@@ -11,14 +12,18 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import EpsImagePlugin, Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rewards.toys import ARCHITECTURE as CLIP_ARCHITECTURE
 from simplear.cli import main
-from simplear.evaluation import read_report
+from simplear.evaluation import PageImage, read_report, write_page
+from simplear.evaluation.folder import picture_batches
 from simplear.generation.png import read_metadata
 from simplear.language_model import load_checkpoint
+from simplear.pictures import open_mask, read_rgb
 from simplear.rewards import load_clip
 from simplear.visual_tokenizer import load_visual_tokenizer
 from visual_tokenizer.cosmos_files import Decoder, Encoder, write
@@ -229,10 +234,42 @@ def test_json_that_is_nested_too_deep_is_an_error_that_names_the_file(
 
 
 def test_a_picture_whose_metadata_are_nested_too_deep_has_none(work: Path) -> None:
-    from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
-
     information = PngInfo()
     information.add_itxt("simplear", DEEP)
     Image.new("RGB", (8, 8)).save("deep.png", pnginfo=information)
     assert read_metadata("deep.png") is None
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+@pytest.mark.parametrize(
+    "door",
+    [
+        lambda: read_metadata("x.png"),
+        lambda: read_rgb("x.png"),
+        lambda: open_mask("x.png"),
+        lambda: list(picture_batches([Path("x.png")], 1)),
+        lambda: write_page("page.html", "t", {"runs": {}}, "r", [PageImage(Path("x.png"), "p", "c", True)]),
+        lambda: main(["generate", "nowhere", "--prompt", "x", "--out", "o", "--image", "x.png", "--mask", "x.png"]),
+        lambda: main(["evaluate", "tokenizer", "visual", "--out", "o", "--images", ".", "--rfid", "false"]),
+    ],
+    ids=["metadata", "read_rgb", "mask", "batches", "page", "generate", "tokenizer"],
+)
+def test_no_door_hands_a_picture_to_another_program(
+    door: Callable[[], Any], work: Path, tiny_visual_tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pillow opens EPS, whatever the file is called, by Ghostscript."""
+    ran: list[Any] = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *arguments, **options: ran.append(arguments))
+    shutil.copytree(tiny_visual_tokenizer, work / "visual")
+    for name in ("x.png", "y.png"):
+        (work / name).write_bytes(EPS)
+    try:
+        assert door() is None  # metadata
+    except (ValueError, SystemExit) as error:
+        assert "not a picture" in str(error) or isinstance(error, SystemExit)
+    assert not ran
+    with Image.open("x.png") as opened, contextlib.suppress(Exception):
+        opened.load()
+    assert ran, "an unguarded Image.open would have run it"
