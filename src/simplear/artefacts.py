@@ -9,15 +9,22 @@ from simplear.text_files import parse_json
 
 STATE = ".ckpt"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".npz", ".gguf")
-SHARDED_STATE, CLIP, SHARDS, TEXT = ".metadata", "open_clip_config.json", "manifest.json", "tokenizer.json"
-CONFIG, SETTINGS, COSMOS = "config.json", "simplear.json", "encoder.jit"
+SHARDED_STATE, CONFIG, SETTINGS, COSMOS = ".metadata", "config.json", "simplear.json", "encoder.jit"
+BY_FILE = {
+    "adapter_config.json": "an adapter (LoRA): merge it into its model first (merge_and_unload of peft) and save that",
+    "model_index.json": "a pipeline of diffusers",
+    "open_clip_config.json": "a CLIP model",
+    "manifest.json": "token shards or captions",
+    "tokenizer.json": "a text tokenizer",
+}
+"""What a directory without a configuration is, by a file in it."""
 SHOWN = 4
 """Directories named in a message."""
 
 
 def what_is(path: str | Path) -> str:
     """A phrase that says what is at a path and, where something else was probably meant, what to name instead."""
-    path = Path(path)
+    path = Path(path) if Path(path).name else Path(path).absolute()
     if not path.exists():
         return f"missing (looked for {path.absolute()})"
     if path.suffix == STATE or (path / SHARDED_STATE).is_file():
@@ -33,7 +40,7 @@ def what_is(path: str | Path) -> str:
         kind = "a checkpoint" if (path / SETTINGS).is_file() else "a model of transformers"
         inner = path / "visual_tokenizer"
         return kind + (f" (its visual tokenizer is {inner})" if inner.is_dir() else "")
-    for name, kind in ((CLIP, "a CLIP model"), (SHARDS, "token shards or captions"), (TEXT, "a text tokenizer")):
+    for name, kind in BY_FILE.items():
         if (path / name).is_file():
             return kind
     inside = sorted(_with_config(path))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from simplear.language_model import CheckpointError, load_checkpoint, save_checkpoint, stored_weights
 from simplear.visual_tokenizer import load_visual_tokenizer
@@ -148,6 +148,12 @@ def as_pickle(checkpoint: Path) -> None:
     (checkpoint / "model.safetensors").unlink()
 
 
+def add_a_token(checkpoint: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer.add_tokens(["<pad>"])
+    tokenizer.save_pretrained(checkpoint)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -160,6 +166,10 @@ def as_pickle(checkpoint: Path) -> None:
         (lambda d: rewrite(d / "simplear.json", lambda c: c.update(grid=["2", 2])), r"simplear\.json has grid"),
         (lambda d: rewrite(d / "simplear.json", lambda c: c.update(codebook_size=-27)), "has codebook_size -27"),
         (lambda d: rewrite(d / "simplear.json", lambda c: c.update(downsample=0)), "has downsample 0"),
+        (lambda d: rewrite(d / "simplear.json", lambda c: c["generation"].update(top_k="5")), "top_k '5': .* a number"),
+        (lambda d: rewrite(d / "simplear.json", lambda c: c["generation"].update(temperature=None)), "a number"),
+        (lambda d: rewrite(d / "simplear.json", lambda c: c["generation"].update(prompt_prefix=None)), "a text"),
+        (add_a_token, r"codes begin at id 307, .* has 308 ids, the last being '<pad>': .*Copy tokenizer\.json"),
     ],
 )
 def test_what_others_made_of_a_checkpoint_is_named(
@@ -187,6 +197,7 @@ def test_what_others_made_of_a_checkpoint_is_named(
         ("run", r"a directory of others: name run/model, run/states/last"),
         ("run/states", r"a directory of others: name run/states/last, run/states/previous"),
         ("empty", "not a checkpoint directory but an empty directory"),
+        ("adapter", "not a checkpoint directory but an adapter .*: merge it"),
         ("nowhere", r"no checkpoint at nowhere: there is no directory /.*/nowhere"),
         ("checkpoints/demo", r"no checkpoint at checkpoints/demo: there is no directory /.*/checkpoints/demo\. Train"),
         ("states/last.ckpt", r"no checkpoint at states/last\.ckpt: there is no directory"),
@@ -209,6 +220,8 @@ def test_what_was_named_in_place_of_a_checkpoint_is_said(
     (tmp_path / "run" / "states" / "sharded.ckpt").mkdir()
     (tmp_path / "run" / "states" / "sharded.ckpt" / ".metadata").write_bytes(b"")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(path)

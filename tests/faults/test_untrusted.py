@@ -222,9 +222,8 @@ def test_json_that_is_nested_too_deep_is_an_error_that_names_the_file(
     shutil.copytree(tiny_checkpoint, work / "checkpoint")
     (work / "clip").mkdir()
     (work / "clip" / "open_clip_model.safetensors").write_bytes(b"")
-    (work / "report.json").write_text(
-        '{"runs": {"a": {}}, "settings": {"a": {"verdicts": "out/scenes/a/settings.json"}}}'
-    )
+    runs, settings = {"a": {"overall": {"score": 1, "n": 1}}}, {"a": {"verdicts": "out/scenes/a/settings.json"}}
+    (work / "report.json").write_text(json.dumps({"runs": runs, "settings": settings}))
     (work / file).parent.mkdir(parents=True, exist_ok=True)
     (work / file).write_text(DEEP if file.endswith(".json") else "model: " + DEEP)
     with pytest.raises((ValueError, SystemExit)) as ended:

@@ -27,6 +27,7 @@ REPORT_FILE = "report.json"
 VERDICTS_FILE = "verdicts.jsonl"
 """An image of a run in each line: ``prompt``, ``tag`` (its category) and ``correct`` or ``score``, among others."""
 OVERALL = "overall"
+BOUNDED = {"accuracy", "low", "high"}
 PUBLISHED_MARK = "†"
 """Beside numbers that were not measured here."""
 
@@ -75,12 +76,24 @@ def read_report(path: str | Path) -> dict[str, Any]:
         return {"runs": {}}
     try:
         report = read_object(path)
-        runs = report.get("runs")
-        if not isinstance(runs, dict) or not all(isinstance(run, dict) for run in runs.values()):
+        if not isinstance(report.get("runs"), dict):
             raise UserError('it has no "runs".')
+        if other := [name for name, run in report["runs"].items() if not _is_result(run)]:
+            raise UserError(f"its run {other[0]!r} does not have the numbers of a result.")
     except UserError as error:
         raise UserError(f"{path} is not a report: {error} Move it away, or write to another directory.") from error
     return report
+
+
+def _is_result(run: Any) -> bool:
+    return (
+        isinstance(run, dict)
+        and OVERALL in run
+        and all(
+            isinstance(entry, dict) and "n" in entry and ({"score"} <= entry.keys() or entry.keys() >= BOUNDED)
+            for entry in run.values()
+        )
+    )
 
 
 def name_run(run: str | None, source: str, out: str | Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -415,12 +416,13 @@ def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
 
 def seeds_from(seed: int, count: int) -> list[int]:
     """Seeds of images, one after another. Raises UserError for one outside [0, 2**64)."""
+    seed = operator.index(seed)
     if not 0 <= seed < SEEDS:
         raise UserError(
             f"seed {seed} lies outside [0, 2**64). For a random one leave it out; simplear generate then takes 0, and "
             "--seed $RANDOM gives others."
         )
-    return [(int(seed) + index) % SEEDS for index in range(count)]
+    return [(seed + index) % SEEDS for index in range(count)]
 
 
 def pil_images(images: Tensor) -> list[Image.Image]:

@@ -225,9 +225,11 @@ def load_checkpoint(path: str | Path, *, dtype: torch.dtype | None = None, with_
         )
     layout = token_layout(tokenizer, settings.codebook_size)
     if layout.image_token_offset != settings.image_token_offset:
+        last = tokenizer.convert_ids_to_tokens(layout.image_token_offset - 1)
         raise CheckpointError(
             f"{settings_file} says that codes begin at id {settings.image_token_offset}, but the text tokenizer beside "
-            f"it has {layout.image_token_offset} ids: the files come from different checkpoints."
+            f"it has {layout.image_token_offset} ids, the last being {last!r}: the files come from different "
+            "checkpoints, or tokens were added to it. Copy tokenizer.json and tokenizer_config.json from the original."
         )
     rows: Any = content.get("vocab_size")
     if rows != layout.vocab_size and not _is_padded(rows, layout.vocab_size):
@@ -347,6 +349,11 @@ def _settings(content: dict[str, Any], source: Path) -> CheckpointSettings:
     for name, value in numbers.items():
         if not all(isinstance(each, int) and each > 0 for each in (value if name == "grid" else (value,))):
             raise CheckpointError(f"{source} has {name} {value!r}: it must be made of whole numbers above 0.")
+    for name, default in dataclasses.asdict(GenerationDefaults()).items():
+        value, kind = getattr(generation, name), str if isinstance(default, str) else (int, float)
+        if not (isinstance(value, kind) or value is default is None):  # type: ignore[arg-type]
+            what = "a text" if kind is str else "a number"
+            raise CheckpointError(f"{source} has generation.{name} {value!r}: it must be {what}.")
     return settings
 
 
