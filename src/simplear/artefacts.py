@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -20,6 +22,8 @@ BY_FILE = {
 """What a directory without a configuration is, by a file in it."""
 SHOWN = 4
 """Directories named in a message."""
+LOOKED_AT = 1000
+"""Entries of a directory, for a message must not wait for a million files."""
 
 
 def what_is(path: str | Path) -> str:
@@ -47,7 +51,9 @@ def what_is(path: str | Path) -> str:
     if inside:
         more = f" and {len(inside) - SHOWN} more" if len(inside) > SHOWN else ""
         return f"a directory of others: name {', '.join(map(str, inside[:SHOWN]))}{more}"
-    return "a directory of something else" if any(path.iterdir()) else "an empty directory"
+    with contextlib.suppress(OSError):
+        return "a directory of something else" if any(path.iterdir()) else "an empty directory"
+    return "a directory that cannot be read"
 
 
 def is_visual_tokenizer(directory: Path) -> bool:
@@ -62,8 +68,9 @@ def is_visual_tokenizer(directory: Path) -> bool:
 
 def _with_config(path: Path, levels: int = 2) -> Iterable[Path]:
     """Directories below that have a configuration, but for those within such ones."""
-    for each in path.iterdir():
-        if (each / CONFIG).is_file():
-            yield each
-        elif levels > 1 and each.is_dir() and not each.name.startswith("."):
-            yield from _with_config(each, levels - 1)
+    with contextlib.suppress(OSError):  # a directory of somebody else's
+        for each in itertools.islice(path.iterdir(), LOOKED_AT):
+            if (each / CONFIG).is_file():
+                yield each
+            elif levels > 1 and each.is_dir() and not each.name.startswith("."):
+                yield from _with_config(each, levels - 1)

@@ -31,8 +31,8 @@ def is_hub_id(path: str | Path) -> bool:
 
 def missing_on_hub(name: str | Path, error: Exception) -> str:
     """Why a name that `is_hub_id` gave nothing, for messages: it may have been meant as a path, too."""
-    reason = "the hub is not asked (HF_HUB_OFFLINE)" if HF_HUB_OFFLINE else f"{type(error).__name__}"
-    return f"there is no directory {Path(name).absolute()}, and the hub has not given a {name} ({reason})"
+    reason = "it is not asked, HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else type(error).__name__
+    return f"there is no directory {Path(name).absolute()}, and {name} could not be had from the hub ({reason})"
 
 
 def stated_sha256(file: Path) -> str | None:

@@ -253,6 +253,7 @@ def test_a_run_is_called_as_the_directory_is(
         ({"run": "../other"}, "cannot be the name of a run"),
         ({"run": ".."}, "cannot be the name of a run"),
         ({"run": "a\nb"}, "cannot be the name of a run"),
+        ({"run": "x" * 300}, "cannot be the name of a run"),
         ({"device": "cuda:7"}, "device 'cuda:7' is not available"),
         ({"device": "gpu"}, "device 'gpu' is unknown"),
         ({"engine": "fast"}, "no engine 'fast'"),

@@ -201,7 +201,7 @@ def test_what_others_made_of_a_checkpoint_is_named(
         ("nowhere", r"no checkpoint at nowhere: there is no directory /.*/nowhere"),
         ("checkpoints/demo", r"no checkpoint at checkpoints/demo: there is no directory /.*/checkpoints/demo\. Train"),
         ("states/last.ckpt", r"no checkpoint at states/last\.ckpt: there is no directory"),
-        ("someone/model", r"no directory /.*/someone/model, and the hub has not given a someone/model"),
+        ("someone/model", r"no directory /.*/someone/model, and someone/model could not be had from the hub"),
     ],
 )
 def test_what_was_named_in_place_of_a_checkpoint_is_said(
@@ -235,7 +235,7 @@ def test_what_was_named_in_place_of_a_checkpoint_is_said(
         ("text_tokenizer", r"config\.json is missing, so text_tokenizer is not a visual tokenizer; it is a text"),
         ("checkpoints/demo/visual_tokenizer", r"it is missing \(looked for /.*/checkpoints/demo/visual_tokenizer\)"),
         ("checkpoints/visual", r"it is missing \(looked for /.*/checkpoints/visual\)"),
-        ("someone/tokenizer", r"no directory /.*/someone/tokenizer, and the hub has not given a someone/tokenizer"),
+        ("someone/tokenizer", r"no directory /.*/someone/tokenizer, and someone/tokenizer could not be had from"),
     ],
 )
 def test_what_was_named_in_place_of_a_visual_tokenizer_is_said(

@@ -14,6 +14,7 @@ there the file's first question is left out.
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from statistics import variance
 from simplear.errors import MissingFileError, UserError
 from simplear.evaluation.intervals import effective_interval, ratio_proportion
 from simplear.evaluation.report import OVERALL, Result
+from simplear.text_files import decode
 
 COLUMNS = ("item_id", "proposition_id", "dependency", "tuple", "question_natural_language")
 """Of the question file that are read; ``text``, ``keywords`` and the ``category_…`` are not."""
@@ -72,7 +74,7 @@ def read_questions(file: str | Path) -> dict[str, list[Question]]:
             "it (--questions)."
         )
     items: dict[str, dict[int, Question]] = {}
-    with open(file, encoding="utf-8-sig", newline="") as opened:
+    with io.StringIO(decode(Path(file).read_bytes(), str(file)), newline="") as opened:
         rows = csv.DictReader(opened)
         if missing := [column for column in COLUMNS if column not in (rows.fieldnames or ())]:
             raise UserError(f"{file} has no column {missing[0]!r}: it is not DPG-Bench's question file.")

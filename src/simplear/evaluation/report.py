@@ -27,6 +27,8 @@ REPORT_FILE = "report.json"
 VERDICTS_FILE = "verdicts.jsonl"
 """An image of a run in each line: ``prompt``, ``tag`` (its category) and ``correct`` or ``score``, among others."""
 OVERALL = "overall"
+LONGEST_NAME = 200
+"""Bytes of a run's name; file systems take 255, and files have a suffix."""
 BOUNDED = {"accuracy", "low", "high"}
 PUBLISHED_MARK = "†"
 """Beside numbers that were not measured here."""
@@ -103,7 +105,7 @@ def name_run(run: str | None, source: str, out: str | Path) -> str:
     place.
     """
     name = run or Path(os.path.abspath(source)).name  # not resolved: a link has the name that was chosen for it
-    if name in ("", ".", "..") or "/" in name or not name.isprintable():
+    if name in ("", ".", "..") or "/" in name or not name.isprintable() or len(os.fsencode(name)) > LONGEST_NAME:
         raise UserError(f"{name!r} cannot be the name of a run, for files are named by it: give another (--run).")
     read_report(Path(out) / REPORT_FILE)
     return name

@@ -95,7 +95,8 @@ def engine_class(name: str, options: Mapping[str, Any]) -> Any:
     hints = get_type_hints(made.__init__)
     for option, value in options.items():
         if option in hints and not _is_of(value, hints[option]):
-            kind = getattr(hints[option], "__name__", str(hints[option]).removeprefix("typing."))
+            hint = hints[option]
+            kind = hint.__name__ if isinstance(hint, type) else str(hint).removeprefix("typing.")
             raise UserError(f"the engine {name!r} takes another kind of {option} than {value!r}: {kind}.")
     return made
 
