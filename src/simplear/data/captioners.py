@@ -115,10 +115,14 @@ class TransformersCaptioner(Captioner):
         """Load processor and weights."""
         from transformers import AutoModelForImageTextToText, AutoProcessor  # takes seconds, and a server needs neither
 
-        self.processor: Any = AutoProcessor.from_pretrained(self.model_name, revision=self.revision)
+        self.processor: Any = AutoProcessor.from_pretrained(
+            self.model_name, revision=self.revision, trust_remote_code=False
+        )
         self.processor.tokenizer.padding_side = "left"  # the answer begins where the prompt ends
         dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
-        model: Any = AutoModelForImageTextToText.from_pretrained(self.model_name, revision=self.revision, dtype=dtype)
+        model: Any = AutoModelForImageTextToText.from_pretrained(
+            self.model_name, revision=self.revision, dtype=dtype, trust_remote_code=False
+        )
         self.model = model.to(device).eval()
         # A model's own defaults of sampling would only be warned of: decoding is greedy.
         self.model.generation_config.update(do_sample=False, temperature=None, top_p=None, top_k=None)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen2Config
 
-from simplear.generation.engine import prompt_width, read_once
+from simplear.generation.engine import prompt_width, read_once, require_multiple
 from simplear.language_model import LanguageModel
 
 
@@ -235,7 +235,7 @@ class PreparedStep:
     """
 
     def __init__(self, model: LanguageModel, compiled: bool, prompt_multiple: int = 1) -> None:
-        self.model, self.compiled, self.prompt_multiple = model, compiled, prompt_multiple
+        self.model, self.compiled, self.prompt_multiple = model, compiled, require_multiple(prompt_multiple)
         self._step: DecoderStep | None = None
         self._forward: Forward | None = None
         self._cache: RowCache | None = None
