@@ -145,6 +145,9 @@ class RecaptionedSource(Source):
             rows[row["key"]].append(row)
         return rows
 
+    def hint(self, drops: Mapping[str, int]) -> str:
+        return self.source.hint(drops)
+
     def describe(self) -> dict[str, Any]:
         """The source, and a hash of the captions' manifest, which holds the hashes of all tables."""
         return {

@@ -22,11 +22,14 @@ from PIL import Image
 from simplear.data.drops import drop
 from simplear.data.pictures import Drop, PictureFile, Pixels
 from simplear.errors import UserError
-from simplear.text_files import NotUTF8Error, read_lines
+from simplear.text_files import NotUTF8Error, read_lines, utf16_encoding, valid_unicode
 
 CAPTION_KEYS = ("captions", "caption", "text")
 """Where metadata holds captions when nothing is said; the first that is there counts."""
+CAPTION_SUFFIXES = (".txt", ".caption")
+"""Of files of captions, in any case; they have the picture's name without its suffix, or with it (a.jpg.txt)."""
 NO_CAPTION = "no caption"
+NO_TEXT = "captions are no text"
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,14 @@ class Source(ABC):
     def describe(self) -> dict[str, Any]:
         """Settings that decide what the samples are; JSON values, kept in the manifest."""
 
+    def hint(self, drops: Mapping[str, int]) -> str:
+        """A sentence on what lies there in place of what was missed, for a message that most samples were dropped.
+
+        Args:
+            drops: of all units, by reason.
+        """
+        return ""
+
 
 class IndexedSource(Source):
     """A source whose samples have numbers, in units of `rows_per_unit` of them."""
@@ -167,7 +178,7 @@ def captions_and_metadata(
             `CAPTION_KEYS` that is there.
         metadata: columns to keep; None: all but the captions.
 
-    Raises `Drop` for captions that are no text, and for text that is no valid Unicode.
+    Raises `Drop` if captions are not text, and for text that is not valid Unicode.
     """
     names = captions if captions is not None else [key for key in CAPTION_KEYS if key in row][:1]
     texts: list[str] = []
@@ -175,7 +186,7 @@ def captions_and_metadata(
         found = column(row, name)
         found = [found] if isinstance(found, str) else found or []
         if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
-            raise Drop("captions are no text")
+            raise Drop(NO_TEXT)
         texts += found
     if metadata is None:
         kept = {key: value for key, value in row.items() if key not in names}
@@ -188,10 +199,8 @@ def captions_and_metadata(
 
 def valid_text(text: str) -> str:
     """The text itself. Raises `Drop` for what UTF-8 cannot hold, such as file names in another encoding."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise Drop("text is no valid Unicode") from error
+    if not valid_unicode(text):
+        raise Drop("text is no valid Unicode")
     return text
 
 
@@ -200,4 +209,5 @@ def caption_lines(content: bytes) -> list[str]:
     try:
         return [line.strip() for _, line in read_lines(content)]
     except NotUTF8Error as error:
-        raise Drop("text is no valid Unicode") from error
+        encoding = utf16_encoding(content)
+        raise Drop(f"text is {encoding}, not UTF-8" if encoding else "text is no valid Unicode") from error
