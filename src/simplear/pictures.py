@@ -45,7 +45,7 @@ def open_rgb(file: str | Path | IO[bytes], name: str = "") -> Image.Image:
     """The picture as RGB, upright as its EXIF orientation says; of an animation the first frame.
 
     Transparent areas become white, 16-bit grey becomes 8-bit. The picture takes 4 bytes a pixel (Pillow's RGB). While
-    it is opened, 4 to 8 are needed for most files, up to 10 for progressive JPEG and AVIF, 16 for WebP and JPEG 2000.
+    it is opened, 4 to 8 are needed beside the file, 10 for progressive JPEG and AVIF, 16 for WebP, 20 for JPEG 2000.
 
     Args:
         file: path, or an open file.

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from simplear.data.shards import (
+    MANIFEST_FILE,
     TokenRow,
     claim_directory,
     is_committed,
@@ -92,7 +93,6 @@ def write_texts(
     claim_directory(target, {**settings, "source": source})
     remove_abandoned(target)
     names: list[str] = []
-    written = 0
     dropped: Counter[str] = Counter()
     with progress_bar(sum(path.stat().st_size for path in paths), "texts", "B", unit_scale=True) as bar:
         for number, path in enumerate(paths):
@@ -101,14 +101,14 @@ def write_texts(
                 name = f"{number:04d}-{stem}-{len(names):06d}"
                 names.append(name)
                 dropped += drops
-                written += len(rows)
                 if not is_committed(target, name):
                     write_shard(target, name, [TokenRow(key, NO_CODES, [text], {}, name) for key, text in rows], drops)
     for reason, count in sorted(dropped.items()):
         logger.warning("%d texts left out: %s", count, reason)
-    if not written:
-        raise UserError(f"the files hold no text: {', '.join(files)}. Of .jsonl, --column names the key of the text.")
     manifest = merge_manifest(target, names)
+    if not manifest["rows"]:
+        (target / MANIFEST_FILE).unlink()
+        raise UserError(f"the files hold no text: {', '.join(files)}; of a .jsonl, --column names the key of the text.")
     print(f"{manifest['rows']} texts in {len(names)} shards: {target}")
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch import Tensor
 from simplear.errors import UserError
 
 
+@runtime_checkable
 class Reward(Protocol):
     """Scores pictures; frozen, without gradient, and the same for a picture whatever else is in the batch.
 

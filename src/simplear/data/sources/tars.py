@@ -133,7 +133,7 @@ class WebDatasetSource(Source):
 
     def hint(self, drops: Mapping[str, int]) -> str:
         """What the first sample has."""
-        if not {NO_PICTURE, NO_CAPTION, NO_TEXT} & drops.keys():
+        if APART in drops or not {NO_PICTURE, NO_CAPTION, NO_TEXT} & drops.keys():
             return ""
         key, members = next(_samples(self.tars[0]), ("", {}))
         try:
