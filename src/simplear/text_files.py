@@ -144,7 +144,7 @@ def read_table(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
                 raise UserError(f"{file}, line {rows.line_num} does not have {len(rows.fieldnames or ())} cells.")
             yield rows.line_num, row
     except csv.Error as error:
-        raise UserError(f"{file}, line {rows.line_num} is not CSV ({error}).") from error
+        raise UserError(f"{file}, line {rows.reader.line_num} is not CSV ({error}).") from error
 
 
 def valid_unicode(text: str) -> bool:

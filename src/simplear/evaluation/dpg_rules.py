@@ -78,7 +78,7 @@ def read_questions(file: str | Path) -> dict[str, list[Question]]:
     try:
         table = [(rows.line_num, row) for row in rows]
     except csv.Error as error:
-        raise UserError(f"{file}, line {rows.line_num} is not CSV ({error}).") from error
+        raise UserError(f"{file}, line {rows.reader.line_num} is not CSV ({error}).") from error
     if missing := [column for column in COLUMNS if column not in (rows.fieldnames or ())]:
         raise UserError(f"{file} has no column {missing[0]!r}: it is not DPG-Bench's question file.")
     for line, row in table:

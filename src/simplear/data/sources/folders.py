@@ -24,12 +24,14 @@ from simplear.data.sources.base import (
 )
 from simplear.errors import MissingFileError, SystemRefusedError, UserError
 from simplear.pictures import PICTURE_SUFFIXES
-from simplear.text_files import read_objects, read_table
+from simplear.text_files import read_lines, read_objects, read_table
 
 logger = logging.getLogger(__name__)
 
 LISTINGS = ("metadata.jsonl", "metadata.csv")
 """Of these the first in a folder counts."""
+FILE_NAME = "file_name"
+"""Their column of pictures."""
 HIDDEN_FOLDERS = ("__MACOSX", "@eaDir")
 """Of copies and thumbnails; others have names that begin with a dot."""
 OTHER_SOURCES = {".tar": "WebDatasetSource", ".parquet": "HuggingFaceSource", ".arrow": "HuggingFaceSource"}
@@ -66,7 +68,7 @@ class ImageFolderSource(IndexedSource):
         """Files of captions that are not called as usual, a.txt for a.jpg; by their names without suffix."""
         self._others: Counter[str] = Counter()
         """Files passed over, by suffix."""
-        at_top = [name for name in LISTINGS if (self.path / name).is_file()]
+        at_top = [name for name in LISTINGS if _is_listing(self.path / name)]
         self._listings = {"": at_top[0]} if at_top else {}
         """By their folders."""
         pictures = [] if self._listings else self._look_through()
@@ -118,13 +120,13 @@ class ImageFolderSource(IndexedSource):
         for listing in self._listings.values():
             keys = next((", ".join(entry) for _, entry in self._entries if entry is not None), "")
             return (
-                f"{self.path / listing} has file_name, {keys}; captions are read from {_either(CAPTION_KEYS)}, each a "
-                "text or a list of texts."
+                f"{self.path / listing} has {FILE_NAME}, {keys}; captions are read from {_either(CAPTION_KEYS)}, which "
+                "holds a text or a list of texts."
             )
         there = f" (there are {_counted(self._others)})" if self._others else ""
         return (
             f"captions are read from a {_either(CAPTION_SUFFIXES)} beside each picture, or from a {_either(LISTINGS)} "
-            f"with a file_name and a caption in each row{there}."
+            f"with a {FILE_NAME} and a caption in each row{there}."
         )
 
     def _look_through(self) -> list[str]:
@@ -135,7 +137,7 @@ class ImageFolderSource(IndexedSource):
             stem, suffix = os.path.splitext(name)
             if suffix.lower() in PICTURE_SUFFIXES:
                 pictures.append(name)
-            elif file.name in LISTINGS:
+            elif file.name in LISTINGS and _is_listing(file):
                 self._listings[posixpath.dirname(name)] = name  # .jsonl comes after .csv
             elif suffix.lower() not in CAPTION_SUFFIXES:
                 self._others[suffix] += 1
@@ -217,6 +219,13 @@ def files_below(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterat
             yield folder / entry.name
 
 
+def _is_listing(file: Path) -> bool:
+    """Not a .csv of something else, whose first line names no column of files."""
+    if not file.is_file() or file.suffix != ".csv":
+        return file.is_file()
+    return FILE_NAME in next((line for _, line in read_lines(file)), "")
+
+
 def _read_listing(root: Path, listing: str) -> list[tuple[str, dict[str, Any]]]:
     """Names, from the root, and the rest of each row."""
     file, folder = root / listing, posixpath.dirname(listing)
@@ -224,8 +233,8 @@ def _read_listing(root: Path, listing: str) -> list[tuple[str, dict[str, Any]]]:
     rows: Iterator[tuple[int, Mapping[str, Any]]] = read_table(file) if file.suffix == ".csv" else read_objects(file)
     for number, row in rows:
         entry = dict(row)
-        name = entry.pop("file_name", None)
+        name = entry.pop(FILE_NAME, None)
         if not isinstance(name, str):
-            raise UserError(f'{file}, line {number} has no text "file_name".')
+            raise UserError(f'{file}, line {number} has no text "{FILE_NAME}".')
         entries.append((name if ADDRESS.match(name) else posixpath.join(folder, name), entry))
     return entries

@@ -52,6 +52,8 @@ COMPRESSED: dict[bytes, Callable[[Any], Any]] = {
 READ_SUFFIXES = frozenset(
     [".json", *PICTURE_SUFFIXES, *CAPTION_SUFFIXES, *(a + b for a in PICTURE_SUFFIXES for b in CAPTION_SUFFIXES)]
 )
+PAST_END = 8
+"""Times that a whole archive may be read past its end, which is less often."""
 PIECE = 1 << 20
 """Bytes that are read at a time behind the last member."""
 BRACES = re.compile(r"\{([^{}]*)\}")
@@ -255,6 +257,20 @@ class _Member(tarfile.TarInfo):
             raise tarfile.ReadError(f"no header at byte {archive.offset}: {error}") from error
 
 
+class _Content:
+    """A file whose end is an error for whoever reads on: tarfile would, to the terabytes that a header may state."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.past_end = file, 0
+
+    def read(self, size: int) -> bytes:
+        content: bytes = self.file.read(size)
+        self.past_end += not content
+        if self.past_end > PAST_END:
+            raise EOFError("it ends within a member")
+        return content
+
+
 @contextmanager
 def _opened(tar: Path) -> Iterator[Any]:
     """The archive, decompressed as it is read. Raises UserError, naming the tar, for damage met in the block."""
@@ -263,7 +279,7 @@ def _opened(tar: Path) -> Iterator[Any]:
             beginning = file.peek(8)
             reader = next((reader for magic, reader in COMPRESSED.items() if beginning.startswith(magic)), None)
             # As a stream, which takes no more memory than there are bytes, whatever size a header states.
-            content: Any = file if reader is None else reader(file)
+            content: Any = _Content(file if reader is None else reader(file))
             with tarfile.open(fileobj=content, mode="r|", tarinfo=_Member) as opened:
                 yield opened
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
