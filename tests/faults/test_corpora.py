@@ -225,9 +225,9 @@ def test_a_damaged_header_is_named_by_its_byte(tmp_path: Path) -> None:
 @pytest.mark.parametrize("compress", [bytes, gzip.compress])
 @pytest.mark.parametrize("gap", [0, 1, 20])
 def test_what_follows_the_end_of_a_tar_is_named_by_its_byte(
-    tmp_path: Path, compress: Callable[[bytes], bytes], gap: int
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, compress: Callable[[bytes], bytes], gap: int
 ) -> None:
-    """``cat a.tar b.tar > ab.tar``, of which tarfile reads the first alone; zeros may follow without end."""
+    """``cat a.tar b.tar > ab.tar``, of which tarfile reads the first alone; zeros may follow, many with a line."""
     first = write_webdataset(tmp_path / "a.tar", pictures(2)).read_bytes()
     second = write_webdataset(tmp_path / "b.tar", pictures(4)).read_bytes()
     tar = tmp_path / "ab.tar"
@@ -237,8 +237,9 @@ def test_what_follows_the_end_of_a_tar_is_named_by_its_byte(
         UserError, match=rf"ab\.tar is damaged .*\(at byte {place} more follows the end .* several tars"
     ):
         found_in(tar)
-    tar.write_bytes(compress(first) + compress(bytes(2_000_000)))
+    tar.write_bytes(compress(first) + compress(bytes(gap * 200_000)))
     assert found_in(tar)[0] == ["000", "001"]
+    assert ("ab.tar ends in" in caplog.text) is (gap == 20)
 
 
 def member(name: str, content: bytes = b"", size: int | None = None, **fields: Any) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import glob
 import gzip
+import logging
 import lzma
 import os
 import re
@@ -40,6 +41,8 @@ from simplear.errors import MissingFileError, SystemRefusedError, UserError
 from simplear.pictures import PICTURE_SUFFIXES
 from simplear.text_files import parse_json
 
+logger = logging.getLogger(__name__)
+
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 """Of what is read in a folder of tars."""
 COMPRESSED: dict[bytes, Callable[[Any], Any]] = {
@@ -54,8 +57,8 @@ READ_SUFFIXES = frozenset(
 )
 PAST_END = 8
 """Times that a whole archive may be read past its end, which is less often."""
-PIECE = 1 << 20
-"""Bytes that are read at a time behind the last member."""
+PIECE = LONGEST_END = 1 << 20
+"""Bytes that are read at a time behind the last member, and more than any packer writes there."""
 BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
 MAX_NAMES = 1_000_000
@@ -307,7 +310,9 @@ def _samples(tar: Path) -> Iterator[tuple[str, dict[str, bytes | Drop]]]:
                 yield key, members
                 members = {}
             key, members[suffix] = of, _read(opened, member) if suffix in READ_SUFFIXES else b""
-        _require_end(opened.fileobj)
+        zeros = _require_end(opened.fileobj)
+        if zeros > LONGEST_END:
+            logger.warning("%s ends in %d bytes of zeros: is its download finished?", tar, zeros)
     if members:
         yield key, members
 
@@ -322,12 +327,14 @@ def _read(opened: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | Drop:
     return file.read()
 
 
-def _require_end(archive: Any) -> None:
-    """Raises ReadError unless all that follows the last member is zeros, and at least two blocks of them.
+def _require_end(archive: Any) -> int:
+    """Number of bytes that follow the first block of zeros behind the last member, which `tarfile` has read.
 
-    `tarfile` has read the first block, and would be content with what precedes a cut or a page of zeros.
+    Raises ReadError if they are not all zeros, or if there are none: `tarfile` would be content with what precedes a
+    cut or a page that was lost.
     """
-    place, rest = archive.tell(), archive.read(tarfile.BLOCKSIZE)
+    first = place = archive.tell()
+    rest = archive.read(tarfile.BLOCKSIZE)
     if not rest:
         raise tarfile.ReadError("the blocks that end an archive are missing")
     while rest:
@@ -339,6 +346,7 @@ def _require_end(archive: Any) -> None:
             )
         place += len(rest)
         rest = archive.read(PIECE)
+    return int(place - first)
 
 
 def _dotted(members: Mapping[str, Any]) -> list[str]:
