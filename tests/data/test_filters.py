@@ -10,7 +10,7 @@ import torch
 from jsonargparse import ArgumentParser
 
 from corpora import Picture, png, write_folder, write_webdataset
-from simplear.cli import PARSER_MODE
+from simplear.command_line import PARSER_MODE
 from simplear.data import (
     AspectRatio,
     CaptionLength,
