@@ -94,6 +94,7 @@ class HuggingFaceSource(IndexedSource):
         self.key_column, self.metadata = key, metadata
         self.image_root = None if image_root is None else Path(image_root)
         self.captions_required, self.rows_per_unit, self.streaming = captions_required, rows_per_unit, streaming
+        self.path, self.data_files = path, data_files
         self.unit_prefix = split
         # Where datasets takes a path for a name on the hub: it says only that the hub has none.
         if os.path.isfile(path):
@@ -111,7 +112,7 @@ class HuggingFaceSource(IndexedSource):
 
     def __len__(self) -> int:
         if self.streaming:
-            raise UserError(f"{self.settings['path']} is streamed and has no numbered rows: set streaming to false.")
+            raise UserError(f"{self.path} is streamed and has no numbered rows: set streaming to false.")
         return len(self.rows)
 
     def units(self) -> list[Unit]:
@@ -156,7 +157,7 @@ class HuggingFaceSource(IndexedSource):
         row = next(self.rows.iter(batch_size=1), None)
         columns = [f"{field.name} ({str(field.type)[:TYPE_LENGTH]})" for field in (row.schema if row else ())]
         return (
-            f"the columns of {self.settings['path']} are {', '.join(columns)}; pictures are read from "
+            f"the columns of {self.path} are {', '.join(columns)}; pictures are read from "
             f"{', '.join(self.images)}, and captions, texts or lists of texts, from "
             f"{', '.join(self.captions or CAPTION_KEYS)} (--source.image and --source.captions name others; a.b is b "
             "of the object a)."
@@ -171,7 +172,7 @@ class HuggingFaceSource(IndexedSource):
             cause: BaseException = error
             while cause.__cause__ is not None:
                 cause = cause.__cause__
-            path, files = self.settings["path"], self.settings["data_files"]
+            path, files = self.path, self.data_files
             said = " ".join(str(cause).split()) or type(cause).__name__
             if isinstance(error, ConnectionError) and not os.path.exists(path):
                 said = f"there is no directory of this name, and the hub cannot be asked: {said}"
@@ -182,7 +183,7 @@ class HuggingFaceSource(IndexedSource):
 
     def _damaged_file(self) -> str | None:
         """The first parquet file on this machine that cannot be read, of those that the data set may have."""
-        files, folder = self.settings["data_files"] or ["**/*.parquet"], self.settings["path"]
+        files, folder = self.data_files or ["**/*.parquet"], self.path
         patterns = [files] if isinstance(files, str) else [] if isinstance(files, dict) else files
         root = folder if os.path.isdir(folder) else ""
         for file in (file for each in patterns for file in sorted(glob.glob(os.path.join(root, each), recursive=True))):
@@ -231,7 +232,7 @@ class HuggingFaceSource(IndexedSource):
         return PictureFile(picture, name)
 
     def _require_columns(self, features: Mapping[str, Any]) -> None:
-        path, there = self.settings["path"], ", ".join(features)
+        path, there = self.path, ", ".join(features)
         wanted = [*self.images, *(self.captions or []), *(self.metadata or [])]
         for name in [*wanted, *([self.key_column] if self.key_column else [])]:
             if name not in features and name.partition(".")[0] not in features:

@@ -301,7 +301,8 @@ def _samples(tar: Path) -> Iterator[tuple[str, dict[str, bytes | Drop]]]:
     key, members = "", dict[str, bytes | Drop]()
     with _opened(tar) as opened:
         for member in opened:
-            if member.isdir() or any(is_hidden(part) for part in member.name.split("/") if part not in (".", "..")):
+            parts = [part for part in member.name.split("/") if part not in (".", "..")]
+            if not (member.isfile() or member.issym() or member.islnk()) or any(map(is_hidden, parts)):
                 continue
             folder, _, name = member.name.rpartition("/")
             stem, _, suffix = name.partition(".")
