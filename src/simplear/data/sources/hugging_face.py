@@ -176,17 +176,19 @@ class HuggingFaceSource(IndexedSource):
             said = " ".join(str(cause).split()) or type(cause).__name__
             if isinstance(error, ConnectionError) and not os.path.exists(path):
                 said = f"there is no directory of this name, and the hub cannot be asked: {said}"
-            elif damaged := self._damaged_file():
+            elif (isinstance(cause, pa.ArrowException) or type(cause) is OSError) and (damaged := self._damaged_file()):
                 said = f"{damaged} is damaged: {said.rstrip('.')}: fetch it again, or leave it out of data_files"
             of = f" of {files}" if isinstance(files, str) else ""
             raise UserError(f"the data set {path}{of} cannot be read: {said.rstrip('.')}.") from error
 
     def _damaged_file(self) -> str | None:
         """The first parquet file on this machine that cannot be read, of those that the data set may have."""
-        files, folder = self.data_files or ["**/*.parquet"], self.path
-        patterns = [files] if isinstance(files, str) else [] if isinstance(files, dict) else files
-        root = folder if os.path.isdir(folder) else ""
-        for file in (file for each in patterns for file in sorted(glob.glob(os.path.join(root, each), recursive=True))):
+        folder = self.path if os.path.isdir(self.path) else ""
+        files = self.data_files or (["**/*.parquet"] if folder else [])
+        patterns = [files] if isinstance(files, str) else files if isinstance(files, list) else []
+        for file in (
+            file for each in patterns for file in sorted(glob.glob(os.path.join(folder, each), recursive=True))
+        ):
             try:
                 for _ in pq.ParquetFile(file).iter_batches() if file.endswith(".parquet") else ():
                     pass
