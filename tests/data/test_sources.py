@@ -609,6 +609,24 @@ def test_a_zip_of_pictures_as_the_hub_has_them(
     assert [(value_of(s), s.captions) for s in samples] == [(n, [str(n)]) for n in range(3)] and not drops
 
 
+def test_a_picture_that_only_its_name_tells_is_read_from_everywhere(tmp_path: Path) -> None:
+    """TGA has no signature."""
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4), (7, 0, 0)).save(file, "TGA")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.TGA").write_bytes(file.getvalue())
+    (tmp_path / "in/a.txt").write_text("one")
+    write_tar(tmp_path / "x.tar", {"a.tga": file.getvalue(), "a.txt": b"one"})
+    parquet(str(tmp_path / "x.parquet"), image=[{"bytes": file.getvalue(), "path": "a.tga"}], text=["one"])
+    for source in (
+        ImageFolderSource(str(tmp_path / "in")),
+        WebDatasetSource(str(tmp_path / "x.tar")),
+        HuggingFaceSource("parquet", data_files=str(tmp_path / "x.parquet")),
+    ):
+        samples, drops = read_all(source)
+        assert [value_of(sample) for sample in samples] == [7] and not drops, source
+
+
 def test_a_streamed_set_of_tars_as_the_hub_holds_them(tmp_path: Path) -> None:
     """As Synthetic-dataset-1M: the builder of `datasets` names the columns by suffix."""
     members = {}
