@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from simplear.described import Described
 from simplear.errors import UserError
 
 
+@runtime_checkable
 class Reward(Protocol):
     """Scores pictures; frozen, without gradient, and the same for a picture whatever else is in the batch.
 
