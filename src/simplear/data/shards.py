@@ -7,7 +7,7 @@ synced and renamed, the sidecar after its shard: a shard that has its sidecar is
 
 Reading goes past `datasets`: a row is some offsets and slices of mapped bytes. Each row carries a checksum of what
 training takes from it, compared whenever it is read, so nothing damaged is trained on and no start waits until 88 GB
-are hashed. A ``.jsonl`` of prompts reads as rows with an empty grid. Nothing here knows of pictures, of text tokenizers
+are hashed. A file of prompts reads as rows with an empty grid. Nothing here knows of pictures, of text tokenizers
 or of the order of training.
 """
 
@@ -34,7 +34,7 @@ from simplear import atomic
 from simplear.atomic import whole_file
 from simplear.errors import MissingFileError, SystemRefusedError, UserError
 from simplear.hashing import sha256_of
-from simplear.text_files import read_prompts
+from simplear.text_files import PROMPT_SUFFIXES, read_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -347,7 +347,8 @@ class TokenShards:
     def __init__(self, paths: str | Path | Sequence[str | Path]) -> None:
         """
         Args:
-            paths: directories that `simplear tokenize` wrote, and ``.jsonl`` files of prompts.
+            paths: directories that `simplear tokenize` wrote, and files of prompts, which
+                `simplear.text_files.read_prompts` reads.
 
         Raises:
             FileNotFoundError: a path, manifest or shard is missing.
@@ -369,7 +370,9 @@ class TokenShards:
         self.paths = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
         for number, path in enumerate(self.paths):
             first = len(self._shards)
-            if path.suffix == ".jsonl":
+            if path.suffix == ".arrow":
+                raise UserError(f"{path} is one shard: name its directory, {path.parent}.")
+            if path.is_file() or path.suffix.lower() in filter(None, PROMPT_SUFFIXES):
                 rows = [
                     TokenRow(str(number), np.empty((0, 0), np.uint16), [prompt], metadata, path.name)
                     for number, (prompt, metadata) in enumerate(read_prompts(path), start=1)
