@@ -111,9 +111,8 @@ class PlateauSteps(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raises UserError where no validation will ever step it."""
-        data = getattr(trainer, "datamodule", None)
-        validates = trainer.enable_validation and getattr(data, "validation", data) is not None
-        if _plateau(trainer) and not validates:
+        without = getattr(getattr(trainer, "datamodule", None), "validation", ...) is None
+        if _plateau(trainer) and (without or not trainer.enable_validation):
             raise UserError(
                 "ReduceLROnPlateau lowers the rate by what a validation finds, and there is none: give "
                 "--data.init_args.validation_paths, and leave --trainer.limit_val_batches above 0."
