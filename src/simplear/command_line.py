@@ -293,7 +293,7 @@ def _library_mistake(error: BaseException) -> str | None:
     if isinstance(error, MisconfigurationException) or text.startswith("Early stopping conditioned on metric"):
         return text
     if isinstance(error, OmegaConfBaseException):
-        return f"the configuration cannot be resolved: {text}"
+        return f"a reference in the configuration leads nowhere (they work in files, not in options): {text}"
     return None
 
 

@@ -265,6 +265,26 @@ def test_a_training_that_ended_early_goes_on_as_if_it_had_not(
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize("interval", [2, 3])
+def test_states_stay_in_order_in_a_directory_that_was_moved_and_with_another_interval(
+    tmp_path: Path, make_trainer: MakeTrainer, moved: bool, interval: int
+) -> None:
+    def fit(directory: Path, steps: int, interval: int, **resume: str) -> AtomicCheckpoint:
+        callback = AtomicCheckpoint(dirpath=directory, every_n_train_steps=interval, **BEST)
+        options = {"val_check_interval": 1, "limit_train_batches": 4, "max_steps": steps}
+        make_trainer(callback, **options).fit(Validated(), **resume)
+        return callback
+
+    before, after = tmp_path / "before", tmp_path / ("after" if moved else "before")
+    fit(before, 4, 2)
+    before.rename(after)
+    callback = fit(after, 9, interval, ckpt_path="last")
+    kept = {Path(path).stem for path in callback.best_k_models}
+    assert names(after)[0] == {"last", "previous", *kept} and len(kept) == 2
+    assert torch.load(after / "last.ckpt", weights_only=False)["global_step"] == 9
+
+
 def test_a_training_with_nothing_to_do_says_so(
     tmp_path: Path, stage: ToyStage, make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture
 ) -> None:

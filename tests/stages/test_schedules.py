@@ -124,6 +124,21 @@ def test_a_resumed_schedule_goes_on_and_another_one_is_refused(tmp_path: Path, n
             fit(Toy(SCHEDULES[name](11)), tmp_path, 8, resume=state)
 
 
+def test_steps_at_a_rate_of_zero_are_not_silent(tmp_path: Path) -> None:
+    """A longer training after the end of its schedule is refused, one that outlasts its schedule is warned."""
+    ended = functools.partial(lr_scheduler.PolynomialLR, total_iters=4)
+    state = tmp_path / "state.ckpt"
+    fit(Toy(ended), tmp_path, 4).save_checkpoint(state)
+    with pytest.raises(UserError, match=r"rate is 0 from optimizer step 4 on.*longer schedule from the exported"):
+        fit(Toy(ended), tmp_path, 8, resume=state)
+    with pytest.warns(UserWarning, match="rate is 0 from optimizer step 4 on"):
+        fit(Toy(ended), tmp_path, 8)
+    cycle = Toy(functools.partial(lr_scheduler.CosineAnnealingLR, T_max=4))
+    fit(Toy(cycle.lr_scheduler), tmp_path, 4).save_checkpoint(state)
+    fit(cycle, tmp_path, 8, resume=state)
+    assert cycle.rates[0] == 0 and max(cycle.rates) > 0
+
+
 def test_a_plateau_is_stepped_once_a_validation(tmp_path: Path) -> None:
     """As torch's class by hand, whatever the epochs are; the sanity check is no validation."""
     module = Toy(functools.partial(ReduceLROnPlateau, monitor="validation/loss", patience=0))

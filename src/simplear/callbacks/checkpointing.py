@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -140,6 +141,20 @@ class AtomicCheckpoint(ModelCheckpoint):
     def _check_places(self) -> None:
         assert self.dirpath is not None
         require_writable(self.dirpath, "states to resume from", "dirpath of the checkpoint callback")
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Go on with the directory of the state, also after it was moved, and with another interval.
+
+        Lightning by itself would then write ``last-v1.ckpt`` beside a ``last.ckpt`` that stays what it was.
+        """
+        assert self.dirpath is not None
+        if Path(trainer.ckpt_path or "").absolute().parent.resolve() != Path(self.dirpath).resolve():
+            return
+        states: dict[str, Any] = checkpoint["callbacks"]
+        name = type(self).__qualname__
+        alike = [key for key in states if key.startswith(name) and states[key].get("monitor") == self.monitor]
+        for key in [key for key in (self.state_key, *alike) if key in states][:1]:
+            states[self.state_key] = _moved(states[key], str(self.dirpath))
 
     def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
         """What Lightning asks for ``ckpt_path="last"``: the newest state that is whole, if there are any.
@@ -347,6 +362,17 @@ def export(module: Any, directory: str | Path, write: bool) -> None:
             state_dict=weights,
             visual_tokenizer=None if carried is None else functools.partial(copy_visual_tokenizer, carried),
         )
+
+
+def _moved(state: dict[str, Any], directory: str) -> dict[str, Any]:
+    """The state of a ModelCheckpoint whose directory has become another."""
+
+    def moved(path: str) -> str:
+        return path and os.path.join(directory, os.path.relpath(path, state["dirpath"]))
+
+    paths = {key: moved(value) for key, value in state.items() if key.endswith("_path")}
+    best = {moved(path): score for path, score in state["best_k_models"].items()}
+    return {**state, **paths, "best_k_models": best, "dirpath": directory}
 
 
 @rank_zero_only

@@ -16,7 +16,6 @@ import logging
 import os
 import signal
 import subprocess
-import sys
 import threading
 from types import FrameType
 from typing import Any, NoReturn
@@ -34,6 +33,7 @@ RESUME_ME = 75
 """EX_TEMPFAIL of sysexits.h: the same command with ``--ckpt_path last`` goes on where this one stopped."""
 
 
+STANDARD_ERROR = 2
 AFTER_THIS_STEP = b"\nCtrl-C: stopping after this step, with its state saved; once more stops at once\n"
 
 
@@ -91,7 +91,7 @@ class Preemption(Callback):
     def _note_interrupt(self, number: int, frame: FrameType | None) -> None:
         self._note(number, frame)
         self._restore_one(signal.SIGINT)
-        os.write(sys.stderr.fileno(), AFTER_THIS_STEP)  # a handler may interrupt what prints
+        os.write(STANDARD_ERROR, AFTER_THIS_STEP)  # not print, which it may have interrupted
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         # The requeue signal goes before SIGTERM, which often follows it.

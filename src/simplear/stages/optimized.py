@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
@@ -45,6 +46,9 @@ class OptimizedModule(LightningModule):
         self._scheduled: list[dict[str, Any]] = []
         """What the schedule adds to them when it is made."""
         self._lr, self._found_lr = 0.0, False
+        self._first_step = 0
+        self._zero_since: int | None = None
+        """Optimizer step since which the schedule's rate is 0; None while it is not."""
 
     @property
     def trained_module(self) -> nn.Module:
@@ -164,6 +168,7 @@ class OptimizedModule(LightningModule):
         schedules = self.trainer.lr_scheduler_configs
         if [config.scheduler for config in schedules] != [self._schedule] * len(schedules):
             return  # a LearningRateFinder is at work
+        self._first_step, self._zero_since = self.global_step, None
         if self._found_lr:
             for group, added in zip(optimizer.param_groups, self._scheduled, strict=True):
                 group["lr"] = self.lr
@@ -179,3 +184,19 @@ class OptimizedModule(LightningModule):
         for change in apply_settings(optimizer, self._configured, self._scheduled):
             if self.trainer.is_global_zero:
                 logger.info("optimizer as configured, not as saved: %s", change)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Say where a schedule is over: a rate that is 0 for one step may be a cycle's or a warm-up's, for two not."""
+        optimizer: Any = self.optimizers(use_pl_optimizer=False)
+        if self._schedule is None or any(group["lr"] > 0 for group in optimizer.param_groups):
+            self._zero_since = None
+        elif self._zero_since is None:
+            self._zero_since = self.global_step
+        elif self._zero_since < self.global_step <= self._zero_since + self.inner_updates:
+            message = (
+                f"the schedule's learning rate is 0 from optimizer step {self._zero_since} on, so nothing is trained: "
+                "end there (--trainer.max_steps), or start a new run with a longer schedule"
+            )
+            if 0 < self._zero_since == self._first_step:
+                raise UserError(f"{message} from the exported checkpoint.")
+            rank_zero_warn(message)
