@@ -178,7 +178,7 @@ simplear.cli.main(["--version"])
 if sys.argv[1] == "by another":
     del os.environ[simplear.cli.STARTED_BY]
 subprocess.Popen([sys.executable, "-c", sys.argv[2]], env={**os.environ, "LOCAL_RANK": "1"})
-time.sleep(60)
+time.sleep(600)
 """
 NEXT_RANK = """
 import os, time
@@ -200,7 +200,7 @@ def test_a_rank_that_lightning_started_ends_with_the_first_one(started: str) -> 
         assert first.stdout is not None
         next_rank = int(next(line for line in first.stdout if line.startswith("pid")).split()[1])
         first.kill()
-        end = time.monotonic() + (30 if started == "by Lightning" else 3)
+        end = time.monotonic() + (300 if started == "by Lightning" else 3)
         while is_running(next_rank) and time.monotonic() < end:
             time.sleep(0.05)
         left = is_running(next_rank)

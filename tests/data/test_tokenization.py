@@ -126,12 +126,17 @@ def test_loader_processes_do_not_share_out_a_stream(
     assert run(source, tmp_path / "workers", num_workers=workers) == alone
 
 
-class SlowSource(ScenesSource):
-    """Leaves time to be killed."""
+class StallingSource(ScenesSource):
+    """Stops for good once so many units are committed in a directory: to be killed there."""
+
+    def __init__(self, *arguments: int, out: Path, committed: int, **options: int) -> None:
+        super().__init__(*arguments, **options)
+        self.out, self.committed = out, committed
 
     def candidates(self, unit: Unit, drops: Counter[str]) -> Iterator[Sample]:
         for sample in super().candidates(unit, drops):
-            time.sleep(0.01)
+            while len(list(self.out.glob("train-*.json"))) >= self.committed:
+                time.sleep(0.01)
             yield sample
 
 
@@ -140,12 +145,12 @@ def test_killed_and_resumed_gives_the_same_shards(tmp_path: Path) -> None:
     whole = run(source, tmp_path / "whole", batch_size=4)
     out = tmp_path / "killed"
 
-    def child() -> None:
+    def child(committed: int) -> None:
         torch.set_num_threads(1)
-        run(SlowSource(60, 16, rows_per_unit=10), out, batch_size=4)
+        run(StallingSource(60, 16, rows_per_unit=10, out=out, committed=committed), out, batch_size=4)
 
     for committed in (1, 3):
-        process = multiprocessing.get_context("fork").Process(target=child)
+        process = multiprocessing.get_context("fork").Process(target=child, args=(committed,))
         process.start()
         while process.is_alive() and len(list(out.glob("train-*.json"))) < committed:
             time.sleep(0.005)

@@ -345,7 +345,7 @@ def test_ranks_see_the_global_batches_of_one_process(
     script.write_text(TWO_RANKS)
     tests = Path(__file__).parent.parent
     arguments = [shard_directory, text_tokenizer_directory, tmp_path, tests, world_size, accumulate]
-    subprocess.run([sys.executable, script, *map(str, arguments)], check=True, timeout=120)
+    subprocess.run([sys.executable, script, *map(str, arguments)], check=True, timeout=600)
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(world_size)]
     data = TokenDataModule(str(shard_directory), 24, str(text_tokenizer_directory))
     data.setup("fit")

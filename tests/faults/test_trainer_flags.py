@@ -157,6 +157,8 @@ def test_what_names_no_state_is_refused_and_states_are_named(run: Run, tmp_path:
         f"{states}": "is a directory, but not a training state",
         f"{model / 'model.safetensors'}": "is a file, but not a training state",
     }.items():
+        if verb == "validate" and name not in ("best", f"{model}"):
+            continue
         code, printed = run(f"--ckpt_path {name} VALIDATE", verb)
         assert code == 2 and found in printed and "Traceback" not in printed and "damaged" not in printed
         assert f"give one of {states / 'last.ckpt'}, or last" in printed

@@ -46,7 +46,6 @@ class OptimizedModule(LightningModule):
         self._scheduled: list[dict[str, Any]] = []
         """What the schedule adds to them when it is made."""
         self._lr, self._found_lr = 0.0, False
-        self._first_step = 0
         self._zero_since: int | None = None
         """Optimizer step since which the schedule's rate is 0; None while it is not."""
 
@@ -168,7 +167,7 @@ class OptimizedModule(LightningModule):
         schedules = self.trainer.lr_scheduler_configs
         if [config.scheduler for config in schedules] != [self._schedule] * len(schedules):
             return  # a LearningRateFinder is at work
-        self._first_step, self._zero_since = self.global_step, None
+        self._zero_since = None
         if self._found_lr:
             for group, added in zip(optimizer.param_groups, self._scheduled, strict=True):
                 group["lr"] = self.lr
@@ -193,10 +192,7 @@ class OptimizedModule(LightningModule):
         elif self._zero_since is None:
             self._zero_since = self.global_step
         elif self._zero_since < self.global_step <= self._zero_since + self.inner_updates:
-            message = (
+            rank_zero_warn(
                 f"the schedule's learning rate is 0 from optimizer step {self._zero_since} on, so nothing is trained: "
-                "end there (--trainer.max_steps), or start a new run with a longer schedule"
+                "end there (--trainer.max_steps), or start a new run with a longer schedule from the exported checkpoint"
             )
-            if 0 < self._zero_since == self._first_step:
-                raise UserError(f"{message} from the exported checkpoint.")
-            rank_zero_warn(message)
