@@ -194,5 +194,5 @@ class OptimizedModule(LightningModule):
         elif self._zero_since < self.global_step <= self._zero_since + self.inner_updates:
             rank_zero_warn(
                 f"the schedule's learning rate is 0 from optimizer step {self._zero_since} on, so nothing is trained: "
-                "end there (--trainer.max_steps), or start a new run with a longer schedule from the exported checkpoint"
+                "end there (--trainer.max_steps), or start a new run with a longer schedule from the export"
             )
