@@ -60,7 +60,7 @@ def weights(root: Path) -> dict[str, Any]:
         ("--trainer.fast_dev_run true --trainer.accumulate_grad_batches 2 VALIDATE", None),
         (f"--trainer.limit_train_batches 2 --trainer.max_epochs 2 {UNLIMITED}", 4),
         ("--trainer.overfit_batches 1 VALIDATE", 6),
-        ("--trainer.num_sanity_val_steps -1 VALIDATE", 6),
+        ("--trainer.num_sanity_val_steps -1 --trainer.val_check_interval 00:00:00:01 VALIDATE", 6),
         ("--trainer.profiler simple --trainer.detect_anomaly true --trainer.precision bf16-mixed", 6),
         (f"--trainer.max_time 00:01:00:00 --trainer.max_epochs 1 {UNLIMITED}", 5),
         ("--trainer.callbacks+=Timer --trainer.callbacks.duration 00:01:00:00", 6),

@@ -165,7 +165,7 @@ class OrderedDataModule(lightning.LightningDataModule):
                 f"--trainer.{name} {trainer.limit_train_batches} leaves {batches} batches in an epoch, no multiple of "
                 f"the {accumulation} of an optimizer step (--trainer.accumulate_grad_batches): take such a multiple."
             )
-        interval = trainer.val_check_interval
+        interval = getattr(trainer, "val_check_interval", None)  # absent where it is a time
         if isinstance(interval, int) and interval > batches and trainer.check_val_every_n_epoch is not None:
             raise UserError(
                 f"--trainer.val_check_interval {interval} exceeds the {batches} batches of an epoch: count over all "
