@@ -13,7 +13,7 @@ import yaml
 from jsonargparse import set_parsing_settings
 from jsonargparse.typing import register_type
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from torch.optim import AdamW
 
 from simplear.callbacks import AtomicCheckpoint, Preemption
@@ -49,6 +49,16 @@ class ConfigurationCLI(LightningCLI):
         StageParser.typed = args
         super().parse_arguments(parser, args)
         self.config = in_home(self.config)
+
+
+class ConfigurationOfTraining(SaveConfigCallback):
+    """Writes ``config.yaml`` when the first step follows: what was refused leaves the file of the run that was not."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Too early."""
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().setup(trainer, pl_module, "fit")  # once
 
 
 class CommandLine(ConfigurationCLI):
@@ -98,6 +108,7 @@ def run(arguments: Sequence[str]) -> None:
             subclass_mode_data=True,
             parser_class=StageParser,
             parser_kwargs={**PARSER_OPTIONS, "prog": "simplear"},
+            save_config_callback=ConfigurationOfTraining,
             save_config_kwargs={"overwrite": True},
             load_from_checkpoint_support=False,
             args=list(arguments),
