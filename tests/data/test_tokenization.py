@@ -126,18 +126,18 @@ def test_loader_processes_do_not_share_out_a_stream(
     assert run(source, tmp_path / "workers", num_workers=workers) == alone
 
 
-class StallingSource(ScenesSource):
-    """Stops for good once so many units are committed in a directory: to be killed there."""
-
-    def __init__(self, *arguments: int, out: Path, committed: int, **options: int) -> None:
-        super().__init__(*arguments, **options)
-        self.out, self.committed = out, committed
+class SlowSource(ScenesSource):
+    """Leaves time to be killed."""
 
     def candidates(self, unit: Unit, drops: Counter[str]) -> Iterator[Sample]:
         for sample in super().candidates(unit, drops):
-            while len(list(self.out.glob("train-*.json"))) >= self.committed:
+            while self.stalls():
                 time.sleep(0.01)
             yield sample
+
+    def stalls(self) -> bool:
+        """Whether to stop for good."""
+        return False
 
 
 def test_killed_and_resumed_gives_the_same_shards(tmp_path: Path) -> None:
@@ -147,7 +147,9 @@ def test_killed_and_resumed_gives_the_same_shards(tmp_path: Path) -> None:
 
     def child(committed: int) -> None:
         torch.set_num_threads(1)
-        run(StallingSource(60, 16, rows_per_unit=10, out=out, committed=committed), out, batch_size=4)
+        source = SlowSource(60, 16, rows_per_unit=10)
+        source.stalls = lambda: len(list(out.glob("train-*.json"))) >= committed  # type: ignore[method-assign]
+        run(source, out, batch_size=4)
 
     for committed in (1, 3):
         process = multiprocessing.get_context("fork").Process(target=child, args=(committed,))

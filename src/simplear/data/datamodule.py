@@ -156,22 +156,6 @@ class OrderedDataModule(lightning.LightningDataModule):
             self._next_micro_batch = number + 1
         return batch
 
-    def _check_limits(self, trainer: lightning.Trainer, sampler: MicroBatchSampler) -> None:
-        """Raises UserError for limits of an epoch that would cut an optimizer step, or leave no validation in it."""
-        batches, accumulation = _limited(trainer, len(sampler)), sampler.accumulation
-        name = "overfit_batches" if trainer.overfit_batches else "limit_train_batches"  # type: ignore[attr-defined]
-        if batches % accumulation and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            raise UserError(
-                f"--trainer.{name} {trainer.limit_train_batches} leaves {batches} batches in an epoch, no multiple of "
-                f"the {accumulation} of an optimizer step (--trainer.accumulate_grad_batches): take such a multiple."
-            )
-        interval = getattr(trainer, "val_check_interval", None)  # absent where it is a time
-        if isinstance(interval, int) and interval > batches and trainer.check_val_every_n_epoch is not None:
-            raise UserError(
-                f"--trainer.val_check_interval {interval} exceeds the {batches} batches of an epoch: count over all "
-                "epochs (--trainer.check_val_every_n_epoch null), or take a smaller one."
-            )
-
     def _order_settings(self) -> dict[str, Any]:
         rows = {"rows": []} if self.training is None else self.training.order_settings()
         settings = {"seed": self.seed, "global_batch_size": self.global_batch_size, "shuffle": self.shuffle, **rows}
@@ -197,6 +181,22 @@ class OrderedDataModule(lightning.LightningDataModule):
         whole_steps = progress.processed // before * now
         progress.completed += whole_steps - progress.processed
         progress.ready = progress.started = progress.processed = whole_steps
+
+    def _check_limits(self, trainer: lightning.Trainer, sampler: MicroBatchSampler) -> None:
+        """Raises UserError for limits of an epoch that would cut an optimizer step, or leave no validation in it."""
+        batches, accumulation = _limited(trainer, len(sampler)), sampler.accumulation
+        name = "overfit_batches" if trainer.overfit_batches else "limit_train_batches"  # type: ignore[attr-defined]
+        if batches % accumulation and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            raise UserError(
+                f"--trainer.{name} {trainer.limit_train_batches} leaves {batches} batches in an epoch, no multiple of "
+                f"the {accumulation} of an optimizer step (--trainer.accumulate_grad_batches): take such a multiple."
+            )
+        interval = getattr(trainer, "val_check_interval", None)  # absent where it is a time
+        if isinstance(interval, int) and interval > batches and trainer.check_val_every_n_epoch is not None:
+            raise UserError(
+                f"--trainer.val_check_interval {interval} exceeds the {batches} batches of an epoch: count over all "
+                "epochs (--trainer.check_val_every_n_epoch null), or take a smaller one."
+            )
 
     def _sampler(self, dataset: BatchDataset, shuffle: bool, accumulation: int, endless: bool) -> MicroBatchSampler:
         noun = "training rows" if dataset is self.training else "validation rows"

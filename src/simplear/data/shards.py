@@ -347,8 +347,7 @@ class TokenShards:
     def __init__(self, paths: str | Path | Sequence[str | Path]) -> None:
         """
         Args:
-            paths: directories that `simplear tokenize` wrote, and files of prompts, which
-                `simplear.text_files.read_prompts` reads.
+            paths: directories that `simplear tokenize` wrote, and ``.jsonl`` files of prompts.
 
         Raises:
             FileNotFoundError: a path, manifest or shard is missing.
