@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from faults.processes import is_running
-from simplear.cli import main
+from simplear.cli import _is_running, main
 from toys import write_pretraining
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "demo"
@@ -79,6 +79,23 @@ def test_resuming_under_another_schedule_is_refused(config: list[str], tmp_path:
     code, printed = run(*config, "--ckpt_path", "last", *schedule, total, "6")
     assert code == 2 and "total_iters = 2, now 6" in printed
     assert run(*config, "--ckpt_path", "last", *schedule, total, "2")[0] == 0
+
+
+def test_a_run_that_is_refused_leaves_the_configuration_of_the_one_before(
+    config: list[str], tmp_path: Path, tiny_shards: str
+) -> None:
+    """Whenever it is refused, and so does a validation: what lies beside the curves is what was trained."""
+    log = ["--trainer.logger.init_args.name", "x", "--trainer.logger.init_args.version", "y"]
+    code, printed = run(*config, *log, "--trainer.max_steps", "2")
+    assert code == 0, printed
+    (saved,) = (tmp_path / "run" / "logs").rglob("config.yaml")
+    before = saved.read_text()
+    refused = [*config, *log, "--ckpt_path", "last", "--data.init_args.seed", "1"]
+    code, printed = run(*refused, "--trainer.max_steps", "4")
+    assert code == 2 and "seed = 0, now it is 1" in printed
+    code, printed = run("validate", *config[1:], *log, "--data.init_args.validation_paths", tiny_shards)
+    assert code == 0, printed
+    assert saved.read_text() == before
 
 
 def test_overlay_resolves_references_over_all_files(
@@ -223,6 +240,15 @@ def test_flags_are_spelled_with_dashes_or_underscores(tmp_path: Path, tiny_visua
         assert (tmp_path / str(number) / "manifest.json").exists()
 
 
+def test_a_process_that_has_ended_is_not_running() -> None:
+    """Before its parent has asked how it ended too: such a first rank would be taken for one that is alive."""
+    with subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE) as ended:
+        assert ended.stdout is not None
+        os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+        assert _is_running(os.getpid()) and not _is_running(ended.pid)
+    assert not _is_running(ended.pid)
+
+
 FIRST_RANK = """
 import os, subprocess, sys, time
 import simplear.cli
@@ -230,7 +256,7 @@ simplear.cli.main(["--version"])
 if sys.argv[1] == "by another":
     del os.environ[simplear.cli.STARTED_BY]
 subprocess.Popen([sys.executable, "-c", sys.argv[2]], env={**os.environ, "LOCAL_RANK": "1"})
-time.sleep(60)
+time.sleep(600)
 """
 NEXT_RANK = """
 import os, time
@@ -252,7 +278,7 @@ def test_a_rank_that_lightning_started_ends_with_the_first_one(started: str) -> 
         assert first.stdout is not None
         next_rank = int(next(line for line in first.stdout if line.startswith("pid")).split()[1])
         first.kill()
-        end = time.monotonic() + (30 if started == "by Lightning" else 3)
+        end = time.monotonic() + (300 if started == "by Lightning" else 3)
         while is_running(next_rank) and time.monotonic() < end:
             time.sleep(0.05)
         left = is_running(next_rank)

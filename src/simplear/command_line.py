@@ -24,7 +24,7 @@ import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from simplear.errors import UserError
+from simplear.errors import USER_CODE, UserError
 from simplear.text_files import FreeText
 
 PARSER_MODE = "omegaconf+"
@@ -293,8 +293,8 @@ def errors_for_the_reader() -> Iterator[None]:
     """The user's mistakes end in one message and exit code 2; everything else is a bug and shows where."""
     try:
         yield
-    except KeyboardInterrupt:
-        fail("stopped; run the same again to go on", STOPPED)
+    except KeyboardInterrupt as stopped:
+        fail(str(stopped) or "stopped; run the same again to go on", STOPPED)
     except Exception as error:
         message = mistake(error)
         if message is None or os.environ.get(TRACEBACK_VARIABLE):
@@ -310,6 +310,8 @@ def mistake(raised: BaseException) -> str | None:
     """
     error: BaseException | None = raised
     while error is not None:
+        if any(USER_CODE in note for note in getattr(error, "__notes__", ())):
+            return None
         if isinstance(error, UserError):
             return getattr(error, "strerror", None) or str(error)
         error = error.__cause__
@@ -322,23 +324,29 @@ def mistake(raised: BaseException) -> str | None:
 
 
 def _library_mistake(error: BaseException) -> str | None:
+    """What a library's error says, where its class stands for a mistake in a path, a package or a configuration."""
     if isinstance(error, OSError) and error.filename is not None:  # the system refused a path
         return str(error)
-    if isinstance(error, ImportError) and not _is_ours(error):
+    if isinstance(error, ImportError) and _is_missing_package(error):
         return f"{error} (a package that this needs is not installed)"
     if importlib.util.find_spec("lightning") is None:
         return None
     from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from omegaconf.errors import OmegaConfBaseException
 
-    text = str(error)
+    text = " ".join(str(error).split())
     if isinstance(error, MisconfigurationException) or text.startswith("Early stopping conditioned on metric"):
-        return " ".join(text.split())
+        return text
+    if isinstance(error, OmegaConfBaseException):
+        return f"a reference in the configuration leads nowhere (they work in files, not in options): {text}"
     return None
 
 
-def _is_ours(error: ImportError) -> bool:
-    """Whether a module of this package is missing, or a name in one: a bug, not a missing package."""
-    return (error.name or "").startswith("simplear")
+def _is_missing_package(error: ImportError) -> bool:
+    """Not a module of this package, nor a name that a module lacks: those are bugs."""
+    if isinstance(error, ModuleNotFoundError):
+        return not (error.name or "").startswith("simplear")
+    return error.name is None  # transformers' way to say it
 
 
 def fail(message: str, code: int = MISTAKE) -> NoReturn:

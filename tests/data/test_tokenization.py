@@ -264,8 +264,13 @@ class SlowSource(ScenesSource):
 
     def candidates(self, unit: Unit, drops: Counter[str]) -> Iterator[Sample]:
         for sample in super().candidates(unit, drops):
-            time.sleep(0.01)
+            while self.stalls():
+                time.sleep(0.01)
             yield sample
+
+    def stalls(self) -> bool:
+        """Whether to stop for good."""
+        return False
 
 
 def test_killed_and_resumed_gives_the_same_shards(tmp_path: Path) -> None:
@@ -273,12 +278,14 @@ def test_killed_and_resumed_gives_the_same_shards(tmp_path: Path) -> None:
     whole = run(source, tmp_path / "whole", batch_size=4)
     out = tmp_path / "killed"
 
-    def child() -> None:
+    def child(committed: int) -> None:
         torch.set_num_threads(1)
-        run(SlowSource(60, 16, rows_per_unit=10), out, batch_size=4)
+        source = SlowSource(60, 16, rows_per_unit=10)
+        source.stalls = lambda: len(list(out.glob("train-*.json"))) >= committed  # type: ignore[method-assign]
+        run(source, out, batch_size=4)
 
     for committed in (1, 3):
-        process = multiprocessing.get_context("fork").Process(target=child)
+        process = multiprocessing.get_context("fork").Process(target=child, args=(committed,))
         process.start()
         while process.is_alive() and len(list(out.glob("train-*.json"))) < committed:
             time.sleep(0.005)
