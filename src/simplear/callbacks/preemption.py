@@ -82,9 +82,10 @@ class Preemption(Callback):
             self._handlers[number] = signal.signal(number, self._note)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From here on Ctrl-C waits for a step; before there is nothing to save."""
+        """From here on Ctrl-C waits for a step, unless the shell has it ignored; before there is nothing to save."""
         self._speaks = trainer.is_global_zero
-        self._handlers[signal.SIGINT] = signal.signal(signal.SIGINT, self._note_interrupt)
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            self._handlers[signal.SIGINT] = signal.signal(signal.SIGINT, self._note_interrupt)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let Ctrl-C stop at once again."""
