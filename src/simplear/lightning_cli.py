@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import importlib
 import inspect
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -84,7 +85,8 @@ class CommandLine(ConfigurationCLI):
             require_state(state, [place for place in (*places, trainer.default_root_dir) if place])
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         saves = any(isinstance(callback, AtomicCheckpoint) and callback.save_last for callback in callbacks)
-        if saves and not any(isinstance(callback, Preemption) for callback in callbacks):
+        in_main_thread = threading.current_thread() is threading.main_thread()  # which alone can handle signals
+        if saves and in_main_thread and not any(isinstance(callback, Preemption) for callback in callbacks):
             callbacks.append(Preemption())
         return trainer
 

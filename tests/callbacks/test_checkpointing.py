@@ -173,33 +173,30 @@ BY_STEPS: dict[str, Any] = {"val_check_interval": 2, "check_val_every_n_epoch": 
 BEST: dict[str, Any] = {"monitor": "validation/loss", "save_top_k": 2}
 
 
-@pytest.mark.parametrize(
-    "limits",
-    [
-        {"max_steps": 6, **BY_STEPS},
-        {"max_steps": 6, **BY_STEPS, "accumulate_grad_batches": 2},
-        {"max_steps": 6, **BY_STEPS, "val_check_interval": 4},
-        {"max_steps": 8},
-        {"max_steps": 6},
-        {"max_steps": 8, "check_val_every_n_epoch": 2},
-        {"max_steps": 6, "limit_val_batches": 0},
-        {"max_epochs": 2},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize(
-    "kept",
-    [
-        BEST,
-        {**BEST, "every_n_train_steps": 2},
-        {**BEST, "every_n_train_steps": 3, "save_top_k": -1},
-        {**BEST, "every_n_epochs": 2, "mode": "max", "save_top_k": 1},
-        {**BEST, "save_on_train_epoch_end": True},
-        {"save_top_k": 1, "every_n_epochs": 1, "save_on_train_epoch_end": False},
-        {"save_top_k": -1, "every_n_train_steps": 2},
-    ],
-    ids=str,
-)
+LIMITS: list[dict[str, Any]] = [
+    {"max_steps": 6, **BY_STEPS},
+    {"max_steps": 6, **BY_STEPS, "accumulate_grad_batches": 2},
+    {"max_steps": 6, **BY_STEPS, "val_check_interval": 4},
+    {"max_steps": 8},
+    {"max_steps": 6},
+    {"max_steps": 8, "check_val_every_n_epoch": 2},
+    {"max_steps": 6, "limit_val_batches": 0},
+    {"max_epochs": 2},
+]
+KEPT: list[dict[str, Any]] = [
+    BEST,
+    {**BEST, "every_n_train_steps": 2},
+    {**BEST, "every_n_train_steps": 3, "save_top_k": -1},
+    {**BEST, "every_n_epochs": 2, "mode": "max", "save_top_k": 1},
+    {**BEST, "save_on_train_epoch_end": True},
+    {"save_top_k": 1, "every_n_epochs": 1, "save_on_train_epoch_end": False},
+    {"save_top_k": -1, "every_n_train_steps": 2},
+]
+PAIRS = [(LIMITS[row], KEPT[(3 * row + n) % len(KEPT)]) for row in range(len(LIMITS)) for n in range(3)]
+"""Each limit with three of the settings, and each of these with three limits or more."""
+
+
+@pytest.mark.parametrize(("limits", "kept"), PAIRS, ids=str)
 def test_lightnings_own_callback_keeps_the_same_states(
     tmp_path: Path, make_trainer: MakeTrainer, limits: dict[str, Any], kept: dict[str, Any]
 ) -> None:

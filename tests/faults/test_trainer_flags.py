@@ -177,7 +177,8 @@ def test_ctrl_c_ends_with_a_word_and_a_state(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, presses: int, stage: str, module: Any
 ) -> None:
     """Pressed once in a training step, that step is the last one; twice, the state is the one before."""
-    before, step = signal.getsignal(signal.SIGINT), module.training_step
+    step, before = module.training_step, signal.default_int_handler
+    signal.signal(signal.SIGINT, before)  # a shell's background jobs have it ignored
 
     def pressed(self: Any, batch: Any, batch_idx: int) -> Any:
         output = step(self, batch, batch_idx)

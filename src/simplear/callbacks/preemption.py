@@ -60,6 +60,7 @@ class Preemption(Callback):
         self.received: signal.Signals | None = None
         """The signal that this process got, if any."""
         self._handlers: dict[signal.Signals, Any] = {}
+        self._speaks = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Raises ValueError where nothing would be saved."""
@@ -81,8 +82,10 @@ class Preemption(Callback):
             self._handlers[number] = signal.signal(number, self._note)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From here on Ctrl-C waits for a step; before there is nothing to save."""
-        self._handlers[signal.SIGINT] = signal.signal(signal.SIGINT, self._note_interrupt)
+        """From here on Ctrl-C waits for a step, unless the shell has it ignored; before there is nothing to save."""
+        self._speaks = trainer.is_global_zero
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            self._handlers[signal.SIGINT] = signal.signal(signal.SIGINT, self._note_interrupt)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let Ctrl-C stop at once again."""
@@ -91,7 +94,8 @@ class Preemption(Callback):
     def _note_interrupt(self, number: int, frame: FrameType | None) -> None:
         self._note(number, frame)
         self._restore_one(signal.SIGINT)
-        os.write(STANDARD_ERROR, AFTER_THIS_STEP)  # not print, which it may have interrupted
+        if self._speaks:
+            os.write(STANDARD_ERROR, AFTER_THIS_STEP)  # not print, which it may have interrupted
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         # The requeue signal goes before SIGTERM, which often follows it.
@@ -121,11 +125,12 @@ class Preemption(Callback):
         code = STOPPED if self.received == signal.SIGINT else self.exit_code
         if trainer.is_global_zero:
             name = self.received.name if self.received else "a signal on another rank"
+            meaning = "" if code == STOPPED else f"; exit code {code} says resume me"
             logger.warning(
-                "%s: the state of step %d is saved; exit code %d says resume me: --ckpt_path last goes on from it",
+                "%s: the state of step %d is saved%s: --ckpt_path last goes on from it",
                 name,
                 trainer.global_step,
-                code,
+                meaning,
             )
         # A process that Lightning itself has started would have its exit code taken for a crash, and the first process,
         # whose code counts, would be killed.
