@@ -128,7 +128,7 @@ def test_all_ranks_agree(tmp_path: Path, strategy: str, on_failure: str) -> None
     assert json.loads((tmp_path / files[0]).read_text())["keys"] == [["row9", "row11"]]
     if on_failure == "stop":
         assert finished.returncode != 0
-        assert finished.stderr.count("ValueError: the loss or gradient of step 2") == 2
+        assert finished.stderr.count("UserError: the loss or gradient of step 2") == 2
     else:
         assert finished.returncode == 0, finished.stderr[-2000:]
         assert [(tmp_path / f"skipped{rank}").read_text() for rank in range(2)] == ["1", "1"]
