@@ -1,13 +1,18 @@
-"""2-D rotary positions: a Qwen2 whose image codes know their row and their column.
+"""Rotary positions: Qwen2's with exact frequencies, and 2-D ones, whose image codes know their row and column.
 
-Text at position p turns all frequencies by p, as in Qwen2. A code at (row, column) turns the even-indexed frequencies
-by its row and the odd-indexed by its column, so that both axes have fast and slow ones. A text-only sequence is
-therefore exactly plain Qwen2. Positions come from `simplear.sequence.positions_2d`.
+Whatever dtype a model is cast to, frequencies stay float32: in bfloat16 one of the 32 of a head of 64 would turn by
+half a radian too much or too little at a distance of 1,024 tokens, and five of them at 4,096.
+
+In 2-D, text at position p turns all frequencies by p, as in Qwen2. A code at (row, column) turns the even-indexed
+frequencies by its row and the odd-indexed by its column, so that both axes have fast and slow ones. A text-only
+sequence is therefore exactly plain Qwen2. Positions come from `simplear.sequence.positions_2d`.
 
 A 2-D checkpoint has a ``model_type`` of its own: transformers and vLLM then refuse it instead of misreading it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -25,7 +30,19 @@ class Qwen2Rope2DConfig(Qwen2Config):
 AutoConfig.register(Qwen2Rope2DConfig.model_type, Qwen2Rope2DConfig)
 
 
-class RotaryEmbedding2D(Qwen2RotaryEmbedding):
+class RotaryEmbedding(Qwen2RotaryEmbedding):
+    """Qwen2's rotary embedding, whose frequencies no cast of the model rounds."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
+        exact = self.inv_freq
+        super()._apply(fn, recurse)
+        if self.inv_freq.dtype != exact.dtype:
+            device = self.inv_freq.device
+            self._buffers |= {"inv_freq": exact.to(device), "original_inv_freq": exact.to(device, copy=True)}
+        return self
+
+
+class RotaryEmbedding2D(RotaryEmbedding):
     """Qwen2's rotary embedding for positions (2, B, L); plain (B, L) positions give Qwen2's own result."""
 
     @torch.no_grad()
