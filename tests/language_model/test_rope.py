@@ -12,7 +12,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
 from simplear.language_model import LanguageModel
-from simplear.language_model.rope import Qwen2Rope2DConfig, RotaryEmbedding2D
+from simplear.language_model.rope import Qwen2Rope2DConfig, RotaryEmbedding
 from simplear.sequence import encode_captions, training_batch
 from toys import make_batch, model_config
 
@@ -30,13 +30,13 @@ def models(tiny_text_tokenizer: str) -> tuple[LanguageModel, LanguageModel, Any]
     return plain, two_dimensional, tokenizer
 
 
-def rotary() -> RotaryEmbedding2D:
+def rotary() -> RotaryEmbedding:
     config = Qwen2Rope2DConfig(
         hidden_size=2 * HEAD_DIM,
         num_attention_heads=2,
         rope_parameters={"rope_type": "default", "rope_theta": THETA},
     )
-    return RotaryEmbedding2D(config=config)
+    return RotaryEmbedding(config=config)
 
 
 def rotated(vector: Tensor, row: int, column: int) -> Tensor:

@@ -233,7 +233,7 @@ def test_the_policy_is_drawn_from_in_evaluation_mode_and_trained_in_training_mod
             return original(self, *args, **options)
 
         monkeypatch.setattr(LanguageModel, name, noted)
-    fit(module(), data(), tmp_path, max_steps=2)
+    fit(module(engine="cached"), data(), tmp_path, max_steps=2)
     assert modes == {"image_log_probs": {True}, "image_logits": {False}}
 
 

@@ -29,18 +29,6 @@ def head_size(config: Qwen2Config) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-class LayerCache(nn.Module):
-    """Keys and values of one layer, each (R, heads, capacity, size)."""
-
-    keys: Tensor
-    values: Tensor
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("keys", keys, persistent=False)
-        self.register_buffer("values", values, persistent=False)
-
-
 class CacheMemory:
     """What caches of any shape are views of, so that the next request allocates nothing.
 
@@ -51,7 +39,7 @@ class CacheMemory:
     """
 
     def __init__(self, config: Qwen2Config, dtype: torch.dtype, device: torch.device) -> None:
-        self.config, self.dtype, self.device = config, dtype, device
+        self.layers, self.dtype, self.device = config.num_hidden_layers, dtype, device
         self.heads, self.size = config.num_key_value_heads or config.num_attention_heads, head_size(config)
         self.allocations = 0
         """Times that memory was taken, for it to be seen that it is not taken again."""
@@ -59,17 +47,13 @@ class CacheMemory:
 
     def cache(self, rows: int, capacity: int) -> RowCache:
         """A cache, which the next one overwrites. Memory grows with the largest; older caches keep what they had."""
-        shape = (rows, self.heads, capacity, self.size)
-        numbers = rows * self.heads * capacity * self.size
+        shape = (rows, 2 * self.heads, capacity, self.size)
+        numbers = rows * 2 * self.heads * capacity * self.size
         if not self._flat or self._flat[0].numel() < numbers:
             # A tensor a layer, so that a compiler sees each written in place; zeros, for what is masked must be finite.
-            self._flat = [
-                torch.zeros(numbers, dtype=self.dtype, device=self.device)
-                for _ in range(2 * self.config.num_hidden_layers)
-            ]
+            self._flat = [torch.zeros(numbers, dtype=self.dtype, device=self.device) for _ in range(self.layers)]
             self.allocations += 1
-        views = [flat[:numbers].view(shape) for flat in self._flat]
-        return RowCache(views[::2], views[1::2])
+        return RowCache([flat[:numbers].view(shape) for flat in self._flat])
 
 
 class RowCache(nn.Module):
@@ -79,20 +63,24 @@ class RowCache(nn.Module):
     length and what is beyond is masked, so that rejecting drafts only leaves the length where it was.
 
     Args:
-        keys: of each layer, (R, heads, capacity, size).
-        values: likewise.
+        layers: of each, (R, heads of keys and then as many of values, capacity, size).
     """
 
-    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    def __init__(self, layers: Sequence[Tensor]) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(LayerCache(*pair) for pair in zip(keys, values, strict=True))
-        self.rows, _, self.capacity, _ = keys[0].shape
+        for number, layer in enumerate(layers):
+            self.register_buffer(f"layer_{number}", layer, persistent=False)
+        self.rows, _, self.capacity, _ = layers[0].shape
+
+    @property
+    def layers(self) -> list[Tensor]:
+        """Of each layer, (R, heads of keys and then as many of values, capacity, size)."""
+        return list(self.buffers())
 
     def take(self, other: RowCache, order: Tensor) -> None:
         """Begin with the rows ``order`` (R,) of another cache, which may repeat them."""
-        for mine, theirs in zip(cast(Any, self.layers), cast(Any, other.layers), strict=True):
-            mine.keys[:, :, : other.capacity] = theirs.keys[order]
-            mine.values[:, :, : other.capacity] = theirs.values[order]
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            mine[:, :, : other.capacity] = theirs[order]
 
 
 class FusedLayer(nn.Module):
@@ -176,6 +164,7 @@ class DecoderStep(nn.Module):
         self.register_buffer("embedding", torch.empty(config.vocab_size, width, **options), persistent=False)
         self.register_buffer("head", torch.empty(head, **options), persistent=False)
         self.register_buffer("norm", torch.empty(width, **options), persistent=False)
+        self.register_buffer("epsilons", torch.full((1, 1), self.epsilon, device=weight.device), persistent=False)
         self.rotary = type(decoder.rotary_emb)(config=config).to(weight.device)
         self.loads = 0
         """Times that weights were copied."""
@@ -184,6 +173,7 @@ class DecoderStep(nn.Module):
     embedding: Tensor
     head: Tensor
     norm: Tensor
+    epsilons: Tensor
 
     @property
     def dtype(self) -> torch.dtype:
@@ -224,42 +214,66 @@ class DecoderStep(nn.Module):
             cache: gets their keys and values.
             visible: tokens from the beginning that are attended to at all; more than the largest place.
         """
-        rows, new = ids.shape
+        (rows, new), keys = ids.shape, self.key_heads
         # Queries of the heads that share keys stand below each other, so that keys are not repeated for them.
-        shared = self.heads // self.key_heads
-        mask = (torch.arange(visible, device=ids.device) <= places[..., None])[:, None].repeat(1, 1, shared, 1)
-        numbers = torch.arange(rows, device=ids.device)[:, None]
+        shared = self.heads // keys
         hidden = F.embedding(ids, self.embedding)
-        cos, sin = (part[:, :, None] for part in self.rotary(hidden, positions))
+        hidden_from = torch.arange(visible, device=ids.device) > places[..., None]
+        mask = torch.zeros(hidden_from.shape, dtype=hidden.dtype, device=ids.device)
+        mask = mask.masked_fill_(hidden_from, float("-inf"))[:, None].repeat(1, 1, shared, 1)
+        cos, sin = self._turns(hidden, positions)
+        numbers = torch.arange(rows, device=ids.device)[:, None]
         hidden = hidden.flatten(0, 1)
-        turned = self.heads + self.key_heads
-        for layer, kept in zip(cast(Any, self.layers), cast(Any, cache.layers), strict=True):
+        for layer, cache_layer in zip(cast(Any, self.layers), cache.layers, strict=True):
             attention_in = in_out(layer.attention_in, self.stored_in_out)
             mixed = torch.addmm(layer.attention_bias, self._normalized(hidden, layer.input_norm), attention_in)
-            mixed = mixed.view(rows, new, turned + self.key_heads, self.size)
-            first, second = mixed[:, :, :turned].chunk(2, dim=-1)
-            rotated = mixed[:, :, :turned] * cos + torch.cat([-second, first], dim=-1) * sin
-            kept.keys[numbers, :, places] = rotated[:, :, self.heads :]
-            kept.values[numbers, :, places] = mixed[:, :, turned:]
-            queries = rotated[:, :, : self.heads].view(rows, new, self.key_heads, shared, self.size)
+            mixed = mixed.view(rows, new, self.heads + 2 * keys, self.size)
+            mixed = torch.addcmul(mixed * cos, mixed.roll(self.size // 2, dims=-1), sin)
+            cache_layer[numbers, :, places] = mixed[:, :, self.heads :]
+            queries = mixed[:, :, : self.heads]
+            if new > 1:
+                queries = queries.view(rows, new, keys, shared, self.size).permute(0, 2, 3, 1, 4)
+            seen = cache_layer.narrow(2, 0, visible)
             attended = F.scaled_dot_product_attention(
-                queries.permute(0, 2, 3, 1, 4).reshape(rows, self.key_heads, shared * new, self.size),
-                kept.keys[:, :, :visible],
-                kept.values[:, :, :visible],
+                queries.reshape(rows, keys, shared * new, self.size),
+                seen.narrow(1, 0, keys),
+                seen.narrow(1, keys, keys),
                 attn_mask=mask,
             )
-            attended = attended.view(rows, self.heads, new, self.size).transpose(1, 2).reshape(rows * new, -1)
+            if new > 1:
+                attended = attended.view(rows, self.heads, new, self.size).transpose(1, 2)
+            attended = attended.reshape(rows * new, self.heads * self.size)
             hidden = torch.addmm(hidden, attended, in_out(layer.attention_out, self.stored_in_out))
             inner = self._normalized(hidden, layer.mlp_norm) @ in_out(layer.mlp_in, self.stored_in_out)
             gate, up = inner.chunk(2, dim=-1)
             hidden = torch.addmm(hidden, F.silu(gate) * up, in_out(layer.mlp_out, self.stored_in_out))
         return self._normalized(hidden, self.norm).view(rows, new, -1)
 
+    def _turns(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotary positions as x · cos + (x rolled by half a head) · sin, for queries, keys and, unturned, values.
+
+        Each (R, T, heads, size).
+        """
+        cos, sin = (part[:, :, None] for part in self.rotary(hidden, positions))
+        half = sin.shape[-1] // 2
+        sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
+        turned, unturned = self.heads + self.key_heads, (*cos.shape[:2], self.key_heads, cos.shape[-1])
+        parts = ((cos, torch.ones), (sin, torch.zeros))
+        cos, sin = (
+            torch.cat([part.expand(-1, -1, turned, -1), fill(unturned, dtype=part.dtype, device=part.device)], dim=2)
+            for part, fill in parts
+        )
+        return cos, sin
+
     def _normalized(self, hidden: Tensor, weight: Any) -> Tensor:
         """Qwen2's RMSNorm, which computes in float32 whatever the weights are."""
-        if hidden.dtype == torch.float32:
-            return F.rms_norm(hidden, weight.shape, weight, self.epsilon)
-        return weight * F.rms_norm(hidden.float(), weight.shape, None, self.epsilon).to(hidden.dtype)
+        if hidden.is_cuda:
+            return weight * F.rms_norm(hidden.float(), weight.shape, None, self.epsilon).to(hidden.dtype)
+        # Half the calls of CPUs' rms_norm.
+        wide = hidden.float()
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        scale = torch.addcmul(self.epsilons, norm, norm, value=1 / hidden.shape[-1]).rsqrt_()
+        return (wide * scale).to(hidden.dtype) * weight
 
 
 @contextmanager

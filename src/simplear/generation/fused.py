@@ -202,9 +202,10 @@ class FusedEngine:
         tokens = images * (drawing.count - first)
         return codes, GenerationStats(self.name, images, tokens, passes, time.perf_counter() - begin)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _refresh(self, device: torch.device) -> None:
-        """Have the model's present weights in the step. Not in inference mode: sharded weights are gathered for it."""
+        """Have the model's present weights in the step; not in inference mode, of which training could use nothing."""
         weight = next(self.model.parameters())
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype

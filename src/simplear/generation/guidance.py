@@ -22,6 +22,8 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> 
     Returns:
         (B, C) log-weights, normalised only where scale is 0 or 1.
     """
+    if isinstance(scale, Tensor):
+        scale = scale.to(conditional.dtype)
     return unconditional + scale * (conditional - unconditional)
 
 

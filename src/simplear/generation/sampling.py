@@ -70,7 +70,8 @@ class SamplingTensors(nn.Module):
         self.do_sample, self.truncates, self.cuts = self.parts
         for name in ("guidance_scale", "temperature", "kept_codes", "kept_share"):
             kind = torch.long if name == "kept_codes" else torch.float64
-            self.register_buffer(name, torch.ones((), dtype=kind, device=device), persistent=False)
+            # Of one dimension, since compilers read numbers without any back to look at them.
+            self.register_buffer(name, torch.ones(1, dtype=kind, device=device), persistent=False)
         self.set(settings)
 
     def set(self, settings: SamplingSettings) -> None:

@@ -31,7 +31,28 @@ AutoConfig.register(Qwen2Rope2DConfig.model_type, Qwen2Rope2DConfig)
 
 
 class RotaryEmbedding(Qwen2RotaryEmbedding):
-    """Qwen2's rotary embedding, whose frequencies no cast of the model rounds."""
+    """Qwen2's rotary embedding, for positions (2, B, L) too; no cast of the model rounds its frequencies."""
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, each (B, L, head_dim) in x's dtype. Angles are computed in float32, as Qwen2 does.
+
+        Args:
+            x: for its dtype and device.
+            position_ids: (B, L), for which the result is Qwen2's own, or rows and columns (2, B, L).
+        """
+        if position_ids.ndim == 2 and self.rope_type != "default":
+            return super().forward(x, position_ids)
+        frequencies = self.inv_freq.to(x.device)
+        angles = position_ids[..., None].float() * frequencies
+        if position_ids.ndim == 3:
+            by_column = torch.arange(len(frequencies), device=x.device) % 2 == 1
+            angles = torch.where(by_column, angles[1], angles[0])
+        angles = torch.cat([angles, angles], dim=-1)
+        cos, sin = angles.cos(), angles.sin()
+        if self.rope_type != "default":
+            cos, sin = cos * self.attention_scaling, sin * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
         exact = self.inv_freq
@@ -42,27 +63,11 @@ class RotaryEmbedding(Qwen2RotaryEmbedding):
         return self
 
 
-class RotaryEmbedding2D(RotaryEmbedding):
-    """Qwen2's rotary embedding for positions (2, B, L); plain (B, L) positions give Qwen2's own result."""
-
-    @torch.no_grad()
-    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, each (B, L, head_dim) in x's dtype. Angles are computed in float32, as Qwen2 does."""
-        if position_ids.ndim == 2:
-            return super().forward(x, position_ids)
-        frequencies = self.inv_freq.to(device=x.device, dtype=torch.float)
-        angles_by_axis = position_ids[..., None].float() * frequencies
-        by_column = torch.arange(len(frequencies), device=x.device) % 2 == 1
-        angles = torch.where(by_column, angles_by_axis[1], angles_by_axis[0])
-        angles = torch.cat([angles, angles], dim=-1)
-        return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
-
-
 class Qwen2Rope2DForCausalLM(Qwen2ForCausalLM):
-    """Qwen2 with `RotaryEmbedding2D`; weights have Qwen2's names and shapes."""
+    """Qwen2 whose `RotaryEmbedding` gets rows and columns; weights have Qwen2's names and shapes."""
 
     config_class = Qwen2Rope2DConfig
 
     def __init__(self, config: Qwen2Config) -> None:
         super().__init__(config)
-        self.model.rotary_emb = RotaryEmbedding2D(config=config)
+        self.model.rotary_emb = RotaryEmbedding(config=config)
