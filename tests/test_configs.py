@@ -20,7 +20,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningCLI
 from PIL import Image
 
-from simplear.cli import PARSER_MODE
+from simplear.command_line import PARSER_MODE
 from simplear.data import recaption
 from simplear.language_model import load_checkpoint
 from simplear.language_model.checkpoint import RELEASED_VISUAL_TOKENIZER

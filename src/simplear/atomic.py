@@ -11,9 +11,13 @@ import json
 import os
 import re
 import shutil
+import socket
 import tempfile
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,15 @@ from simplear.errors import ExistingFileError, SystemRefusedError, UserError
 
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 """What the system answers when a disk takes no more; other errors are the program's own."""
+NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS)
+"""What the system answers where a file cannot have a second name."""
+TEMPORARY_MARK = ".tmp-"
+READABLE = 200
+"""Characters of a setting in a message."""
+LOOKS, SECONDS_BETWEEN_LOOKS = 5, 0.1
+"""At settings that another process may be writing, where the file system has no links."""
+
+_HOST = socket.gethostname()
 
 
 @contextmanager
@@ -121,41 +134,153 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def claim_directory(file: Path, settings: Mapping[str, Any], partial: Path | None = None) -> None:
+def temporary_name(path: Path) -> Path:
+    """Where this thread writes what will get the name `path`; `remove_abandoned` knows whose it was."""
+    return path.with_name(f".{path.name}{TEMPORARY_MARK}{_HOST}-{os.getpid()}.{threading.get_ident()}")
+
+
+def remove_abandoned(directory: Path) -> None:
+    """Remove temporary files of processes of this machine that have ended; others may still be writing theirs."""
+    for temporary in directory.glob(f".*{TEMPORARY_MARK}*"):
+        made_by = re.fullmatch(rf"{re.escape(_HOST)}-(\d+)(\.\d+)?", temporary.name.rpartition(TEMPORARY_MARK)[2])
+        if made_by and not is_running(int(made_by[1])):
+            with suppress(FileNotFoundError, PermissionError):  # another user's
+                temporary.unlink()
+
+
+def is_running(process: int) -> bool:
+    """Whether a process of this machine, perhaps another user's, has not ended."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def create_file(path: Path, content: bytes) -> None:
+    """Write a file that appears complete. Of several processes at once one makes it.
+
+    Raises:
+        FileExistsError: there is one already; it stays as it is.
+        OSError: the disk takes no more; names the file.
+    """
+    partial = temporary_name(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_bytes(content)
+            sync(partial)
+            os.link(partial, path)
+        except OSError as error:
+            if error.errno not in NO_LINK:
+                raise
+            _create_without_link(path, content)
+        finally:
+            partial.unlink(missing_ok=True)
+        sync(path.parent)
+
+
+def _create_without_link(path: Path, content: bytes) -> None:
+    with open(path, "xb") as file:
+        try:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        except BaseException:
+            path.unlink()
+            raise
+
+
+def claim_directory(file: Path, settings: Mapping[str, Any]) -> None:
     """Make the directory of ``file`` one of these settings, or make sure that it is already; ``file`` keeps them.
 
-    So work that goes on after a stop is not mixed with work of other settings. Several processes may claim at once.
+    So work that goes on after a stop is not mixed with work of other settings. Of several processes that claim a new
+    directory at once one writes its settings, and the others are held against those.
 
     Args:
         file: JSON, in a directory that is made if missing.
         settings: whatever decides what the directory holds; JSON values.
-        partial: the path to write to, beside `file`; if not given, one that no other process of this machine has.
 
     Raises:
         ValueError: the directory was begun with other settings; names the first that differs.
     """
-    settings = json.loads(json.dumps(settings))
     if not file.exists():
-        with whole_file(file, partial or file.with_name(f".{file.name}.{os.getpid()}.partial")) as path:
-            path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+        with suppress(FileExistsError):
+            create_file(file, (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode())
+    found = difference(_settings(file), settings)
+    if found is None:
+        return
+    if found.of_another_version:
+        raise UserError(
+            f"{file.parent} was begun by another version of simplear, which describes {found.of_another_version} in "
+            f"another way ({found.key}): finish it with that version, or use another directory. A finished one can be "
+            "trained on as it is."
+        )
+    raise UserError(f"{file.parent} was begun with {found}: use the same setting, or another directory.")
+
+
+def _settings(file: Path, looks: int = LOOKS) -> dict[str, Any]:
     try:
-        present = _flat(json.loads(file.read_text()))
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{file} holds no settings ({error}): name another directory, or remove this one.") from error
-    wanted = _flat(settings)
-    for key in sorted(present.keys() | wanted.keys()):
-        if present.get(key) != wanted.get(key):
+        found = json.loads(file.read_bytes())
+        if not isinstance(found, dict):
+            raise ValueError("not an object")
+        return found
+    except (ValueError, RecursionError) as error:
+        if looks == 1:
             raise UserError(
-                f"{file.parent} was begun with {key} = {present.get(key)!r}, not {wanted.get(key)!r}: use the same "
-                "setting, or another directory."
-            )
+                f"{file} holds no settings ({error}): name another directory, or remove this one."
+            ) from error
+    time.sleep(SECONDS_BETWEEN_LOOKS)
+    return _settings(file, looks - 1)
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+@dataclass(frozen=True)
+class Difference:
+    """The first setting that differs."""
+
+    key: str
+    """Such as "filters.0.minimum"."""
+    before: Any
+    now: Any
+    of_another_version: str | None = None
+    """Class that is described by other keys than this version's, so that the descriptions cannot be compared."""
+
+    def __str__(self) -> str:
+        return f"{self.key} = {shortened(self.before)}, not {shortened(self.now)}"
+
+
+def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> Difference | None:
+    """The first difference of two settings, JSON values, by name; a setting that is None and one left out are alike.
+
+    One that only another version could make comes first.
+    """
+    old, new = _flat(before), _flat(json.loads(json.dumps(now)))
+    differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    for key in differing:
+        kind = f"{key.rpartition('.')[0]}.class"
+        if (key in old) != (key in new) and kind in old and old[kind] == new.get(kind):
+            return Difference(key, old.get(key), new.get(key), str(old[kind]))
+    return Difference(differing[0], old.get(differing[0]), new.get(differing[0])) if differing else None
+
+
+def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Settings by their whole names; lists of objects by their numbers."""
+    if isinstance(settings, list) and any(isinstance(value, dict) for value in settings):
+        settings = {str(number): value for number, value in enumerate(settings)}
+    if not isinstance(settings, dict):
+        return {prefix: settings}
     flat: dict[str, Any] = {}
     for key, value in settings.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else key)
     return flat
+
+
+def shortened(value: Any) -> str:
+    """A value in a message, its middle left out where it is long."""
+    text = repr(value)
+    return text if len(text) <= READABLE else f"{text[: READABLE // 2]} … {text[-READABLE // 2 :]}"
 
 
 def require_replaceable(directory: str | Path, what: str, key: str) -> None:

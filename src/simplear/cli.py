@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from simplear.command_line import errors_for_the_reader, fail, run_function
+from simplear.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -107,12 +108,15 @@ NOISY_LOGGERS = (
 )
 """They say what devices there are and which seed is set, each time."""
 HELP = ("-h", "--help")
+IMPORT = "--import"
+"""Option of every verb: a module of the user's to import first, such as one that registers a visual tokenizer."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one verb. Exits with 2 on a mistake in the command line, as argparse does."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     _end_with_first_rank()
+    arguments, modules = _without_imports(arguments)
     if arguments[:1] == ["--version"]:
         import simplear
 
@@ -133,6 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _quieten()
     module, _, name = verb.function.partition(":")
     with errors_for_the_reader():
+        for each in modules:
+            _import_users_module(each)
         try:
             function = getattr(importlib.import_module(module), name)
         except ModuleNotFoundError as error:
@@ -145,9 +151,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
             function(arguments)
 
 
+def _without_imports(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The arguments without those of `IMPORT`, and the modules that these name."""
+    rest, modules, words = [], [], iter(arguments)
+    for word in words:
+        if word == IMPORT or word.startswith(f"{IMPORT}="):
+            modules.append(word.partition("=")[2] or next(words, ""))
+        else:
+            rest.append(word)
+    if not all(each and all(part.isidentifier() for part in each.split(".")) for each in modules):
+        fail(f"simplear: {IMPORT} needs the name of a module, such as my_tokenizers, which Python can import.")
+    return rest, modules
+
+
+def _import_users_module(name: str) -> None:
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise
+        raise UserError(f"{IMPORT} {name}: Python finds no such module; PYTHONPATH=. adds this directory.") from error
+
+
 def _help(program: str, group: Group) -> str:
     lines = [f"  {verb:<22}{_summary(entry)}" for verb, entry in group.verbs.items()]
-    return "\n".join([f"usage: {program} VERB [options]", "", *lines, "", f"{program} VERB --help explains a verb."])
+    head, tail = f"usage: {program} VERB [options]", f"{program} VERB --help explains a verb."
+    return "\n".join([head, "", *lines, "", tail, f"{IMPORT} MODULE imports a module of yours first."])
 
 
 def _summary(entry: Verb | Group | ConfiguredVerb) -> str:

@@ -169,8 +169,7 @@ def split_free_text(
 
     Raises UserError for an option without its text, and for a second text where one counts.
     """
-    hints = typing.get_type_hints(function, include_extras=True)
-    free = {name: hint for name, hint in hints.items() if _holds(hint, FreeText)}
+    free = {name: hint for name, hint in _annotations(function).items() if _holds(hint, FreeText)}
     rest: list[str] = []
     texts: dict[str, list[str]] = {}
     words = iter(arguments)
@@ -198,6 +197,17 @@ def split_free_text(
         else:
             raise UserError(f"--{name} is given {len(values)} times: {_quoted(values)}. Give it once.")
     return rest, collected
+
+
+def _annotations(function: Callable[..., Any]) -> dict[str, Any]:
+    """Of a function's options, those that its ``**kwargs`` stand for among them."""
+    # jsonargparse finds where keyword arguments go, but its parsers keep no more than the plain types.
+    from jsonargparse._parameter_resolvers import get_signature_parameters
+
+    found: dict[str, Any] = {}
+    for component in {id(each.component): each.component for each in get_signature_parameters(function)}.values():
+        found = typing.get_type_hints(component, include_extras=True) | found
+    return found | typing.get_type_hints(function, include_extras=True)
 
 
 def _holds(hint: Any, wanted: Any) -> bool:

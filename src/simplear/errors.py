@@ -21,3 +21,8 @@ class ExistingFileError(FileExistsError, UserError):
 
 class SystemRefusedError(OSError, UserError):
     """The system refused to read, write or reach something that the user named; (errno, message) as an OSError has."""
+
+
+def first_line(error: BaseException) -> str:
+    """Of what a library says, whose further lines are for its developers; the error's class where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -9,12 +9,30 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from huggingface_hub.constants import HF_HUB_OFFLINE
+
 SHA256 = re.compile(r"[0-9a-f]{64}")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+LOCAL_DIRECTORIES = frozenset("checkpoints data configs logs models outputs out results runs states".split())  # noqa: SIM905
+"""First parts of names that are paths, whether or not there is such a directory."""
+FILE_SUFFIXES = (".ckpt", ".safetensors", ".json", ".yaml", ".bin", ".pt")
 
 
 def is_hub_id(path: str | Path) -> bool:
-    """Whether a name can only mean owner/name on the hub, and not a local path that is missing."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) is not None and not Path(path).parent.is_dir()
+    """Whether a name that is no local path can be owner/name on the hub, and does not look like a path."""
+    name = str(path)
+    return (
+        HUB_ID.fullmatch(name) is not None
+        and not Path(name).parent.is_dir()
+        and name.partition("/")[0] not in LOCAL_DIRECTORIES
+        and not name.endswith(FILE_SUFFIXES)
+    )
+
+
+def missing_on_hub(name: str | Path, error: Exception) -> str:
+    """Why a name that `is_hub_id` gave nothing, for messages: it may have been meant as a path, too."""
+    reason = "it is not asked, HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else type(error).__name__
+    return f"there is no directory {Path(name).absolute()}, and {name} could not be had from the hub ({reason})"
 
 
 def stated_sha256(file: Path) -> str | None:

@@ -56,6 +56,14 @@ def open_rgb(file: str | Path | IO[bytes], name: str = "") -> Image.Image:
         return as_rgb(opened)
 
 
+def read_rgb(file: str | Path) -> Image.Image:
+    """As `open_rgb`, with an error that names the file: where no picture may be left out."""
+    try:
+        return open_rgb(file)
+    except PictureError as error:
+        raise UserError(f"{file}: {error}. Replace it or move it away.") from error
+
+
 def open_mask(file: str | Path | IO[bytes], name: str = "") -> Image.Image:
     """The picture as a mask, see `as_mask`. Arguments and errors as for `open_rgb`."""
     with opened_picture(file, name) as opened:

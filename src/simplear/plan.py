@@ -8,7 +8,6 @@ Nothing is built, loaded or downloaded. What the configurations do not say is an
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from simplear.stages.memory import (
     seconds_a_step,
     tokens_a_day,
 )
+from simplear.text_files import read_object
 
 QWEN_TEXT_IDS = 151_665 + len(SPECIAL_TOKENS)
 """Of Qwen2.5's tokenizer, where the configured one is not here to be counted."""
@@ -221,10 +221,11 @@ def _model(options: Any, checkpoint: str | None, settings: PlanSettings) -> tupl
         return dict(model.architecture or {}), model.codebook_size, _text_ids(model.tokenizer) + model.codebook_size
     file = Path(checkpoint) / "config.json"
     if file.is_file():
-        fields = json.loads(file.read_text())
-        known = Path(checkpoint) / "simplear.json"
-        offset = json.loads(known.read_text())["image_token_offset"] if known.is_file() else QWEN_TEXT_IDS
-        return fields, fields["vocab_size"] - offset, fields["vocab_size"]
+        fields, known = read_object(file), Path(checkpoint) / "simplear.json"
+        if known.is_file():  # config.json may count padding
+            stated = read_object(known)
+            return fields, stated["codebook_size"], stated["image_token_offset"] + stated["codebook_size"]
+        return fields, fields["vocab_size"] - QWEN_TEXT_IDS, fields["vocab_size"]
     if settings.size is None:
         raise UserError(
             f"no checkpoint at {checkpoint} yet, so its size is not known: name it, such as --plan.size "
@@ -269,7 +270,7 @@ def _codes(options: Any, data: Any, checkpoint: str | None, settings: PlanSettin
     grid = options.get("grid")
     settings_file = Path(checkpoint or "") / "simplear.json"
     if grid is None and "group_size" in options and settings_file.is_file():
-        grid = json.loads(settings_file.read_text())["grid"]
+        grid = read_object(settings_file)["grid"]
     if grid is None:
         paths = [data.paths] if isinstance(data.paths, str) else data.paths
         manifests = [path for path in paths if (Path(path) / "manifest.json").is_file()]

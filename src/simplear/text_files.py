@@ -95,6 +95,19 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("nested too deep") from error
 
 
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises UserError, naming the file, for any other content."""
+    try:
+        content = parse_json(decode(file.read_bytes(), str(file)))
+    except NotUTF8Error:
+        raise
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON, perhaps cut short ({error}).") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} does not hold a JSON object.")
+    return content
+
+
 def valid_unicode(text: str) -> bool:
     """Whether UTF-8 can hold the text: JSON can spell half of a surrogate pair, and file names may be undecodable."""
     try:

@@ -36,6 +36,8 @@ class CaptionServer:
         """Number of a state, bytes as they are, or the choice of a chat completion."""
         self.slow = 0.0
         """Seconds before an answer."""
+        self.redirect: tuple[int, str] | None = None
+        """State and address that are answered to everything."""
         self.url = ""
 
 
@@ -49,7 +51,12 @@ def caption_server() -> Iterator[CaptionServer]:
             pass
 
         def reply(self, state: int, content: bytes) -> None:
+            told.authorizations.append(self.headers.get("Authorization"))
+            if told.redirect is not None:
+                state, content = told.redirect[0], b""
             self.send_response(state)
+            if told.redirect is not None:
+                self.send_header("Location", told.redirect[1])
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)
@@ -60,10 +67,9 @@ def caption_server() -> Iterator[CaptionServer]:
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             told.requests.append(body)
-            told.authorizations.append(self.headers.get("Authorization"))
             time.sleep(told.slow)
             address = body["messages"][0]["content"][0]["image_url"]["url"]
-            picture = Image.open(io.BytesIO(base64.b64decode(address.removeprefix("data:image/png;base64,"))))
+            picture = Image.open(io.BytesIO(base64.b64decode(address.removeprefix("data:image/jpeg;base64,"))))
             answer = told.answer(picture, body)
             if isinstance(answer, int):
                 self.reply(answer, b'{"error": "as told"}')

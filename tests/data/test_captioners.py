@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from simplear.data import ServerCaptioner, TransformersCaptioner
@@ -92,8 +92,45 @@ def test_a_server_sees_the_picture_and_the_prompt(server: CaptionServer, monkeyp
     assert len({answer.text for answer in answers}) == 3 and all(answer.finished for answer in answers)
     body = server.requests[0]
     assert (body["model"], body["max_tokens"], body["temperature"]) == (MODEL, 40, 0)
-    assert server.authorizations == ["Bearer a key"] * 3
+    assert server.authorizations == ["Bearer a key"] * 4
     assert captioner.describe() == {"class": "ServerCaptioner", "model": MODEL}
+
+
+def test_a_picture_is_encoded_once_for_all_questions(server: CaptionServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    save, saved = Image.Image.save, []
+    monkeypatch.setattr(Image.Image, "save", lambda *given, **options: saved.append(1) or save(*given, **options))
+    captioner = ask(server)
+    answers = [captioner.answer(PICTURES, prompt, 40) for prompt in ("a long one?", "a short one?")]
+    assert len(saved) == len(PICTURES) and len(server.requests) == 2 * len(PICTURES)
+    assert [a.text.replace("long", "short") for a in answers[0]] == [a.text for a in answers[1]]
+    other = captioner.answer(PICTURES[::-1], "a short one?", 40)
+    assert other == answers[1][::-1] and len(saved) == 2 * len(PICTURES)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P"])
+def test_what_is_sent_is_nearly_the_picture(server: CaptionServer, mode: str) -> None:
+    smooth = Image.radial_gradient("L").resize((64, 64)).convert("RGB").convert(mode)
+    seen: list[Image.Image] = []
+    answer = server.answer
+    server.answer = lambda picture, body: seen.append(picture.convert("RGB")) or answer(picture, body)
+    ask(server).answer([smooth], "?", 9)
+    difference = ImageChops.difference(seen[0], smooth.convert("RGB"))
+    assert max(high for _, high in difference.getextrema()) <= 20
+
+
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("asked", ["models", "captions"])
+def test_the_key_does_not_follow_a_redirect(
+    server: CaptionServer, monkeypatch: pytest.MonkeyPatch, asked: str, code: int
+) -> None:
+    """Python's own opener takes the Authorization header to whatever host is named."""
+    monkeypatch.setenv("OPENAI_API_KEY", "a key")
+    with caption_server() as other:
+        server.redirect = code, other.url + ("/models" if asked == "models" else "/chat/completions")
+        captioner = ask(server)
+        with pytest.raises(ValueError, match=rf"answered {code}, a redirect to {other.url}.*: give the server's own"):
+            captioner.prepare(CPU) if asked == "models" else captioner.answer(PICTURES[:1], "?", 9)
+        assert other.authorizations == [] and server.authorizations == ["Bearer a key"]
 
 
 @pytest.mark.parametrize("failure", [503, 429, b"<html>", b""])
@@ -143,7 +180,7 @@ def test_what_will_not_pass_stops_the_work(server: CaptionServer) -> None:
         server.answer = lambda picture, body, foreign=foreign: foreign
         with pytest.raises(ValueError, match="does not speak OpenAI's chat protocol"):
             ask(server).answer(PICTURES, "describe it", 40)
-    with pytest.raises(ValueError, match="no address of a server"):
+    with pytest.raises(ValueError, match="not the address of a server"):
         ServerCaptioner("localhost:8000", MODEL)
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from simplear.data import ImageFolderSource, ScenesSource, train_text_tokenizer_on
+from corpora import pictures, write_folder, write_webdataset
+from simplear.data import ImageFolderSource, ScenesSource, WebDatasetSource, train_text_tokenizer_on
 from simplear.language_model import load_text_tokenizer
 from simplear.sequence import SPECIAL_TOKENS, encode_captions
 
@@ -29,3 +30,17 @@ def test_pictures_whose_captions_are_not_used_are_counted(tmp_path: Path, caplog
     (tmp_path / "with.txt").write_text("a black square")
     train_text_tokenizer_on(ImageFolderSource(str(tmp_path)), str(tmp_path / "text"), vocab_size=300)
     assert "1 pictures dropped: no caption" in caplog.text
+
+
+def test_no_picture_is_decoded_for_its_caption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def decode(*_: object) -> None:
+        raise AssertionError("decoded")
+
+    write_folder(tmp_path / "pictures", pictures(3))
+    write_webdataset(tmp_path / "x.tar", pictures(3))
+    monkeypatch.setattr("simplear.data.pictures.open_rgb", decode)
+    sources = [ImageFolderSource(str(tmp_path / "pictures")), WebDatasetSource(str(tmp_path / "x.tar"))]
+    for number, source in enumerate(sources):
+        train_text_tokenizer_on(source, str(tmp_path / f"text{number}"), vocab_size=300)
+    texts = [load_text_tokenizer(str(tmp_path / f"text{number}")).get_vocab() for number in range(2)]
+    assert texts[0] == texts[1]

@@ -10,7 +10,7 @@ import torch
 from jsonargparse import ArgumentParser
 
 from corpora import Picture, png, write_folder, write_webdataset
-from simplear.cli import PARSER_MODE
+from simplear.command_line import PARSER_MODE
 from simplear.data import (
     AspectRatio,
     CaptionLength,
@@ -151,7 +151,7 @@ def test_every_drop_is_counted_and_listed_by_key(tmp_path: Path) -> None:
         ("Redness under 0.5", 1, 2),
     ]
     assert (out / FUNNEL_FILE).read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ValueError, match=r"begun with filters = .*: use the same setting"):
+    with pytest.raises(ValueError, match=r"begun with filters\.2\.class = 'MinimumScore', not None: use"):
         tokenize(source=source, filters=filters()[:2], **options)
 
 
@@ -206,7 +206,7 @@ def test_filters_come_from_yaml_by_class_path(tmp_path: Path) -> None:
     )
     described = [filter_.describe()["class"] for filter_ in parsed.filters]
     assert described == ["ShortEdge", "Column", "MinimumScore"]
-    assert parsed.filters[2].describe()["scorer"] == "simplear.rewards.scene.SceneReward" and parsed.crop.seed == 3
+    assert parsed.filters[2].describe()["scorer"]["class"] == "SceneReward" and parsed.crop.seed == 3
 
 
 def test_a_score_that_is_no_number_names_the_sample() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,20 +82,69 @@ def test_a_resumed_run_sees_what_one_never_stopped_sees(tmp_path: Path) -> None:
         assert fit(data(), tmp_path / f"from{stop}", tmp_path / f"whole/step={stop}.ckpt").seen == whole[stop:]
 
 
-def test_a_broken_picture_is_counted_when_cached_and_named_when_not(
+def write_pictures(directory: Path, count: int) -> None:
+    directory.mkdir(exist_ok=True)
+    for number in range(count):
+        Image.effect_noise((8, 8), 90).convert("RGB").save(directory / f"{number}.png")
+        (directory / f"{number}.txt").write_text(f"one {number}\ntwo {number}")
+
+
+def test_a_broken_picture_is_left_out_with_a_count_when_cached(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for number in range(5):
-        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
-        (tmp_path / f"{number}.txt").write_text("x")
+    write_pictures(tmp_path, 5)
     (tmp_path / "3.png").write_bytes(b"broken")
     cached = ImageDataModule(ImageFolderSource(str(tmp_path)), 2, 8, 8)
     cached.setup("fit")
     assert len(list(cached.train_dataloader())) == 2 and "1 pictures dropped: not a picture" in caplog.text
-    direct = ImageDataModule(ImageFolderSource(str(tmp_path)), 5, 8, 8, cache=False)
-    direct.setup("fit")
-    with pytest.raises(ValueError, match=r"sample 3 of .*: not a picture"):
-        list(direct.train_dataloader())
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "truncated or damaged picture": lambda d: (d / "3.png").write_bytes((d / "3.png").read_bytes()[:60]),
+    "not a picture": lambda d: (d / "3.png").write_bytes(b"<html>"),
+    "picture file missing": lambda d: (d / "3.png").unlink(),
+    "no caption": lambda d: (d / "3.txt").unlink(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*dirpath has changed.*")
+@pytest.mark.parametrize("reason", DAMAGES)
+def test_the_next_picture_takes_the_place_of_one_that_cannot_be_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, reason: str
+) -> None:
+    """The order and all other samples stay, also of a run that is resumed when the picture has broken; 7 steps of 2
+    of 7 pictures are two epochs and one step.
+    """
+    write_pictures(tmp_path / "pictures", 7)
+
+    def data() -> ImageDataModule:
+        return ImageDataModule(sources[0], 2, 8, 8, cache=False)
+
+    sources = [ImageFolderSource(str(tmp_path / "pictures"))]
+    whole = fit(data(), tmp_path / "whole").seen
+    DAMAGES[reason](tmp_path / "pictures")
+    again = fit(data(), tmp_path / "again").seen
+    broken = [("3.png" in keys) for keys, _, _ in whole]
+    assert any(broken) and [row for row, has in zip(again, broken, strict=True) if not has] == [
+        row for row, has in zip(whole, broken, strict=True) if not has
+    ]
+    for (before, _, _), (after, captions, _), has in zip(whole, again, broken, strict=True):
+        if has:
+            assert after == ["4.png" if key == "3.png" else key for key in before]
+            assert all(caption.endswith(f" {key[0]}") for key, caption in zip(after, captions, strict=True))
+    assert caplog.text.count(f"3.png cannot be used ({reason}): another takes its place") == 1
+    assert f"{sum(broken)} times in this run a sample took the place of another" in caplog.text
+    assert fit(data(), tmp_path / "resumed", tmp_path / "whole/step=2.ckpt").seen == again[2:]
+
+
+def test_where_no_picture_can_be_used_that_is_said(tmp_path: Path) -> None:
+    write_pictures(tmp_path, 3)
+    for file in tmp_path.glob("*.png"):
+        file.write_bytes(b"x")
+    data = ImageDataModule(ImageFolderSource(str(tmp_path)), 1, 8, 8, cache=False, shuffle=False)
+    data.setup("fit")
+    with pytest.raises(ValueError, match=r"0\.png cannot be used .not a picture., nor can any of the 3 samples"):
+        list(data.train_dataloader())
 
 
 def test_too_few_pictures_are_named_by_what_they_are_for() -> None:

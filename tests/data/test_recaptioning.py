@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from corpora import pictures, png, write_webdataset
 from simplear.cli import main
 from simplear.data import (
     Captioner,
@@ -28,6 +30,7 @@ from simplear.data import (
     TokenShards,
     TransformersCaptioner,
     Unit,
+    WebDatasetSource,
     recaption,
     tokenize,
 )
@@ -213,6 +216,78 @@ def test_a_key_twice_is_told_apart_by_order_and_a_missing_one_is_counted(tmp_pat
     drops = Counter()
     originals = RecaptionedSource(Keys("abac"), str(tmp_path), keep_original=True)
     assert len(list(originals.read(Unit("all", None), drops))) == 3 and drops.total() == 1
+
+
+def corpus(directory: Path, **counts: int) -> str:
+    """Tars of so many pictures; a pattern of them."""
+    for number, (name, count) in enumerate(counts.items()):
+        colours = [replace(picture, content=png((number, 9, 9))) for picture in pictures(count)]
+        write_webdataset(directory / f"{name}.tar", colours)
+    return str(directory / "*.tar")
+
+
+def test_tars_come_and_go_and_only_new_work_is_done(tmp_path: Path) -> None:
+    """Through both steps: captions, and shards of the pictures with them."""
+    captioner = MeanCaptioner()
+
+    def both(paths: str | list[str]) -> dict[str, str]:
+        source = WebDatasetSource(paths)
+        run(source, tmp_path / "captions", captioner)
+        new = RecaptionedSource(source, str(tmp_path / "captions"), keep_original=True)
+        out = tmp_path / "shards"
+        tokenize(source=new, visual_tokenizer=MeanTokenizer(), out=str(out), accelerator="cpu")
+        return hashes(out)
+
+    one = both(corpus(tmp_path / "tars", a=3, b=3, c=3))
+    asked = captioner.pictures
+    assert both([str(tmp_path / "tars" / f"{name}.tar") for name in "ac"]) == {
+        name: digest for name, digest in one.items() if name != "b.arrow"
+    }
+    assert captioner.pictures == asked
+    more = both(corpus(tmp_path / "tars", a=3, b=3, c=3, d=2))
+    assert {name: more[name] for name in one} == one and captioner.pictures == asked + 4
+
+
+def test_captions_of_another_tar_of_the_same_name_are_refused(tmp_path: Path) -> None:
+    """Whose keys are the same, as all of img2dataset's are."""
+    one, other = (WebDatasetSource(corpus(tmp_path / name, a=count)) for name, count in (("one", 3), ("other", 4)))
+    run(one, tmp_path / "captions")
+    new = RecaptionedSource(other, str(tmp_path / "captions"))
+    said = r"captions in .*/a\.parquet are of a of \d+ bytes, .* the source's a has \d+ bytes"
+    with pytest.raises(ValueError, match=said):
+        list(new.candidates(new.units()[0], Counter()))
+    with pytest.raises(ValueError, match=said):
+        tokenize(source=new, visual_tokenizer=MeanTokenizer(), out=str(tmp_path / "out"), accelerator="cpu")
+
+
+def test_shards_of_other_captions_are_not_mixed_in(tmp_path: Path) -> None:
+    """Of a unit that was recaptioned since, the shard is refused."""
+    source = WebDatasetSource(corpus(tmp_path / "tars", a=3, b=3))
+    for captioner in (MeanCaptioner(), Told()):
+        run(source, tmp_path / "captions", captioner)
+        new = RecaptionedSource(source, str(tmp_path / "captions"), keep_original=True)
+        options = {"visual_tokenizer": MeanTokenizer(), "out": str(tmp_path / "out"), "accelerator": "cpu"}
+        if isinstance(captioner, Told):
+            with pytest.raises(ValueError, match=r"a\.arrow was made from a of .*captions of SHA-256"):
+                tokenize(source=new, **options)
+        else:
+            tokenize(source=new, **options)
+        for file in (tmp_path / "captions").glob("?.json"):
+            file.unlink()
+
+
+def test_captions_of_an_earlier_version_are_read_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = WebDatasetSource(corpus(tmp_path / "tars", a=3))
+    run(source, tmp_path / "captions", Told())
+    manifest = json.loads((tmp_path / "captions" / MANIFEST_FILE).read_text())
+    manifest["source"] = {"class": "WebDatasetSource", "tars": ["tars/a.tar"]}
+    del manifest["shards"][0]["identity"]
+    (tmp_path / "captions" / MANIFEST_FILE).write_text(json.dumps(manifest))
+    new = RecaptionedSource(source, str(tmp_path / "captions"))
+    assert len(list(new.candidates(new.units()[0], Counter()))) == 3
+    assert "written by another version of simplear" in caplog.text
 
 
 def test_captions_that_do_not_belong_or_are_damaged_are_named(tmp_path: Path) -> None:

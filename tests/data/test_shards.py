@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections import Counter
 from pathlib import Path
+from typing import Any, ClassVar
 
 import datasets
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 
 from simplear.data.shards import (
     MANIFEST_FILE,
+    Bucket,
     TokenRow,
     TokenShards,
     claim_directory,
@@ -181,3 +184,41 @@ class TestFaults:
         claim_directory(tmp_path, {"source": {"seed": 0}, "height": 64})
         with pytest.raises(ValueError, match=r"source.seed = 0, not 1"):
             claim_directory(tmp_path, {"source": {"seed": 1}, "height": 64})
+
+
+class Watched(dict[int, np.ndarray]):
+    """Rows of shards of several grids, and which shards were looked at."""
+
+    looked_at: ClassVar[list[int]] = []
+
+    def __getitem__(self, shard: int) -> np.ndarray:
+        self.looked_at.append(shard)
+        return super().__getitem__(shard)
+
+    def items(self) -> Any:
+        raise AssertionError("all shards")
+
+
+def test_of_many_shards_of_several_grids_only_those_of_the_batch_are_looked_at() -> None:
+    """Each has rows 1, 3 and 5 of its six."""
+    count = 2000
+    picks = Watched({shard: np.array([1, 3, 5]) for shard in range(count)})
+    bucket = Bucket(
+        6 * np.arange(count), 3 * np.arange(1, count + 1), picks, np.zeros(count, bool), np.zeros(count, int)
+    )
+    positions = np.array([5999, 0, 1, 3000, 2])
+    assert bucket.rows(positions).tolist() == [6 * (p // 3) + 2 * (p % 3) + 1 for p in positions.tolist()]
+    assert set(Watched.looked_at) == {1999, 0, 1000}
+
+
+def test_every_row_that_is_there_stands_in_equally_often() -> None:
+    """Of its own path: 10 rows, 20 that are gone, 5; and of another path 4, of which 2 are gone."""
+    ends = np.cumsum([10, 20, 5, 2, 2])
+    missing = np.array([False, True, False, True, False])
+    bucket = Bucket(ends - ends, ends, {}, missing, np.array([0, 0, 0, 1, 1]))
+    assert np.flatnonzero(bucket.are_missing(np.arange(39))).tolist() == [*range(10, 30), 35, 36]
+    draws = (np.arange(150) + 0.5) / 150
+    assert Counter(bucket.stand_ins(np.full(150, 17), draws).tolist()) == dict.fromkeys(
+        (*range(10), *range(30, 35)), 10
+    )
+    assert bucket.stand_ins(np.array([35, 12, 36]), np.array([0.0, 0.0, 0.99])).tolist() == [37, 0, 38]

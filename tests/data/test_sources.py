@@ -156,7 +156,7 @@ class TestWebDataset:
             write_tar(tmp_path / folder / "0.tar", {"1.png": png(1), "1.txt": b"x"})
         write_tar(tmp_path / "b" / "1.tar", {})
         source = WebDatasetSource([str(tmp_path / "a/*.tar"), str(tmp_path / "b/*.tar")])
-        assert [unit.name for unit in source.units()] == ["000000-0", "000001-0", "1"]
+        assert [unit.name for unit in source.units()] == ["a-0", "b-0", "b-1"]
         assert len(read_all(source)[0]) == 2
 
     def test_errors_name_the_tar(self, tmp_path: Path) -> None:

@@ -93,6 +93,31 @@ def test_files_that_cannot_be_read(tmp_path: Path, name: str, content: bytes, me
         write_texts([str(tmp_path / name)], str(tmp_path / "out"))
 
 
+def test_files_come_and_go_and_only_new_ones_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also by another spelling of their paths; a file of other content under a name that was used is an error."""
+    monkeypatch.chdir(tmp_path)
+    names = ["a.txt", "a b.txt", "a-b.txt", "b.jsonl", "b.txt"]
+    for name in names:
+        text = f"text of {name}"
+        Path(name).write_text(json.dumps({"text": text}) if name.endswith("jsonl") else text)
+
+    def texts(*files: str) -> list[str]:
+        write_texts(list(files), "out")
+        return [row.removeprefix("text of ") for row in read(Path("out"))]
+
+    assert texts("a.txt", "b.txt") == ["a.txt", "b.txt"]
+    first = Path("out/a-txt-000000.arrow").stat().st_mtime_ns
+    assert texts(str(tmp_path / "a.txt"), "b.jsonl", "b.txt") == ["a.txt", "b.jsonl", "b.txt"]
+    assert texts("b.txt", "./a.txt") == ["b.txt", "a.txt"] and "1 units in out are not of the source" in caplog.text
+    assert Path("out/a-txt-000000.arrow").stat().st_mtime_ns == first
+    assert sorted(texts(*names)) == sorted(names)
+    Path("b.txt").write_text("another")
+    with pytest.raises(ValueError, match=r"b-txt-000000\.arrow was made from .* has 7 bytes"):
+        texts("a.txt", "b.txt")
+
+
 def test_a_column_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no column body, but \['text', 'id'\]"):
         write_texts([str(write(tmp_path, ".parquet"))], str(tmp_path / "out"), column="body")

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from corpora import pictures, write_parquet
+from simplear.atomic import TEMPORARY_MARK
 from simplear.data import (
     Column,
     Filter,
@@ -33,7 +34,7 @@ from simplear.data import (
     tokenize,
 )
 from simplear.data.drops import DROPS_FILE
-from simplear.data.shards import MANIFEST_FILE, TEMPORARY_MARK
+from simplear.data.shards import MANIFEST_FILE
 from simplear.visual_tokenizer import FSQAutoencoder, save_visual_tokenizer, to_pixels
 
 from .conftest import MeanTokenizer
@@ -127,7 +128,10 @@ def test_loader_processes_do_not_share_out_a_stream(
 
 
 class SlowSource(ScenesSource):
-    """Leaves time to be killed."""
+    """Leaves time to be killed; described as the source that goes on in its place."""
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {"class": "ScenesSource"}
 
     def candidates(self, unit: Unit, drops: Counter[str]) -> Iterator[Sample]:
         for sample in super().candidates(unit, drops):

@@ -73,6 +73,7 @@ def test_every_command_parses(page: Path, words: list[str]) -> None:
 
 
 def parse(arguments: list[str]) -> None:
+    arguments, _ = cli._without_imports(arguments)
     verb, rest = arguments[0], arguments[1:]
     entry = cli.VERBS[verb]
     if isinstance(entry, cli.ConfiguredVerb):

@@ -95,6 +95,42 @@ def test_prompts_without_a_pair_are_counted(tmp_path: Path) -> None:
     assert compared["notes"] == ["2 prompts of the first and 0 of the second run have no pair and are left out"]
 
 
+@pytest.mark.parametrize(
+    ("directory", "run", "named"),
+    [
+        ("plain", "sft", "plain:sft"),
+        ("plain", "sft", "plain/report.json:sft"),
+        ("plain", "sft", "plain"),
+        ("2026-10-01T12:30", "sft", "2026-10-01T12:30:sft"),
+        ("2026-10-01T12:30", "sft", "2026-10-01T12:30"),
+        ("a:b", "c:d", "a:b:c:d"),
+        ("plain", "c:d:e", "plain:c:d:e"),
+        ("epoch=0-step=2", "x=1", "epoch=0-step=2/report.json:x=1"),
+        ("größe 1", "ä", "größe 1/:ä"),
+    ],
+)
+def test_names_may_hold_colons_and_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, directory: str, run: str, named: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    report(Path(directory), run, FIRST)
+    report(tmp_path / "other", "two", SECOND)
+    main(["compare", named, "other:two", "--out", "out"])
+    written = json.loads(Path("out/comparison.json").read_text())
+    assert written["first"]["run"] == run and written["differences"]["overall"]["n"] == 5
+
+
+def test_a_prompt_may_hold_what_ends_a_line_elsewhere(tmp_path: Path) -> None:
+    """U+2028 and U+0085 do not end a line of JSON."""
+    values = {"x": {"a\u2028b": [True, False], "c\u0085d": [False, False], "e\x0cf": [True, True]}}
+    a, b = report(tmp_path, "one", values), report(tmp_path, "two", values)
+    for run in ("one", "two"):
+        file = tmp_path / f"{run}.jsonl"
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    assert compare(a, b)["differences"]["x"]["n"] == 3
+
+
 def test_mistakes_are_named(tmp_path: Path) -> None:
     a, b = report(tmp_path, "one", FIRST), report(tmp_path, "two", SECOND)
     for first, second, message in [

@@ -6,6 +6,7 @@ import csv
 import itertools
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from simplear.evaluation import wilson_interval
@@ -96,11 +97,35 @@ def test_scores_are_means_of_images_then_of_prompts() -> None:
     assert pytest.approx(15) == 0.625 * 0.375 / (0.25**2 / 4)
     bounds = wilson_interval(0.625 * 14, 14)
     assert (result["overall"]["low"], result["overall"]["high"]) == pytest.approx(bounds)
-    # Categories take plain answers: the colour counts where there is nothing that has it.
-    assert result["attribute"]["accuracy"] == pytest.approx(4 / 6) and result["attribute"]["n"] == 6
-    assert result["entity"]["accuracy"] == pytest.approx(5 / 6)
-    assert result["global"]["accuracy"] == 0.5 and result["global"]["n"] == 2
-    assert (result["global"]["low"], result["global"]["high"]) == pytest.approx(wilson_interval(0.5, 1))
+    # Categories take plain answers about the last image: the colour counts where there is nothing that has it.
+    assert result["attribute"]["accuracy"] == pytest.approx(2 / 3) and result["attribute"]["n"] == 3
+    assert result["entity"]["accuracy"] == pytest.approx(2 / 3) and result["entity"]["n"] == 3
+    assert result["global"]["accuracy"] == 0 and result["global"]["n"] == 1
+    assert (result["global"]["low"], result["global"]["high"]) == pytest.approx(wilson_interval(0, 1))
+
+
+def test_categories_are_the_official_programs() -> None:
+    """Its loop over images overwrites the answers that it later sorts by category."""
+    random = np.random.default_rng(0)
+    asked = [question(1), question(2, 1, category="attribute - color"), question(3, category="attribute - size")]
+    prompts = [
+        PromptAnswers(asked, [{number: bool(random.random() < 0.6) for number in (1, 2, 3)} for _ in range(4)])
+        for _ in range(20)
+    ]
+    by_category: dict[str, list[float]] = {}
+    for judged in prompts:
+        scores: dict[int, float] = {}
+        for answers in judged.answers:
+            scores = {item.number: float(answers[item.number]) for item in judged.questions}
+        for item in judged.questions:
+            by_category.setdefault(item.category, []).append(scores[item.number])
+    result = dpg_result(prompts)
+    for category, scores_of in by_category.items():
+        assert result[category]["accuracy"] == pytest.approx(np.mean(scores_of))
+        assert result[category]["n"] == len(scores_of)
+    assert result["attribute"]["accuracy"] == pytest.approx(
+        np.mean(by_category["attribute - color"] + by_category["attribute - size"])
+    )
 
 
 def test_the_official_file_is_read(tmp_path: Path) -> None:
@@ -139,5 +164,10 @@ def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
     (tmp_path / "short.csv").write_text(",".join(COLUMNS) + "\n7,a dog\n")
     with pytest.raises(ValueError, match="line 2, item '7'"):
         read_questions(tmp_path / "short.csv")
+    good = write(tmp_path / "questions.csv", [row("7", 1, "0")]).read_text()
+    for encoding, message in (("utf-16", r"latin\.csv is UTF-16"), ("latin-1", r"latin\.csv is not UTF-8 \(line 2\)")):
+        (tmp_path / "latin.csv").write_bytes(good.replace("dog", "caf\xe9").encode(encoding))
+        with pytest.raises(ValueError, match=message):
+            read_questions(tmp_path / "latin.csv")
     with pytest.raises(FileNotFoundError, match=r"download dpg_bench/dpg_bench\.csv"):
         read_questions(tmp_path / "missing.csv")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from simplear.evaluation import clustered_interval, clustered_proportion, stratified_interval, wilson_interval
-from simplear.evaluation.intervals import Z_95, ratio_proportion
+from simplear.evaluation.intervals import Z_95, ratio_interval, ratio_proportion
 
 
 @pytest.mark.parametrize(
@@ -154,6 +154,16 @@ def test_clusters_of_unequal_size() -> None:
     for broken in ([], [(0.0, 0)]):
         with pytest.raises(ValueError, match="cluster"):
             ratio_proportion(broken)
+
+
+def test_a_mean_of_clusters_of_one_size_is_that_of_one_stratum() -> None:
+    random = np.random.default_rng(5)
+    values = random.normal(3, 1, (40, 4))
+    assert ratio_interval([(row.sum(), 4) for row in values]) == pytest.approx(
+        clustered_interval([values.mean(axis=1).tolist()])
+    )
+    with pytest.raises(ValueError, match="fewer than 2 clusters"):
+        ratio_interval([(1.0, 4)])
 
 
 def test_a_proportion_of_unequal_clusters_covers_the_truth_95_times_in_100() -> None:

@@ -82,10 +82,11 @@ def test_each_measure_is_what_its_network_says(
         expected = cosines if isinstance(network, HPSv2Reward) else cosines.clamp(min=0)
         name = measure_name(network)
         assert [line[name] for line in lines] == pytest.approx(expected.tolist(), abs=1e-4)
-        of_prompts = expected.view(COUNT, 2).mean(dim=1)
+        # References share two captions: with five pictures, two images each, they are two clusters and no more.
+        of_captions = expected.view(COUNT // 2, 2, 2).mean(dim=(0, 2))
         entry = result[name]
         assert entry["score"] == pytest.approx(expected.mean().item(), abs=1e-4) and entry["n"] == 2 * COUNT
-        spread = 1.96 * float(of_prompts.std()) / COUNT**0.5
+        spread = 1.96 * float(of_captions.std()) / 2**0.5
         assert (entry["high"] - entry["low"]) / 2 == pytest.approx(spread, rel=1e-3)
 
     features = MeanColors()

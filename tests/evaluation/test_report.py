@@ -53,11 +53,13 @@ def test_a_failed_write_leaves_the_old_report(tmp_path: Path, result: Result, mo
     assert merge_run(path, "sft", result)["runs"].keys() == {"pretrain", "sft"}
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"runs": []}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"runs": []}', '{"runs": {"a": {"overall": {"accuracy": 1}}}}', '{"runs": {"a": 3}}']
+)
 def test_a_file_that_is_no_report_is_named_and_kept(tmp_path: Path, result: Result, text: str) -> None:
     path = tmp_path / "report.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"report\.json is no report"):
+    with pytest.raises(ValueError, match=r"report\.json is not a report"):
         merge_run(path, "sft", result)
     assert path.read_text() == text
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,11 @@ from simplear.evaluation import (
     scene_result,
     strict_result,
 )
+from simplear.evaluation.drawing import draw_prompts
+from simplear.evaluation.quality import FolderLayout
+from simplear.evaluation.report import name_run
 from simplear.evaluation.scenes import image_seed
+from simplear.generation import SimpleARPipeline
 from simplear.scenes import CATEGORIES, Scene, captions, draw, evaluation_prompts, metadata, sample_scene
 
 PER_CATEGORY = 10
@@ -144,6 +149,133 @@ def test_an_images_seed_is_its_own() -> None:
     assert all(0 <= seed < 2**62 for seed in seeds)
     # Fixed for ever, or reports of different versions do not compare.
     assert image_seed(0, "a red circle", 0) == 2081573918964103509
+
+
+@pytest.mark.parametrize("shared", [1, 4])
+def test_images_of_a_prompt_that_are_alike_narrow_no_interval(
+    shared: int, prompts: list[dict[str, Any]], scenes: dict[str, Scene]
+) -> None:
+    """A painter that is right on half of the prompts, and draws each the same way four times."""
+    empty = Scene("colors", "gray", (), None)
+    half = {text: scene if number % 2 else empty for number, (text, scene) in enumerate(scenes.items())}
+    once, often = (scene_result(draw_and_judge(Painter(half), prompts, count)) for count in (1, shared))  # type: ignore[arg-type]
+    assert often["overall"]["n"] == shared * once["overall"]["n"]
+    for category, entry in once.items():
+        for bound in ("accuracy", "low", "high"):
+            assert often[category][bound] == pytest.approx(entry[bound]), category
+    judged = draw_and_judge(Painter(half), prompts, shared)  # type: ignore[arg-type]
+    assert strict_result(judged)["overall"] == pytest.approx(scene_result(judged)["overall"])
+
+
+def test_an_image_that_several_categories_judge_is_one_image(prompts: list[dict[str, Any]]) -> None:
+    """Where verdicts of different categories on an image agree, the overall tells no more than one of them."""
+    single = [prompt for prompt in prompts if prompt["tag"] == "single_object"]
+    one_kind = [{**prompt, "tag": name} for name in ("single_object", "counting") for prompt in single]
+    circle = sample_scene(0, 0, "train")
+    result = blind_accuracy(Painter({"": circle}), one_kind, PER_CATEGORY)  # type: ignore[arg-type]
+    assert result["overall"] == pytest.approx({**result["counting"], "n": 2 * PER_CATEGORY}), "as wide as one"
+
+
+OPTIONS: dict[str, tuple[str, Any]] = {
+    "temperature": ("0.8", 0.8),
+    "top_k": ("5", 5),
+    "top_p": ("0.9", 0.9),
+    "guidance_scale": ("2", 2.0),
+    "negative_prompt": ("null", "null"),
+    "prompt_prefix": ("#1 a photo: ", "#1 a photo: "),
+    "do_sample": ("false", False),
+    "height": ("16", 16),
+    "width": ("24", 24),
+    "engine": ("jacobi", "jacobi"),
+    "engine_options": ("{window: 2}", {"window": 2}),
+}
+
+
+@pytest.mark.parametrize("benchmark", ["scenes", "quality"])
+def test_evaluations_draw_with_the_options_of_generate(
+    benchmark: str, checkpoint: Path, tmp_path: Path, tiny_clip: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them, taken as generate takes them, handed to the pipeline and stated in the report."""
+    calls: list[dict[str, Any]] = []
+    draw_images = SimpleARPipeline.__call__
+    monkeypatch.setattr(
+        SimpleARPipeline, "__call__", lambda self, *a, **k: (calls.append(k), draw_images(self, *a, **k))[1]
+    )
+    (tmp_path / "prompts.txt").write_text("a red circle\ntwo blue squares\n")
+    own = {
+        "scenes": ["--prompts_per_category", "1", "--device", "cpu", "--blind_prompts", "1"],
+        "quality": [
+            *("--prompts_file", str(tmp_path / "prompts.txt"), "--accelerator", "cpu"),
+            *("--clip", "CLIPReward", "--clip.model", tiny_clip[0], "--clip.pretrained", tiny_clip[1]),
+        ],
+    }[benchmark]
+    options = [word for name, (text, _) in OPTIONS.items() for word in (f"--{name}", text)]
+    visual = str(checkpoint / "visual_tokenizer")
+    main(["evaluate", benchmark, str(checkpoint), "--out", str(tmp_path), *own, *options, "--visual_tokenizer", visual])
+    report = json.loads((tmp_path / "report.json").read_text())
+    run = "tiny" if benchmark == "scenes" else "tiny-quality"
+    expected = {name: value for name, (_, value) in OPTIONS.items()}
+    assert report["settings"][run] | expected == report["settings"][run]
+    assert len(report["settings"][run]["visual_tokenizer"]) == 64
+    passed = {name: value for name, value in expected.items() if not name.startswith("engine")}
+    assert calls[-1] | passed == calls[-1]
+    if benchmark == "scenes":
+        blind = {"guidance_scale": 1.0, "prompt_prefix": "", "negative_prompt": ""}
+        assert calls[0] | passed | blind == calls[0]
+        assert report["settings"]["tiny-blind"] | expected | blind == report["settings"]["tiny-blind"]
+
+
+@pytest.mark.parametrize(
+    ("place", "given", "run"),
+    [
+        ("sft", ".", "sft"),
+        ("sft/states", "..", "sft"),
+        ("sft", "./", "sft"),
+        ("", "sft/", "sft"),
+        ("", "sft/../sft", "sft"),
+        ("", "sft/.", "sft"),
+        ("", "link", "link"),
+    ],
+)
+def test_a_run_is_called_as_the_directory_is(
+    place: str, given: str, run: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(checkpoint, tmp_path / "sft")
+    (tmp_path / "sft" / "states").mkdir()
+    (tmp_path / "link").symlink_to("sft")
+    monkeypatch.chdir(tmp_path / place)
+    assert name_run(None, given, tmp_path / "out") == run
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"run": "../other"}, "cannot be the name of a run"),
+        ({"run": ".."}, "cannot be the name of a run"),
+        ({"run": "a\nb"}, "cannot be the name of a run"),
+        ({"run": "x" * 300}, "cannot be the name of a run"),
+        ({"device": "cuda:7"}, "device 'cuda:7' is not available"),
+        ({"device": "gpu"}, "device 'gpu' is unknown"),
+        ({"engine": "fast"}, "no engine 'fast'"),
+        ({"engine_options": {"speed": 2}}, "has no option speed"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"batch_size": 0}, "batch_size 0 must be at least 1"),
+        ({"height": 12}, "height 12"),
+        ({"prompt_prefix": "a circle " * 60}, "prompt 0 .* room for"),
+        ({"visual_tokenizer": "nowhere"}, "nowhere is not a visual tokenizer"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_drawn_is_said_before_anything_is_written(
+    options: dict[str, Any], message: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        evaluate_scenes(str(checkpoint), out=str(tmp_path / "out"), prompts_per_category=1, **options)
+    assert not list(tmp_path.rglob("*.json"))
+    if options.keys() - {"device", "run"}:
+        with pytest.raises(ValueError, match=message):
+            draw_prompts(str(checkpoint), [{"prompt": "a circle"}], tmp_path / "d", FolderLayout(), **options)
+    assert not list(tmp_path.rglob("*.json")), "no directory is bound to settings that do not work"
 
 
 def images_of(directory: Path) -> dict[str, NDArray[np.uint8]]:

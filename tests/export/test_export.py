@@ -178,6 +178,18 @@ def test_sources_that_cannot_be_exported_are_refused_by_name(trained: Path, tmp_
         (states / "last.ckpt", str(states), "no config.json"),
         (model, model, "leave out --like"),
         (tmp_path / "nowhere.ckpt", None, "no checkpoint at"),
+        (
+            trained / "run" / "model" / "model.safetensors",
+            None,
+            "a file of weights: name the directory that it lies in",
+        ),
+        (trained / "visual_tokenizer", None, "it is a visual tokenizer"),
+        (states, None, "a directory of others: name .*last"),
+        (
+            states / "last.ckpt",
+            str(states / "last.ckpt"),
+            "last.ckpt is not a checkpoint .* a training state: name .*last",
+        ),
     ):
         with pytest.raises(ValueError, match=words):
             export(str(source), out=str(tmp_path / "out"), like=like)
@@ -187,8 +199,9 @@ def test_sources_that_cannot_be_exported_are_refused_by_name(trained: Path, tmp_
         ({"data": [str(tmp_path)]}, r"manifest\.json is missing"),
         ({"visual_tokenizer": str(make_visual_tokenizer(tmp_path / "visual", seed=1))}, "has fingerprint"),
         ({"visual_tokenizer": str(tmp_path / "nowhere")}, "Name it with --visual-tokenizer"),
-        ({"max_shard_size": "5 potatoes"}, "is no size"),
+        ({"max_shard_size": "5 potatoes"}, "is not a size"),
         ({"training_config": model + "/simplear.json"}, "has no key 'model'"),
+        ({"prompt": "a red circle " * 60}, "prompt 0 .*has .* tokens"),
     ):
         with pytest.raises((ValueError, OSError), match=words):
             export(model, out=str(tmp_path / "out"), **options)
@@ -196,6 +209,22 @@ def test_sources_that_cannot_be_exported_are_refused_by_name(trained: Path, tmp_
     with pytest.raises(FileExistsError, match="is there already"):
         export(model, out=str(tmp_path / "run"))
     assert hashes(tmp_path) == before
+
+
+def test_odd_names_of_places_are_taken(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the directory that it stands in, into one whose name a snippet must quote, prompts as they are typed."""
+    source = Path(shutil.copytree(trained / "run" / "model", tmp_path / "epoch=0-step=2"))
+    merge_run(tmp_path / "results" / "report.json", "a|b", accuracy_result({"colors": [True]}))
+    monkeypatch.chdir(source)
+    out = '../größe "1": a=b'
+    main(["export", ".", "--out", out, "--prompt", "#1: null", "--report", "../results"])
+    card = (Path(out) / "README.md").read_text(encoding="utf-8")
+    assert "the checkpoint `epoch=0-step=2`" in card and "| category | a\\|b |" in card and '"#1: null"' in card
+    (quoted,) = re.findall(r"SimpleARPipeline\.from_pretrained\((.*)\)", card)
+    assert json.loads(quoted) == Path(out).name
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FileExistsError, match="is there already"):
+        export(".", out="../link")
 
 
 def test_an_export_that_is_stopped_leaves_nothing(trained: Path, tmp_path: Path, monkeypatch: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from simplear.language_model import CheckpointError, load_checkpoint, save_checkpoint
+from simplear.language_model import CheckpointError, load_checkpoint, save_checkpoint, stored_weights
+from simplear.visual_tokenizer import load_visual_tokenizer
 
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
 
@@ -99,6 +102,150 @@ def test_a_path_that_is_nothing_is_refused(tmp_path: Path, monkeypatch: pytest.M
         load_checkpoint(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="no checkpoint at"):
         load_checkpoint("./checkpoints/demo")
+
+
+def padded(checkpoint: Path, multiple: int) -> int:
+    """Save a checkpoint as transformers does with padded embeddings; returns the rows."""
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint)
+    model.resize_token_embeddings(model.config.vocab_size, pad_to_multiple_of=multiple)
+    model.save_pretrained(checkpoint)
+    return model.config.vocab_size
+
+
+@pytest.mark.parametrize("multiple", [8, 64, 128, 512])
+@pytest.mark.parametrize("released", [False, True])
+def test_a_padded_vocabulary_is_what_it_was_before(
+    checkpoint: Path, multiple: int, released: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = load_checkpoint(checkpoint)
+    used = before.model.layout.vocab_size
+    rows = padded(checkpoint, multiple)
+    if released:
+        monkeypatch.setattr("simplear.language_model.checkpoint.RELEASED_CODEBOOK", before.settings.codebook_size)
+        (checkpoint / "simplear.json").unlink()
+        rewrite(checkpoint / "config.json", lambda content: content.update(architectures=["SimpARForCausalLM"]))
+    with caplog.at_level(logging.INFO):
+        after = load_checkpoint(checkpoint)
+    assert rows % multiple == 0 and rows > used == after.model.decoder.config.vocab_size
+    assert f"{rows - used} padding rows" in caplog.text
+    weights = before.model.state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in after.model.state_dict().items())
+    empty = load_checkpoint(checkpoint, with_weights=False)
+    one_by_one = dict(stored_weights(empty.model.decoder, checkpoint))  # as FSDP2 reads them
+    assert all(torch.equal(weight, weights[f"decoder.{name}"]) for name, weight in one_by_one.items())
+
+
+def test_rows_that_no_padding_explains_are_of_another_checkpoint(checkpoint: Path) -> None:
+    used = load_checkpoint(checkpoint).model.layout.vocab_size
+    for rows in (used + 1, used - 1, 2 * used, 640, None, "384"):
+        rewrite(checkpoint / "config.json", lambda content, rows=rows: content.update(vocab_size=rows))
+        with pytest.raises(CheckpointError, match=f"a vocabulary of {rows}: the files come from different checkpoints"):
+            load_checkpoint(checkpoint)
+
+
+def as_pickle(checkpoint: Path) -> None:
+    torch.save(load_file(checkpoint / "model.safetensors"), checkpoint / "pytorch_model.bin")
+    (checkpoint / "model.safetensors").unlink()
+
+
+def add_a_token(checkpoint: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer.add_tokens(["<pad>"])
+    tokenizer.save_pretrained(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (as_pickle, r"weights in pytorch_model\.bin, a pickle.*Convert it .*save_pretrained"),
+        (lambda d: rewrite(d / "config.json", lambda c: c.update(quantization_config={"bits": 4})), "is quantized"),
+        (lambda d: rewrite(d / "config.json", lambda c: c.update(hidden_size="many")), r"config\.json.*hidden_size"),
+        (lambda d: rewrite(d / "config.json", lambda c: c.update(hidden_act="none")), r"config\.json"),
+        (lambda d: (d / "config.json").write_text("[]"), r"config\.json does not hold a JSON object"),
+        (lambda d: (d / "simplear.json").write_bytes(b"\xff\xfe{\0}\0"), r"simplear\.json is UTF-16"),
+        (lambda d: rewrite(d / "simplear.json", lambda c: c.update(grid=["2", 2])), r"simplear\.json has grid"),
+        (lambda d: rewrite(d / "simplear.json", lambda c: c.update(codebook_size=-27)), "has codebook_size -27"),
+        (lambda d: rewrite(d / "simplear.json", lambda c: c.update(downsample=0)), "has downsample 0"),
+        (lambda d: rewrite(d / "simplear.json", lambda c: c["generation"].update(top_k="5")), "top_k '5': .* a number"),
+        (lambda d: rewrite(d / "simplear.json", lambda c: c["generation"].update(temperature=None)), "a number"),
+        (lambda d: rewrite(d / "simplear.json", lambda c: c["generation"].update(prompt_prefix=None)), "a text"),
+        (add_a_token, r"codes begin at id 307, .* has 308 ids, the last being '<pad>': .*Copy tokenizer\.json"),
+    ],
+)
+def test_what_others_made_of_a_checkpoint_is_named(
+    checkpoint: Path, change: Callable[[Path], Any], message: str
+) -> None:
+    change(checkpoint)
+    with pytest.raises(CheckpointError, match=message) as raised:
+        load_checkpoint(checkpoint)
+    assert str(checkpoint) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        (
+            "run/states/last.ckpt",
+            r"a training state: name run/states/last, the checkpoint directory beside it",
+        ),
+        ("run/states/sharded.ckpt", r"a training state: make a checkpoint of it \(simplear export run/states/sharded"),
+        ("run/model/model.safetensors", r"a file of weights: name the directory that it lies in \(.*/run/model\)"),
+        ("run/model/config.json", r"a file: name the directory that it lies in"),
+        ("visual_tokenizer", r"a visual tokenizer \(--visual-tokenizer\)"),
+        ("text_tokenizer", "not a checkpoint directory but a text tokenizer"),
+        ("shards", "not a checkpoint directory but token shards"),
+        ("run", r"a directory of others: name run/model, run/states/last"),
+        ("run/states", r"a directory of others: name run/states/last, run/states/previous"),
+        ("empty", "not a checkpoint directory but an empty directory"),
+        ("adapter", "not a checkpoint directory but an adapter .*: merge it"),
+        ("nowhere", r"no checkpoint at nowhere: there is no directory /.*/nowhere"),
+        ("checkpoints/demo", r"no checkpoint at checkpoints/demo: there is no directory /.*/checkpoints/demo\. Train"),
+        ("states/last.ckpt", r"no checkpoint at states/last\.ckpt: there is no directory"),
+        ("someone/model", r"no directory /.*/someone/model, and someone/model could not be had from the hub"),
+    ],
+)
+def test_what_was_named_in_place_of_a_checkpoint_is_said(
+    path: str, message: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether or not it is there, in words that name what to give instead, and without asking the hub about paths."""
+    asked: list[str] = []
+
+    def refuse(name: str, **options: Any) -> str:
+        asked.append(name)
+        raise OSError("no network")
+
+    monkeypatch.setattr("simplear.language_model.checkpoint.snapshot_download", refuse)
+    for name in ("run", "visual_tokenizer", "text_tokenizer", "shards"):
+        shutil.copytree(trained / name, tmp_path / name)
+    (tmp_path / "run" / "states" / "sharded.ckpt").mkdir()
+    (tmp_path / "run" / "states" / "sharded.ckpt" / ".metadata").write_bytes(b"")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(path)
+    assert asked == (["someone/model"] if path.startswith("someone") else [])
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("run/model", r"run/model is a checkpoint \(its visual tokenizer is run/model/visual_tokenizer\)"),
+        ("text_tokenizer", r"config\.json is missing, so text_tokenizer is not a visual tokenizer; it is a text"),
+        ("checkpoints/demo/visual_tokenizer", r"it is missing \(looked for /.*/checkpoints/demo/visual_tokenizer\)"),
+        ("checkpoints/visual", r"it is missing \(looked for /.*/checkpoints/visual\)"),
+        ("someone/tokenizer", r"no directory /.*/someone/tokenizer, and someone/tokenizer could not be had from"),
+    ],
+)
+def test_what_was_named_in_place_of_a_visual_tokenizer_is_said(
+    path: str, message: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("run", "text_tokenizer"):
+        shutil.copytree(trained / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        load_visual_tokenizer(path)
 
 
 def write_again(checkpoint: Path, **options: Any) -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import multiprocessing
 import os
+import re
 import signal
 import tarfile
 import tempfile
@@ -16,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +185,108 @@ def test_a_tar_that_is_cut_short_is_named_and_the_others_stay(
     assert len(keys(out)) == 12
 
 
+@pytest.fixture
+def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with the tars a, b and c of four pictures each."""
+    monkeypatch.chdir(tmp_path)
+    for name in "abc":
+        named = [replace(picture, name=f"{name}{picture.name}") for picture in pictures(4)]
+        write_webdataset(tmp_path / f"{name}.tar", named)
+    return tmp_path
+
+
+def tokenize_tars(tokenizer: str, paths: str) -> None:
+    arguments = ["tokenize", "--source", "WebDatasetSource", "--source.paths", paths, "--out", "out"]
+    main([*arguments, "--visual-tokenizer", tokenizer, "--accelerator", "cpu", "--height", "16", "--width", "16"])
+
+
+def test_a_bad_tar_is_taken_out_and_the_work_goes_on(
+    corpus: Path, tiny_visual_tokenizer: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """As its message says; also by another spelling of the paths, and with further tars."""
+    caplog.set_level("INFO")
+    whole = (corpus / "b.tar").read_bytes()
+    (corpus / "b.tar").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(SystemExit):
+        tokenize_tars(tiny_visual_tokenizer, "[a.tar, b.tar, c.tar]")
+    assert "b.tar is damaged or cut short" in (said := capsys.readouterr().err) and "take it out of the paths" in said
+    tokenize_tars(tiny_visual_tokenizer, f"[{corpus}/a.tar, c.tar]")
+    assert [key[0] for key in keys(corpus / "out")] == ["a"] * 4 + ["c"] * 4
+    write_webdataset(corpus / "d.tar", pictures(1))
+    first = (corpus / "out/a.arrow").stat().st_mtime_ns
+    (corpus / "b.tar").write_bytes(whole)
+    tokenize_tars(tiny_visual_tokenizer, "./*.tar")
+    assert [key[0] for key in keys(corpus / "out")] == [*"aaaabbbbcccc0"]
+    assert (corpus / "out/a.arrow").stat().st_mtime_ns == first and "not of the source" not in caplog.text
+
+
+def test_what_the_source_no_longer_has_is_left_out_of_the_manifest_with_a_line(
+    corpus: Path,
+    tiny_visual_tokenizer: str,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """And neither missed by `verify` nor brought back by `repair`."""
+    tokenize_tars(tiny_visual_tokenizer, "*.tar")
+    whole = content(corpus / "out")
+    tokenize_tars(tiny_visual_tokenizer, "[a.tar, c.tar]")
+    assert "1 units in out are not of the source now and are left out of the manifest, the first is b" in caplog.text
+    for _ in range(2):
+        assert [key[0] for key in keys(corpus / "out")] == ["a"] * 4 + ["c"] * 4
+        main(["data", "verify", "out"])
+        assert "0 problems" in capsys.readouterr().out
+        main(["data", "repair", "out"])
+    tokenize_tars(tiny_visual_tokenizer, "*.tar")
+    assert content(corpus / "out") == whole
+
+
+def test_another_tar_of_the_same_name_is_never_mixed_in(
+    corpus: Path, tiny_visual_tokenizer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As 00000.tar of another corpus has; the same file elsewhere is the same unit."""
+    tokenize_tars(tiny_visual_tokenizer, "*.tar")
+    before = content(corpus / "out")
+    (corpus / "moved").mkdir()
+    for name in "abc":
+        (corpus / f"{name}.tar").rename(corpus / f"moved/{name}.tar")
+    tokenize_tars(tiny_visual_tokenizer, "moved/*.tar")
+    assert content(corpus / "out") == before
+    write_webdataset(corpus / "elsewhere/b.tar", pictures(3))
+    with pytest.raises(SystemExit):
+        tokenize_tars(tiny_visual_tokenizer, "[moved/a.tar, elsewhere/b.tar]")
+    said = capsys.readouterr().err
+    identity = r"\d+ bytes, SHA-256 of both ends [0-9a-f]{16}"
+    assert re.search(rf"out/b\.arrow was made from b of {identity}; the source's b has {identity}: ", said)
+    assert content(corpus / "out") == before
+    (corpus / "out/b.json").unlink()  # as the message says
+    tokenize_tars(tiny_visual_tokenizer, "[moved/a.tar, elsewhere/b.tar]")
+    assert len(keys(corpus / "out")) == 7
+
+
+def test_tars_named_as_files_of_the_directory(corpus: Path, tiny_visual_tokenizer: str) -> None:
+    for name in ("settings", "manifest", "drops"):
+        write_webdataset(corpus / f"own/{name}.tar", pictures(2))
+    tokenize_tars(tiny_visual_tokenizer, "own/*.tar")
+    settings = (corpus / "out/settings.json").read_bytes()
+    assert b"visual_tokenizer" in settings and len(keys(corpus / "out")) == 6
+    tokenize_tars(tiny_visual_tokenizer, "own/*.tar")
+    assert (corpus / "out/settings.json").read_bytes() == settings
+
+
+@pytest.mark.parametrize("names", [["settings"], ["manifest"], ["a", "a"], ["a/b"], [""], ["x" * 300]])
+def test_units_whose_names_cannot_be_files_are_refused(
+    tmp_path: Path, tiny_visual_tokenizer: str, names: list[str]
+) -> None:
+    class Named(ImageFolderSource):
+        def units(self) -> list[Unit]:
+            return [Unit(name, range(1)) for name in names]
+
+    write_folder(tmp_path / "pictures", pictures(1))
+    with pytest.raises(ValueError, match=r"a unit of .* has the name .*: rename its file"):
+        run(Named(str(tmp_path / "pictures")), tmp_path / "out", tiny_visual_tokenizer)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["settings.json"]
+
+
 @contextmanager
 def as_nobody() -> Iterator[None]:
     """Root reads everything; within the block the process is another user's."""
@@ -230,6 +334,10 @@ class Meddling(WebDatasetSource):
     def __init__(self, paths: str, meddle: Callable[[Unit], None]) -> None:
         super().__init__(paths)
         self.meddle = meddle
+
+    def describe(self) -> dict[str, Any]:
+        """As the source that goes on in its place."""
+        return WebDatasetSource(self.paths).describe()
 
     def candidates(self, unit: Unit, drops: Counter[str]) -> Iterator[Sample]:
         for number, sample in enumerate(super().candidates(unit, drops)):

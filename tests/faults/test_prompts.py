@@ -45,8 +45,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_text_tokenizer: st
     [
         ({"prompt": ["x", HUGE]}, r"prompt 1 \('a red circle .*has \d+ tokens; there is room for 90"),
         ({"prompt": "x", "negative_prompt": HUGE}, r"negative prompt 0 .*Shorten it"),
-        ({"prompt": "x", "negative_prompt": HALF}, "negative prompt 0 is no valid text"),
-        ({"prompt": "x", "prompt_prefix": HALF}, "prefix is no valid text"),
+        ({"prompt": "x", "negative_prompt": HALF}, "negative prompt 0 is not valid text"),
+        ({"prompt": "x", "prompt_prefix": HALF}, "prefix is not valid text"),
     ],
 )
 def test_the_pipeline_names_what_it_cannot_draw(checkpoint: Path, arguments: dict[str, Any], message: str) -> None:
@@ -70,7 +70,7 @@ def test_generate_draws_empty_prompts_and_typed_control_tokens(checkpoint: Path,
     ("line", "message"),
     [
         (json.dumps({"prompt": HUGE}).encode(), "prompt 1"),
-        (json.dumps({"prompt": HALF}).encode(), "prompts.jsonl, line 2: the prompt is no valid text"),
+        (json.dumps({"prompt": HALF}).encode(), "prompts.jsonl, line 2 holds half of a surrogate pair"),
     ],
     ids=["huge", "half"],
 )
@@ -86,14 +86,16 @@ def test_generate_names_the_bad_prompt_of_a_file(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("prompt", [HALF, HUGE], ids=["half", "huge"])
+@pytest.mark.parametrize(
+    ("prompt", "message"), [(HALF, "--prompt is not text in utf-8"), (HUGE, "prompt 0")], ids=["half", "huge"]
+)
 def test_generate_names_a_bad_prompt_of_the_command_line(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], prompt: str
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], prompt: str, message: str
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["generate", str(checkpoint), "--prompt", prompt, "--out", str(tmp_path / "out")])
     printed = capsys.readouterr().err
-    assert stopped.value.code == 2 and "prompt 0" in printed and "Traceback" not in printed and len(printed) < 1000
+    assert stopped.value.code == 2 and message in printed and "Traceback" not in printed and len(printed) < 1000
     assert not (tmp_path / "out").exists()
 
 
@@ -101,7 +103,9 @@ def test_generate_names_a_bad_prompt_of_the_command_line(
 def test_bytes_that_are_no_text_on_a_real_command_line(checkpoint: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "simplear.cli", "generate", str(checkpoint), "--out", str(tmp_path / "out")]
     ended = subprocess.run([*map(os.fsencode, command), b"--prompt", b"caf\xe9"], capture_output=True)
-    assert ended.returncode == 2 and b"prompt 0 is no valid text" in ended.stderr and b"Traceback" not in ended.stderr
+    assert (
+        ended.returncode == 2 and b"--prompt is not text in utf-8" in ended.stderr and b"Traceback" not in ended.stderr
+    )
 
 
 @pytest.fixture

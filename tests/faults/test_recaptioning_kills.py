@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from data.vision_language import write_vision_language_model
-from simplear.data.shards import MANIFEST_FILE, TEMPORARY_MARK
+from simplear.atomic import TEMPORARY_MARK
+from simplear.data.shards import MANIFEST_FILE
 
 from .processes import finish
 from .test_kills import kill_often

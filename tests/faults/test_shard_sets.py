@@ -16,15 +16,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from simplear.atomic import TEMPORARY_MARK
 from simplear.cli import main
-from simplear.data import TokenShards
+from simplear.data import TokenDataModule, TokenShards
 from simplear.data.inspection import examine, ranges
 from simplear.data.joining import merge, unit_names
+from simplear.data.order import MicroBatch
 from simplear.data.repair import repair, sole_keeper
 from simplear.data.shards import (
     MANIFEST_FILE,
     SETTINGS_FILE,
-    TEMPORARY_MARK,
+    Grid,
     TokenRow,
     claim_directory,
     is_committed,
@@ -145,6 +147,82 @@ def test_a_damaged_shard_is_found_set_aside_and_made_anew(
     assert "b.arrow: was set aside and not made anew" in capsys.readouterr().out
     write_units(shards, "cab")
     assert content(shards) == before and (shards / MANIFEST_FILE).read_bytes() == manifest
+
+
+def write_mixed(directory: Path, seed: int) -> None:
+    """Three units of two grids each, the rows of these in turn."""
+    claim_directory(
+        directory,
+        {"visual_tokenizer": "0" * 64, "codebook_size": CODEBOOK, "downsample": 8, "source": {"seed": seed}},
+    )
+    for name in "cab":
+        if not is_committed(directory, name):
+            rows = [make_rows(9, f"{name}-{seed}-", grid) for grid in ((2, 2), (1, 3))]
+            write_shard(directory, name, [row for pair in zip(*rows, strict=True) for row in pair])
+    merge_manifest(directory, "cab")
+
+
+def trained_on(data: TokenDataModule) -> list[tuple[Grid, list[tuple[str, str, bool]]]]:
+    """Grid, and key, caption and dropout of each row, of 30 global batches, several epochs."""
+    data.setup("fit")
+    assert data.training is not None
+    order, read = data.training.order(data.global_batch_size, data.seed, data.shuffle, "rows"), []
+    for number in range(30):
+        batch = data.training.make_batch(MicroBatch(number, *order[number]))
+        rows = zip(batch["keys"], batch["captions"], batch["dropped"].tolist(), strict=True)
+        read.append((tuple(batch["codes"].shape[1:]), list(rows)))
+    return read
+
+
+@pytest.mark.parametrize("set_aside", ["c", "a", "b", "ca"])
+@pytest.mark.parametrize("weights", [None, [2.0, 1.0]])
+def test_training_goes_on_in_its_order_when_shards_are_set_aside(
+    tmp_path: Path, tiny_text_tokenizer: str, set_aside: str, weights: list[float] | None
+) -> None:
+    """Rows of their set and grid stand in for what is gone; all others come as ever, and so do they when made again."""
+    paths = [tmp_path / "one", tmp_path / "two"]
+    for seed, path in enumerate(paths):
+        write_mixed(path, seed)
+
+    def data() -> TokenDataModule:
+        names = [str(path) for path in paths]
+        return TokenDataModule(names, 4, tiny_text_tokenizer, weights=weights, seed=5, caption_dropout=0.3)
+
+    before = data()
+    whole = trained_on(before)
+    state = {**before.state_dict(), "global_batches": 7}
+    for name in set_aside:  # one repair after another
+        flip(paths[0] / f"{name}.arrow", -1)
+        repair(str(paths[0]))
+    repaired = data()
+    left = trained_on(repaired)
+    assert left == trained_on(data())
+    replaced = set()
+    for (grid, rows), (grid_now, rows_now) in zip(whole, left, strict=True):
+        assert grid == grid_now
+        for row, now in zip(rows, rows_now, strict=True):
+            name, seed, _ = row[0].split("-")
+            if seed == "0" and name in set_aside:
+                assert now[0].split("-")[0] not in set_aside and now[0].split("-")[1] == "0"
+                replaced.add((row[0], now[0]))
+            else:
+                assert row == now
+    assert len(replaced) > len({row for row, _ in replaced})  # in another epoch by another one
+    repaired.load_state_dict(state)
+    repaired.train_dataloader()
+    write_mixed(paths[0], 0)
+    assert trained_on(data()) == whole and not examine(paths[0]).problems
+
+
+def test_a_grid_of_which_nothing_is_left_is_no_part_of_the_training(tmp_path: Path, tiny_text_tokenizer: str) -> None:
+    claim_directory(tmp_path, {"visual_tokenizer": "0" * 64, "codebook_size": CODEBOOK, "downsample": 8})
+    for name, grid in (("a", (2, 2)), ("b", (1, 3))):
+        write_shard(tmp_path, name, make_rows(6, name, grid))
+    merge_manifest(tmp_path, "ab")
+    flip(tmp_path / "b.arrow", -1)
+    repair(str(tmp_path))
+    data = TokenDataModule(str(tmp_path), 2, tiny_text_tokenizer)
+    assert {grid for grid, _ in trained_on(data)} == {(2, 2)} and data.grids == [(2, 2)]
 
 
 def test_all_that_is_wrong_is_listed(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:

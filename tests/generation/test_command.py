@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from simplear.cli import main
+from simplear.errors import UserError
 from simplear.generation import SimpleARPipeline, generate
 from simplear.generation.png import file_name, read_metadata, write_png
 from simplear.language_model import CheckpointSettings, GenerationDefaults, checkpoint_hash, save_checkpoint
@@ -95,11 +96,18 @@ def test_prompts_come_from_a_text_file_a_line_each(checkpoint, tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("p.jsonl", b'{"prompt": "x"}\n{"prompt": 3}\n', r"p\.jsonl, line 2: no object"),
-        ("p.jsonl", b'{"prompt": "x"}\n\n{"prompt"\n', r"p\.jsonl, line 3: no JSON"),
+        ("p.jsonl", b'{"prompt": "x"}\n{"prompt": 3}\n', r"p\.jsonl, line 2 has no text .prompt"),
+        ("p.jsonl", b'{"prompt": "x"}\n\n{"prompt"\n', r"p\.jsonl, line 3 is not JSON"),
         ("p.txt", b"caf\xe9\n", r"p\.txt is not UTF-8"),
         ("p.txt", b"one star\n" + b"a red circle " * 60, "prompt 1 .* tokens"),
-        ("p.txt", b"\n \n", "no prompt"),
+        ("p.txt", b"\n \n", r"p\.txt holds no prompt"),
+        ("p.txt", "one star\n".encode("utf-16"), r"p\.txt is UTF-16"),
+        ("p.json", '["one star"]'.encode("utf-16-le"), r"p\.json is UTF-16LE"),
+        ("p.json", b'{"prompt": "one star"}', r"p\.json is not a JSON list"),
+        ("p.json", b'["one star", {"text": 1}]', r"p\.json, entry 2 has no text"),
+        ("p.csv", b"prompt\none star\n", r"p\.csv: prompts are read from .*not from \.csv"),
+        ("p.tsv", b"prompt\none star\n", r"p\.tsv: .*not from \.tsv"),
+        ("p.xlsx", b"PK", r"p\.xlsx: .*not from \.xlsx"),
     ],
 )
 def test_a_bad_file_is_named_and_nothing_drawn(checkpoint, tmp_path: Path, name, content, words):
@@ -192,6 +200,117 @@ def test_pictures_of_others_are_left_alone_and_never_taken_for_ones_own(checkpoi
     Image.new("RGB", (4, 4)).save(tmp_path / "00000-two-squares-1.png")
     with pytest.raises(ValueError, match=r"00000-two-squares-1\.png was not drawn by simplear"):
         draw(checkpoint, tmp_path, "two squares")
+
+
+def cut(content: bytes) -> bytes:
+    return content[:-30]
+
+
+def zeroed(content: bytes) -> bytes:
+    middle = content.index(b"IDAT") + 20
+    return content[:middle] + bytes(10) + content[middle + 10 :]
+
+
+@pytest.mark.parametrize("damage", [cut, zeroed])
+def test_a_damaged_picture_is_drawn_again(checkpoint, tmp_path, damage, caplog):
+    draw(checkpoint, tmp_path, batch_size=1)
+    whole = contents(tmp_path)
+    file = tmp_path / "00001-one-star-0.png"
+    file.write_bytes(damage(whole[file.name]))
+    draw(checkpoint, tmp_path, batch_size=1)
+    assert contents(tmp_path) == whole and f"{file} is damaged or cut short, and is drawn again" in caplog.text
+
+
+@pytest.mark.parametrize("content", [b"", b"\x89PNG", b"GIF89a", b"%!PS-Adobe-3.0 EPSF-3.0"])
+def test_a_file_in_the_place_of_a_picture_is_named(checkpoint, tmp_path: Path, content: bytes):
+    (tmp_path / "00000-a-red-circle-0.png").write_bytes(content)
+    (tmp_path / "a directory.png").mkdir()
+    with pytest.raises(ValueError, match=r"00000-a-red-circle-0\.png was not drawn .* or is damaged"):
+        draw(checkpoint, tmp_path)
+
+
+LAST = 2**64 - 1
+
+
+@pytest.mark.parametrize(
+    ("seed", "seeds"),
+    [
+        (0, [0, 1]),
+        (558740513626235, [558740513626235, 558740513626236]),
+        (2**63 - 1, [2**63 - 1, 2**63]),
+        (LAST, [LAST, 0]),
+        (-1, None),
+        (-(2**63), None),
+        (2**64, None),
+        (10**30, None),
+    ],
+)
+def test_seeds_are_64_bits_and_others_are_refused(checkpoint, tmp_path: Path, seed: int, seeds: list[int] | None):
+    pipe = SimpleARPipeline.from_pretrained(checkpoint, device="cpu")
+    if seeds is None:
+        for refusing in (
+            lambda: draw(checkpoint, tmp_path, "one star", seed=seed),
+            lambda: pipe("one star", seed=seed),
+            lambda: pipe(["one star"] * 2, seed=[0, seed]),
+        ):
+            with pytest.raises(ValueError, match=rf"seed {seed} lies outside \[0, 2\*\*64\)"):
+                refusing()
+        assert not list(tmp_path.iterdir())
+        return
+    draw(checkpoint, tmp_path, "one star", seed=seed, batch_size=1)
+    assert [read_metadata(file)["seed"] for file in sorted(tmp_path.iterdir())] == seeds
+    drawn = pipe("one star", seed=seed, num_images_per_prompt=2, output_type="codes")
+    assert drawn.seeds == seeds
+    alone = [pipe("one star", seed=each, output_type="codes").codes[0] for each in seeds]
+    assert torch.equal(drawn.codes, torch.stack(alone))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "prompts"),
+    [
+        ("p.json", b'["one star", {"text": "two squares"}]', ["one star", "two squares"]),
+        (
+            "p.jsonl",
+            b'\xef\xbb\xbf{"caption": "one star"}\n\n{"prompt": "two\xe2\x80\xa8squares"}',
+            ["one star", "two\u2028squares"],
+        ),
+        ("p.TXT", b"\xef\xbb\xbfone star\rtwo squares\r", ["one star", "two squares"]),
+        ("prompts", b"one star\n# two squares\n", ["one star", "# two squares"]),
+    ],
+)
+def test_prompts_are_read_from_files_of_these_kinds(checkpoint, tmp_path: Path, name: str, content: bytes, prompts):
+    (tmp_path / name).write_bytes(content)
+    main(["generate", checkpoint, "--prompts-file", str(tmp_path / name), "--out", str(tmp_path / "out")])
+    assert [read_metadata(file)["prompt"] for file in sorted((tmp_path / "out").iterdir())] == prompts
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"out": "file"}, r"cannot be saved in .*file"),
+        ({"out": "file/below"}, r"cannot be saved in .*below"),
+        ({"device": "cuda:9"}, "device 'cuda:9' is not available"),
+        ({"device": "gpu"}, "device 'gpu' is unknown"),
+        ({"engine": "fast"}, "no engine 'fast'"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"image": "file"}, "file: not a picture"),
+        ({"image": "missing.png"}, "missing.png: picture file missing"),
+        ({"image": "picture.png", "mask": "file"}, "file: not a picture"),
+        ({"image": "picture.png"}, "image and mask go together"),
+        ({"mask": "picture.png"}, "image and mask go together"),
+        ({"image": "picture.png", "mask": "small.png"}, r"have the sizes \(width, height\)"),
+        ({"image": "picture.png", "mask": "picture.png", "height": 8}, r"\(16, 8\) is to be drawn"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_said_in_words(checkpoint, tmp_path: Path, monkeypatch, options: dict[str, Any], words: str):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("words")
+    for name, side in (("picture.png", 16), ("small.png", 8)):
+        Image.new("RGB", (side, side), "white").save(name)
+    with pytest.raises(UserError, match=words):
+        generate(checkpoint, **{"out": "out", "prompt": "one star", **options})
+    assert not Path("out").exists() or not list(Path("out").iterdir())
 
 
 def test_a_run_that_ends_while_writing_leaves_whole_pictures_alone(checkpoint, tmp_path: Path, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from generation.models import CODEBOOK, language_model
 from generation.near_ties import margins
 from generation.test_cached import GRID, NEGATIVES, PROMPTS, SEEDS, SETTINGS, plainly
+from simplear.errors import UserError
 from simplear.generation import ENGINES, SamplingSettings, make_engine
 from simplear.generation.engine import leading
 
@@ -38,6 +41,23 @@ def test_options_go_to_the_engine_and_unknown_ones_are_named():
         make_engine("jacobi", language_model(), windows=3)
     with pytest.raises(ValueError, match="'cached' has no option max_num_seqs; it has: prompt_multiple"):
         make_engine("cached", language_model(), max_num_seqs=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("jacobi", {"window": "wide"}, "takes another kind of window than 'wide': int | None"),
+        ("jacobi", {"window": True}, "takes another kind of window than True"),
+        ("jacobi", {"window": -1}, "window -1 must be 0 or more"),
+        ("jacobi", {"proposal": "right"}, "takes another kind of proposal than 'right'"),
+        ("jacobi", {"compiled": "no"}, "takes another kind of compiled than 'no'"),
+        ("cached", {"prompt_multiple": 0}, "prompt_multiple 0 must be at least 1"),
+        ("compiled", {"prompt_multiple": -8}, "prompt_multiple -8 must be at least 1"),
+    ],
+)
+def test_an_option_of_another_kind_is_named(name, options, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        make_engine(name, language_model(), **options)
 
 
 @pytest.mark.parametrize("rope", ["1d", "2d"])

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from generation.models import language_model
-from simplear.generation import OutOfMemoryError
+from simplear.errors import UserError
+from simplear.generation import OutOfMemoryError, SimpleARPipeline
 from simplear.generation.memory import image_bytes, is_out_of_memory, out_of_memory
 
 SCRIPT = """
@@ -54,9 +55,28 @@ def test_one_image_too_many_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "batch_size=4" in str(out_of_memory(language_model(), 8, 8, 16, 2))
 
 
+def test_pictures_too_many_to_decode_at_once(
+    tiny_checkpoint: Path, tiny_visual_tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = SimpleARPipeline.from_pretrained(tiny_checkpoint, device="cpu", visual_tokenizer=tiny_visual_tokenizer)
+    codes = pipeline("x", num_images_per_prompt=4, seed=0, output_type="codes").codes
+    expected, whole = pipeline.decode(codes, 2), pipeline.visual_tokenizer.decode
+
+    def decode(part: torch.Tensor) -> torch.Tensor:
+        if len(part) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(part)
+
+    monkeypatch.setattr(pipeline.visual_tokenizer, "decode", decode)
+    with pytest.raises(OutOfMemoryError, match=r"decoding 4 pictures of \d+ × \d+ pixels .*\(batch_size=2\)"):
+        pipeline.decode(codes)
+    assert torch.equal(pipeline.decode(codes, 2), expected)
+
+
 def test_other_errors_are_not_taken_for_it() -> None:
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory")) and is_out_of_memory(MemoryError())
-    assert not is_out_of_memory(RuntimeError("a pair was split")) and issubclass(OutOfMemoryError, MemoryError)
+    assert not is_out_of_memory(RuntimeError("a pair was split"))
+    assert issubclass(OutOfMemoryError, MemoryError) and issubclass(OutOfMemoryError, UserError)
 
 
 def test_an_image_takes_its_cache_at_least() -> None:

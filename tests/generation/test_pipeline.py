@@ -101,7 +101,7 @@ def test_typed_control_tokens_stay_text(pipe: SimpleARPipeline) -> None:
     [
         ({"prompt": []}, "at least one prompt"),
         ({"prompt": "a red circle " * 30}, "prompt 0 .* tokens; there is room for 20"),
-        ({"prompt": "a \ud800 circle"}, "prompt 0 is no valid text"),
+        ({"prompt": "a \ud800 circle"}, "prompt 0 is not valid text"),
         ({"prompt": "x", "height": 12}, "height 12 is no multiple of 8"),
         ({"prompt": "x", "top_k": 0}, "top_k 0"),
         ({"prompt": "x", "temperature": -1.0}, "temperature -1.0"),
@@ -150,7 +150,7 @@ def test_generate_writes_pictures_that_say_how(checkpoint: Path, tmp_path: Path)
 
 def test_generate_names_the_bad_line(checkpoint: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text('{"prompt": "x"}\n{"text": "y"}\n')
+    prompts.write_text('{"prompt": "x"}\n{"words": "y"}\n')
     with pytest.raises(ValueError, match=r"prompts\.jsonl, line 2"):
         generate(str(checkpoint), out=str(tmp_path), prompts_file=str(prompts))
     with pytest.raises(ValueError, match="no prompt"):

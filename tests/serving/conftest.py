@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import openai
 import pytest
 import torch
@@ -26,6 +28,8 @@ GRID = (4, 3)
 SIZE = f"{GRID[1] * DOWNSAMPLE}x{GRID[0] * DOWNSAMPLE}"
 SHAPES = (1, 2, 4, 8)
 DEFAULTS = GenerationDefaults(prompt_prefix="a photo of ", guidance_scale=2.0)
+PATIENCE = 300.0
+"""Seconds for what must happen, on the slowest and busiest machine; nothing is expected to happen sooner."""
 
 
 @pytest.fixture(scope="session")
@@ -61,21 +65,46 @@ def pipelines(checkpoints: list[Path]) -> dict[str, SimpleARPipeline]:
     }
 
 
-class SlowEngine:
-    """Takes its time for each row of codes, and counts rows."""
+class PacedEngine:
+    """Counts rows of codes, and hands them on when the test lets it."""
 
-    def __init__(self, engine: Any, seconds: float) -> None:
-        self.engine, self.seconds, self.rows = engine, seconds, 0
+    def __init__(self, engine: Any) -> None:
+        self.engine, self.rows = engine, 0
+        self._allowed = math.inf
+        self._changed = threading.Condition()
+
+    def hold(self) -> None:
+        """Hand on what was drawn; the next row is drawn, counted and held."""
+        with self._changed:
+            self._allowed = self.rows
+            self._changed.notify_all()
+
+    def go(self) -> None:
+        """Hand on all rows."""
+        with self._changed:
+            self._allowed = math.inf
+            self._changed.notify_all()
 
     def generate(self, *request: Any) -> Any:
         *others, on_row, given = request
 
-        def slowly(row: int, codes: torch.Tensor) -> None:
-            time.sleep(self.seconds)
-            self.rows += 1
+        def paced(row: int, codes: torch.Tensor) -> None:
+            with self._changed:
+                self.rows += 1
+                assert self._changed.wait_for(lambda: self.rows <= self._allowed, PATIENCE)
             on_row(row, codes)
 
-        return self.engine.generate(*others, slowly, given)
+        return self.engine.generate(*others, paced, given)
+
+
+class Clock:
+    """Time that passes when the test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 class Live:
@@ -85,7 +114,8 @@ class Live:
         pipelines: by name of the model.
         service: key and limits.
         capacity: images that may wait.
-        row_seconds: that a row of codes takes beside the drawing.
+        shapes: of batches.
+        clock: of the batchers.
     """
 
     def __init__(
@@ -93,20 +123,26 @@ class Live:
         pipelines: dict[str, SimpleARPipeline],
         service: Service | None = None,
         capacity: int = 64,
-        row_seconds: float = 0.0,
         shapes: Sequence[int] = SHAPES,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.service = service or Service()
         self.models = []
         for name, pipeline in pipelines.items():
             own = copy.copy(pipeline)
             own.tokenizer = copy.deepcopy(pipeline.tokenizer)
-            own.engine = SlowEngine(pipeline.engine, row_seconds)
-            batcher = Batcher(name, own, shapes, capacity, 0.02, self.service.metrics)
+            own.engine = PacedEngine(pipeline.engine)
+            batcher = Batcher(name, own, shapes, capacity, 0.02, self.service.metrics, clock)
             batcher.start()
             self.models.append(ServedModel(name, batcher))
         self.engine = self.models[0].batcher.pipeline.engine
-        config = uvicorn.Config(create_app(self.models, self.service), port=0, log_level="error", access_log=False)
+        config = uvicorn.Config(
+            create_app(self.models, self.service),
+            port=0,
+            log_level="error",
+            access_log=False,
+            timeout_graceful_shutdown=5,
+        )
         self.server = uvicorn.Server(config)
 
     @contextlib.contextmanager
@@ -121,13 +157,19 @@ class Live:
         try:
             yield self
         finally:
+            for served in self.models:
+                served.batcher.pipeline.engine.go()
             self.server.should_exit = True
-            thread.join(20)
+            thread.join(PATIENCE)
             assert not thread.is_alive()
 
     def client(self, api_key: str = "none", **options: Any) -> openai.OpenAI:
         """The real one, which does not try again."""
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=api_key, **{"max_retries": 0, **options})
+
+    def ask(self, method: str, path: str, **options: Any) -> httpx2.Response:
+        """An answer of any status."""
+        return httpx2.request(method, self.url + path, timeout=PATIENCE, **options)
 
     def metric(self, name: str, **labels: str) -> float:
         """A number of /metrics."""
@@ -140,9 +182,9 @@ def live(pipelines: dict[str, SimpleARPipeline]) -> Iterator[Live]:
         yield running
 
 
-def wait_until(true: Any, seconds: float = 10.0) -> None:
+def wait_until(true: Callable[[], bool]) -> None:
     """Raises where it does not become true."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + PATIENCE
     while not true():
         assert time.monotonic() < end, "it did not become true"
         time.sleep(0.01)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -10,7 +11,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,25 +21,26 @@ import openai
 import pytest
 import schemathesis
 import torch
+import uvicorn
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from serving.conftest import GRID, Live, wait_until
+from serving.conftest import GRID, PATIENCE, Clock, Live, wait_until
 from serving.test_api import Pipelines, drawn_by, pixels
-from simplear.serving import Service, gate
+from simplear.serving import Service, command, gate, pending
 
 GENERATIONS = "/v1/images/generations"
 JSON = {"Content-Type": "application/json"}
 
 
 def post(live: Live, content: Any, headers: dict[str, str] = JSON) -> httpx2.Response:
-    return httpx2.post(live.url + GENERATIONS, content=content, headers=headers, timeout=30)
+    return live.ask("POST", GENERATIONS, content=content, headers=headers)
 
 
 def send(live: Live, body: bytes, length: int | None = None) -> socket.socket:
     """A request on a socket of its own, of which nothing is read yet."""
-    connection = socket.create_connection(live.address, timeout=30)
+    connection = socket.create_connection(live.address, timeout=PATIENCE)
     head = f"POST {GENERATIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     connection.sendall(f"{head}Content-Length: {length or len(body)}\r\n\r\n".encode() + body)
     return connection
@@ -67,6 +68,8 @@ def requests(live: Live, status: str) -> float:
         b'{"prompt": "x", "guidance_scale": 1e400}',
         b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}",
         b"[" * 100_000,
+        b'{"prompt": "x", "user": ' + b"[" * 900 + b"]" * 900 + b"}",
+        b'{"prompt": "x", "a": ' + b'{"a":' * 900 + b"1" + b"}" * 901,
         b'{"a":' * 20_000,
         b"\x00" * 100,
     ],
@@ -81,11 +84,13 @@ def test_bodies_that_are_no_request(live: Live, content: bytes) -> None:
 
 
 def test_bodies_that_are_too_large(live: Live) -> None:
-    huge = json.dumps({"prompt": "a" * 2**20}).encode()
-    assert post(live, huge).status_code == 413
-    assert post(live, (huge[start : start + 4096] for start in range(0, len(huge), 4096))).status_code == 413
-    # The largest that is one: two prompts of four thousand characters outside the basic plane.
-    prompt = json.dumps("\U0001f600" * 4000)
+    huge = json.dumps({"prompt": "a" * 16 * 2**20}).encode()
+    pieces = (huge[start : start + 4096] for start in range(0, len(huge), 4096))
+    for content in (huge, pieces):  # the second without a length
+        answer = post(live, content)
+        assert answer.status_code == 413 and "at most 1048576 bytes" in answer.json()["error"]["message"]
+    # The largest that is one: two prompts of the largest length outside the basic plane.
+    prompt = json.dumps("\U0001f600" * 32_000)
     answer = post(live, f'{{"prompt": {prompt}, "negative_prompt": {prompt}}}'.encode())
     assert answer.status_code == 400 and "there is room for" in answer.json()["error"]["message"]
 
@@ -96,26 +101,158 @@ def test_a_form_of_another_site_is_no_request(live: Live) -> None:
         assert post(live, b'{"prompt": "x"}', {"Content-Type": kind}).status_code == 400
 
 
-def test_other_paths_and_methods(live: Live) -> None:
-    for path in ("/v1/chat/completions", "/../../etc/passwd", "/page.py", "/docs", "//"):
-        answer = httpx2.get(live.url + path)
-        assert answer.status_code == 404 and answer.json()["error"]["type"] == "invalid_request_error"
-    answer = httpx2.get(live.url + GENERATIONS)
-    assert answer.status_code == 405 and answer.headers["allow"] == "POST"
+@pytest.mark.parametrize(
+    ("method", "path", "status", "message"),
+    [
+        ("GET", "/v1/chat/completions", 404, "no GET /v1/chat/completions here"),
+        ("POST", "/v1/chat/completions", 404, "no POST /v1/chat/completions here"),
+        ("POST", "/v1/images/edits", 404, "no POST /v1/images/edits here. There are POST /v1/images/generations"),
+        ("POST", "/v1/images/variations", 404, "There are POST /v1/images/generations"),
+        ("POST", "/images/generations", 404, "There are POST /v1/images/generations"),
+        ("POST", "/v1", 404, "There are POST /v1/images/generations"),
+        ("GET", "/v1/", 404, ""),
+        ("GET", "/v1/models/third", 404, "there are: first, second"),
+        ("GET", "/../../etc/passwd", 404, ""),
+        ("GET", "/page.py", 404, ""),
+        ("GET", "/docs", 404, ""),
+        ("GET", "//", 404, ""),
+        ("GET", "/" + "x" * 10_000, 404, ""),
+        ("GET", GENERATIONS, 405, "only POST"),
+        ("OPTIONS", GENERATIONS, 405, "only POST"),
+        ("DELETE", "/v1/models/first", 405, "only GET"),
+        ("POST", "/v1/models", 405, "only GET"),
+        ("POST", "/healthz", 405, "only GET"),
+    ],
+)
+def test_other_paths_and_methods(live: Live, method: str, path: str, status: int, message: str) -> None:
+    answer = live.ask(method, path, content=b'{"prompt": "x"}', headers=JSON)
+    assert answer.status_code == status and len(answer.text) < 500
+    error = answer.json()["error"]
+    assert error["type"] == "invalid_request_error" and message in error["message"]
+    assert (status == 405) == ("allow" in answer.headers)
+
+
+def test_a_picture_for_a_route_that_is_not_there(live: Live) -> None:
+    """The client sends all of it before it looks at the answer."""
+    with pytest.raises(openai.NotFoundError, match="no POST /v1/images/edits here"):
+        live.client().images.edit(image=("a.png", b"x" * 10_000_000), prompt="x")
+
+
+def test_what_clients_write_otherwise(live: Live) -> None:
+    """A slash at the end, a byte order mark, a character set."""
+    body = b'{"prompt": "x", "seed": 1}'
+    image = post(live, body).json()["data"][0]["b64_json"]
+    for path, content, kind in (
+        (GENERATIONS + "/", body, "application/json"),
+        (GENERATIONS, b"\xef\xbb\xbf" + body, "application/json"),
+        (GENERATIONS, body, "application/json; charset=utf-8"),
+        (GENERATIONS, body, "application/vnd.x+json"),
+    ):
+        answer = live.ask("POST", path, content=content, headers={"Content-Type": kind})
+        assert answer.status_code == 200 and answer.json()["data"][0]["b64_json"] == image
+    assert live.ask("GET", "/v1/models/").json() == live.ask("GET", "/v1/models").json()
 
 
 def test_slow_clients_hold_up_nobody_and_are_dropped(pipelines: Pipelines, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate, "TRANSFER_SECONDS", 0.5)
-    with Live(pipelines, Service(timeout=0.5)).running() as live:
+    monkeypatch.setattr(gate, "TRANSFER_SECONDS", PATIENCE)
+    with Live(pipelines).running() as live:
         slow = [send(live, b'{"prompt": ', length=100) for _ in range(50)]
+        wait_until(lambda: live.service.in_flight == 50)
         assert live.client().images.generate(prompt="x").data
-        answer = slow[0].recv(1000)
+        monkeypatch.setattr(gate, "TRANSFER_SECONDS", 0.1)
+        late = send(live, b'{"prompt": ', length=100)
+        answer = b"".join(iter(lambda: late.recv(1000), b""))  # to its end: the server closes the connection
         assert answer.startswith(b"HTTP/1.1 408 ") and b"No whole request came" in answer
+        wait_until(lambda: live.service.in_flight == 50)
+        for connection in slow:
+            connection.close()
         wait_until(lambda: live.service.in_flight == 0)
 
 
+@pytest.mark.parametrize("read", [True, False])
+def test_a_long_answer_goes_out_in_pieces(read: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of which the client has to take in time; nothing is sent to one that does not."""
+    body, sent = bytes(range(256)) * 4096, bytearray()
+    ended: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        try:
+            await send({"type": "http.response.body", "body": body[:-1], "more_body": True})
+            await send({"type": "http.response.body", "body": body[-1:]})
+        except TimeoutError:
+            ended.append("early")
+            raise
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            assert len(message["body"]) <= gate.PIECE
+            sent.extend(message["body"])
+            assert message.get("more_body", False) == (len(sent) < len(body))
+            if not read and len(sent) > gate.PIECE:
+                await asyncio.Event().wait()
+
+    monkeypatch.setattr(gate, "TRANSFER_SECONDS", PATIENCE if read else 0.01)
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": [(b"host", b"x")]}
+    asyncio.run(gate.Gate(app, Service())(scope, asyncio.Event().wait, send))
+    assert sent == (body if read else body[: 2 * gate.PIECE]) and ended == ([] if read else ["early"])
+
+
+def test_connections_that_only_stay_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a whole head of a request, or without taking the end of an answer; a request that is answered stays."""
+
+    class Cycle:
+        def __init__(self, response_complete: bool) -> None:
+            self.response_complete = response_complete
+
+    class Connection:
+        def __init__(self, cycle: Cycle | None) -> None:
+            self.cycle, self.transport, self.dropped = cycle, self, False
+
+        def is_closing(self) -> bool:
+            return False
+
+        def abort(self) -> None:
+            self.dropped = True
+
+    server = command._Server(uvicorn.Config("none"), [], Service(), 0)
+    connections = [Connection(None), Connection(Cycle(True)), Connection(Cycle(False))]
+    server.server_state.connections = set(connections)  # type: ignore[arg-type]
+    clock = Clock()
+
+    async def ticks() -> None:
+        monkeypatch.setattr(asyncio.get_running_loop(), "time", clock)
+        for _ in range(3):
+            await server.on_tick(0)
+            clock.now += command.KEEP_ALIVE_SECONDS * 0.6
+            connections[1].cycle = Cycle(True)  # of another request
+
+    asyncio.run(ticks())
+    assert [connection.dropped for connection in connections] == [True, False, False]
+
+
+def test_long_prompts_are_tokenized_beside_the_event_loop(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    checking, go_on = threading.Event(), threading.Event()
+    served = live.models[0]
+    whole = served.shared
+
+    def shared(asked: Any) -> Any:
+        checking.set()
+        assert go_on.wait(PATIENCE)
+        return whole(asked)
+
+    monkeypatch.setattr(served, "shared", shared)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(post, live, b'{"prompt": "x"}')
+        assert checking.wait(PATIENCE)
+        assert live.ask("GET", "/healthz").status_code == 200
+        go_on.set()
+        assert asked.result().status_code == 200
+
+
 def test_who_hangs_up_leaves_the_queue(pipelines: Pipelines) -> None:
-    with Live(pipelines, row_seconds=0.1, shapes=[1]).running() as live, ThreadPoolExecutor(1) as pool:
+    with Live(pipelines, shapes=[1]).running() as live, ThreadPoolExecutor(1) as pool:
+        live.engine.hold()
         running = pool.submit(live.client().images.generate, prompt="x", model="first")
         wait_until(lambda: live.engine.rows == 1)
         left = [send(live, b'{"prompt": "x", "n": 5}') for _ in range(4)]
@@ -123,6 +260,7 @@ def test_who_hangs_up_leaves_the_queue(pipelines: Pipelines) -> None:
         for connection in left:
             connection.close()
         wait_until(lambda: requests(live, "499") == 4)
+        live.engine.go()
         assert running.result().data
         assert live.client().images.generate(prompt="x", model="first").data
         assert live.metric("simplear_images_total", model="first") == 2
@@ -130,39 +268,72 @@ def test_who_hangs_up_leaves_the_queue(pipelines: Pipelines) -> None:
 
 @pytest.mark.parametrize("stream", ["false", "true"])
 def test_a_running_batch_ends_with_its_client(pipelines: Pipelines, stream: str) -> None:
-    with Live(pipelines, row_seconds=0.3).running() as live:
+    with Live(pipelines).running() as live:
+        live.engine.hold()
         connection = send(live, f'{{"prompt": "x", "stream": {stream}}}'.encode())
         wait_until(lambda: live.engine.rows == 1)
         connection.close()
         wait_until(lambda: requests(live, "499") == 1)
-        assert live.client().images.generate(prompt="x", model="second").data
-        assert live.engine.rows < GRID[0] and live.metric("simplear_images_total", model="first") == 0
+        live.engine.go()
+        assert live.client().images.generate(prompt="y").data
+        assert live.engine.rows == 1 + GRID[0] and live.metric("simplear_images_total", model="first") == 1
 
 
 def test_a_full_queue_says_when_to_come_back(pipelines: Pipelines) -> None:
-    with Live(pipelines, row_seconds=0.1, capacity=4, shapes=[1]).running() as live:
+    with Live(pipelines, capacity=4, shapes=[4]).running() as live, ThreadPoolExecutor(1) as pool:
+        live.engine.hold()
         waiting = [send(live, b'{"prompt": "x", "n": 4}')]
         wait_until(lambda: live.engine.rows == 1)
-        waiting.append(send(live, b'{"prompt": "x"}'))
+        waiting.append(send(live, b'{"prompt": "x", "n": 4}'))
         wait_until(lambda: live.metric("simplear_queue_images", model="first") == 4)
         with pytest.raises(openai.RateLimitError, match="Too many images are waiting") as raised:
             live.client().images.generate(prompt="x")
         assert raised.value.code == "queue_full" and int(raised.value.response.headers["retry-after"]) >= 1
         # The other checkpoint has a queue of its own, and the client comes back by itself.
         assert live.client().images.generate(prompt="x", model="second").data
-        assert live.client(max_retries=10).images.generate(prompt="x").data
+        patient = pool.submit(live.client(max_retries=1000).images.generate, prompt="x")
+        wait_until(lambda: requests(live, "429") == 2)
+        live.engine.go()
+        assert patient.result().data
         assert b"200 OK" in waiting[1].recv(1000)
 
 
-def test_what_takes_too_long_is_given_up(pipelines: Pipelines) -> None:
-    with Live(pipelines, Service(timeout=0.3), row_seconds=0.2).running() as live:
-        with pytest.raises(openai.InternalServerError, match="not drawn in time") as raised:
+def test_what_comes_to_a_standstill_is_given_up(pipelines: Pipelines) -> None:
+    with Live(pipelines, Service(timeout=0.1)).running() as live:
+        live.engine.hold()
+        with pytest.raises(openai.InternalServerError, match="come to a standstill") as raised:
             live.client().images.generate(prompt="x", model="first")
         assert raised.value.status_code == 504
-        with pytest.raises(openai.APIError, match="not drawn in time"):
+        with pytest.raises(openai.APIError, match="come to a standstill"):
             list(live.client().images.generate(prompt="x", model="first", stream=True))
         wait_until(lambda: live.service.in_flight == 0)
         assert live.metric("simplear_images_total", model="first") == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_drawn_row_by_row_may_take_long(
+    pipelines: Pipelines, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each row within the limit, all of them together far beyond; the request behind waits for that too."""
+    monkeypatch.setattr(pending, "HEARTBEAT_SECONDS", 0.01)
+    clock = Clock()
+    with (
+        Live(pipelines, Service(timeout=100), shapes=[1], clock=clock).running() as live,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        live.engine.hold()
+        first = pool.submit(live.client().images.generate, prompt="x", stream=stream)
+        wait_until(lambda: live.engine.rows == 1)
+        second = pool.submit(live.client().images.generate, prompt="y")
+        wait_until(lambda: live.metric("simplear_queue_images", model="first") == 1)
+        for row in range(1, 2 * GRID[0]):
+            wait_until(lambda row=row: live.engine.rows == row)
+            clock.now += 60
+            live.engine.hold()
+        live.engine.go()
+        assert list(first.result()) if stream else first.result().data
+        assert second.result().data
+        assert clock.now - 1000 > 400
 
 
 @pytest.mark.parametrize(
@@ -191,14 +362,16 @@ def test_a_failure_ends_one_request_and_says_nothing(
 
 
 def test_a_server_that_goes_down_sends_new_requests_away(pipelines: Pipelines) -> None:
-    with Live(pipelines, row_seconds=0.1).running() as live, ThreadPoolExecutor(1) as pool:
+    with Live(pipelines).running() as live, ThreadPoolExecutor(1) as pool:
+        live.engine.hold()
         running = pool.submit(live.client().images.generate, prompt="x")
         wait_until(lambda: live.engine.rows == 1)
         live.service.draining = True
         answer = post(live, b'{"prompt": "x"}')
         assert answer.status_code == 503 and answer.headers["retry-after"] and answer.headers["connection"] == "close"
         assert answer.json()["error"]["code"] == "shutting_down"
-        assert httpx2.get(f"{live.url}/healthz").status_code == 503
+        assert live.ask("GET", "/healthz").status_code == 503
+        live.engine.go()
         assert running.result().data
 
 
@@ -212,13 +385,18 @@ def test_requests_that_the_openapi_page_allows_and_others(live: Live, mode: Gene
     operations = [
         found.ok() for found in schemathesis.openapi.from_url(f"{live.url}/openapi.json").get_all_operations()
     ]
-    assert [operation.path for operation in operations] == [GENERATIONS, "/v1/models", "/healthz"]
+    assert [operation.path for operation in operations] == [
+        GENERATIONS,
+        "/v1/models",
+        "/v1/models/{model}",
+        "/healthz",
+    ]
     for operation in operations[: 1 if mode is GenerationMode.NEGATIVE else None]:  # the others take nothing
 
         @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
         @given(case=operation.as_strategy(generation_mode=mode))
         def answered(case: Any) -> None:
-            case.call_and_validate(excluded_checks=left_out, timeout=60)
+            case.call_and_validate(excluded_checks=left_out, timeout=PATIENCE)
 
         answered()
 
@@ -248,7 +426,7 @@ def served(checkpoints: list[Path]) -> Iterator[Any]:
 
 def load(url: str, key: str, results: list[Any], stop: threading.Event) -> None:
     """Ask until the server is gone."""
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=30)
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=PATIENCE)
     while not stop.is_set():
         try:
             results.append(client.images.generate(prompt="a red circle", n=4))
@@ -269,15 +447,18 @@ def test_sigterm_under_load(served: Any) -> None:
     for thread in threads:
         thread.start()
     wait_until(lambda: len(results) > 16)
+    process.stdout.close()  # whoever read the address may be gone: that keeps nothing from ending
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 0
+    assert process.wait(PATIENCE) == 0
     stop.set()
     for thread in threads:
-        thread.join(30)
+        thread.join(PATIENCE)
     errors = [result for result in results if isinstance(result, Exception)]
     assert all(error.status_code == 503 and error.code == "shutting_down" for error in errors)
     assert all(len(result.data) == 4 for result in results if result not in errors)
-    assert process.stderr is not None and "Traceback" not in process.stderr.read()
+    assert process.stderr is not None
+    printed = process.stderr.read()
+    assert re.search(r"^Stopping when .*\n\Z", printed, re.MULTILINE) and "Traceback" not in printed
 
 
 @pytest.mark.long
@@ -286,11 +467,10 @@ def test_sigterm_does_not_wait_for_ever(served: Any) -> None:
     bodies = [b'{"prompt": "x", "n": 10}'] * 12
     with ThreadPoolExecutor(len(bodies)) as pool:
         answers = [
-            pool.submit(httpx2.post, url + GENERATIONS, content=body, headers=JSON, timeout=30) for body in bodies
+            pool.submit(httpx2.post, url + GENERATIONS, content=body, headers=JSON, timeout=PATIENCE) for body in bodies
         ]
         wait_until(lambda: "simplear_images_total" in httpx2.get(f"{url}/metrics").text)
-        begin = time.monotonic()
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0 and time.monotonic() - begin < 10
+        assert process.wait(PATIENCE) == 0
         statuses = [answer.result().status_code for answer in answers]
     assert set(statuses) <= {200, 503} and 503 in statuses

@@ -5,19 +5,21 @@ from __future__ import annotations
 import base64
 import io
 import json
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import httpx2
 import numpy as np
 import openai
 import pytest
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image
 
-from serving.conftest import GRID, SIZE, Live
+from serving.conftest import GRID, PATIENCE, SIZE, Live, wait_until
 from simplear.generation import SimpleARPipeline
 from simplear.serving import Service
+from simplear.serving.command import LOCAL_NAMES
+from simplear.serving.pending import encode
 from toys import DOWNSAMPLE
 
 Pipelines = dict[str, SimpleARPipeline]
@@ -128,20 +130,26 @@ def test_partial_images_are_spread_over_the_rows(live: Live) -> None:
     assert [event.rows for event in live.client().images.generate(prompt="one star", stream=True)] == [4]
 
 
-def test_concurrent_requests_get_their_own_images(live: Live, pipelines: Pipelines) -> None:
+def test_concurrent_requests_get_their_own_images(pipelines: Pipelines) -> None:
     """Distinct seeds and prompts from many clients at once: no image goes to another, whatever it was drawn beside."""
-    before = live.metric("simplear_batch_images_count", model="first")
     prompts = ["a red circle", "two blue squares", "one star " * 6, ""]
 
     def ask(seed: int) -> Any:
-        client = live.client(timeout=60)
+        client = live.client(timeout=PATIENCE)
         return client.images.generate(prompt=prompts[seed % 4], model="first", extra_body={"seed": seed}).data[0]
 
-    with ThreadPoolExecutor(16) as pool:
-        images = list(pool.map(ask, range(64)))
-    assert [image.seed for image in images] == list(range(64))
-    batches = live.metric("simplear_batch_images_count", model="first") - before
-    assert batches < 40 and max(image.batch_size for image in images) >= 4
+    with Live(pipelines).running() as live, ThreadPoolExecutor(33) as pool:
+        live.engine.hold()
+        first = pool.submit(ask, 0)
+        wait_until(lambda: live.engine.rows == 1)
+        others = pool.map(ask, range(1, 33))
+        wait_until(lambda: live.metric("simplear_queue_images", model="first") == 32)
+        live.engine.go()
+        images = [first.result(), *others]
+        # The first alone, then those of two widths of prompt, up to eight at once.
+        assert live.metric("simplear_batch_images_count", model="first") <= 1 + 5
+    assert [image.seed for image in images] == list(range(33))
+    assert {image.batch_size for image in images[1:]} == {8}
     for image in images:
         expected = drawn_by(pipelines["first"], prompts[image.seed % 4], image.seed, image.batch_size)
         np.testing.assert_array_equal(pixels(image.b64_json), expected)
@@ -151,9 +159,14 @@ def test_models(live: Live) -> None:
     models = live.client().models.list().data
     assert [model.id for model in models] == ["first", "second"]
     assert models[0].size == SIZE and models[0].defaults["guidance_scale"] == 2.0
-    with pytest.raises(openai.NotFoundError, match="there are: first, second") as raised:
-        live.client().images.generate(prompt="x", model="third")
-    assert (raised.value.code, raised.value.param) == ("model_not_found", "model")
+    assert live.client().models.retrieve("second") == models[1]
+    for ask in (
+        lambda: live.client().images.generate(prompt="x", model="third"),
+        lambda: live.client().models.retrieve("third"),
+    ):
+        with pytest.raises(openai.NotFoundError, match="there are: first, second") as raised:
+            ask()
+        assert (raised.value.code, raised.value.param) == ("model_not_found", "model")
 
 
 @pytest.mark.parametrize(
@@ -164,25 +177,35 @@ def test_models(live: Live) -> None:
         ({"size": "12x8"}, "size", "width 12 is no multiple of 8"),
         ({"size": "4x8"}, "size", "width 4 is no multiple of 8"),
         ({"size": "80x80"}, "size", "100 codes; at most 12"),
+        ({"size": "1024x1024"}, "size", f"16384 codes; at most 12 are drawn, {SIZE} by default"),
         ({"size": "99999x99999"}, "size", "at most 12"),
         ({"n": 0}, "n", "greater than or equal to 1"),
         ({"n": 11}, "n", "less than or equal to 10"),
         ({"n": 1.5}, "n", "integer"),
-        ({"prompt": "x" * 4001}, "prompt", "at most 4000"),
-        ({"prompt": "q z " * 900}, "prompt", "there is room for"),
-        ({"negative_prompt": "q z " * 900}, "negative_prompt", "there is room for"),
-        ({"response_format": "url"}, "response_format", "b64_json"),
-        ({"style": "vivid"}, "style", "no parameter style"),
-        ({"quality": "hd"}, "quality", "'auto' or 'standard'"),
-        ({"background": "transparent"}, "background", "'auto' or 'opaque'"),
-        ({"output_format": "webp"}, "output_format", "'png'"),
-        ({"guidance_scal": 2}, "guidance_scal", "no parameter guidance_scal"),
+        ({"n": 1e300}, "n", "less than or equal to 10"),
+        ({"n": "1"}, "n", "integer"),
+        ({"n": True}, "n", "integer"),
+        ({"prompt": "x" * 32_001}, "prompt", "at most 32000"),
+        ({"prompt": "q z " * 8_000}, "prompt", r"has \d+ tokens; there is room for \d+"),
+        ({"negative_prompt": "q z " * 8_000}, "negative_prompt", r"has \d+ tokens; there is room for \d+"),
+        ({"response_format": "url"}, "response_format", "'b64_json'.*no URL"),
+        ({"style": "vivd"}, "style", "'vivid' or 'natural'"),
+        ({"quality": "best"}, "quality", "'standard' or 'hd'"),
+        ({"background": "transparent"}, "background", "'auto' or 'opaque'.*without transparent areas"),
+        ({"output_format": "gif"}, "output_format", "'png', 'jpeg' or 'webp'"),
+        ({"output_compression": 50}, "output_compression", "jpeg or webp"),
+        ({"output_compression": 101, "output_format": "jpeg"}, "output_compression", "less than or equal to 100"),
+        ({"guidance_scal": 2}, "guidance_scal", "no parameter guidance_scal here; did you mean guidance_scale"),
+        ({"negativ_prompt": ""}, "negativ_prompt", "did you mean negative_prompt"),
+        ({"output_compresion": 90}, "output_compresion", "did you mean output_compression"),
+        ({"steps": 20}, "steps", "no parameter steps here"),
         ({"guidance_scale": "2"}, "guidance_scale", "valid number"),
         ({"temperature": 0}, "temperature", "greater than 0"),
         ({"seed": -1}, "seed", "greater than or equal to 0"),
         ({"seed": 2**60}, "seed", "less than or equal"),
         ({"top_p": 1.5}, "top_p", "less than or equal to 1"),
         ({"partial_images": 2}, "partial_images", "stream=true"),
+        ({"partial_images": 4, "stream": True}, "partial_images", "less than or equal to 3"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_by_name(live: Live, asked: dict[str, Any], param: str, message: str) -> None:
@@ -193,19 +216,67 @@ def test_what_cannot_be_drawn_is_refused_by_name(live: Live, asked: dict[str, An
     assert len(raised.value.message) < 400
 
 
-def test_harmless_parameters_change_nothing(live: Live) -> None:
-    plain = live.client().images.generate(prompt="one star", extra_body={"seed": 1})
-    asked = live.client().images.generate(
-        prompt="one star",
-        quality="standard",
-        background="opaque",
-        moderation="low",
-        output_format="png",
-        response_format="b64_json",
-        user="me",
-        extra_body={"seed": 1},
+@pytest.mark.parametrize(
+    "asked",
+    [
+        *({"quality": quality} for quality in ("auto", "low", "medium", "high", "xhigh", "max", "standard", "hd")),
+        *({"style": style} for style in ("vivid", "natural")),
+        *({"complexity": complexity} for complexity in ("low", "high")),
+        *({"background": background} for background in ("auto", "opaque")),
+        *({"moderation": moderation} for moderation in ("auto", "low")),
+        {"output_format": "png", "output_compression": 100},
+        {"output_compression": 100.0},
+        {"response_format": "b64_json"},
+        {"user": "me", "safety_identifier": "me too"},
+        {"n": 1.0, "seed": 1.0, "top_k": 1e3, "partial_images": 0.0, "guidance_scale": 2},
+        {"size": "auto"},
+        {"stream": False},
+        {"no_such_key": None, "svg": None, "frame_count": None},
+        dict.fromkeys(
+            ("n", "size", "quality", "style", "user", "stream", "model", "response_format", "guidance_scale")
+        ),
+    ],
+    ids=str,
+)
+def test_values_that_mean_nothing_here_change_nothing(live: Live, pipelines: Pipelines, asked: dict[str, Any]) -> None:
+    image = live.client().images.generate(prompt="one star", extra_body={"seed": 1, **asked}).data[0]
+    np.testing.assert_array_equal(pixels(image.b64_json), drawn_by(pipelines["first"], "one star", 1, 1))
+
+
+@pytest.mark.parametrize("output_format", ["jpeg", "webp"])
+def test_other_file_formats(live: Live, pipelines: Pipelines, output_format: Any) -> None:
+    """As small as was asked for, at the best quality close to the picture, and with what they were made of."""
+    expected = drawn_by(pipelines["first"], "one star", 1, 1)
+    sizes = []
+    for compression in (None, 100, 60, 20, 0):
+        asked = {"seed": 1} if compression is None else {"seed": 1, "output_compression": compression}
+        answer = live.client().images.generate(prompt="one star", output_format=output_format, extra_body=asked)
+        assert answer.output_format == output_format
+        sizes.append(len(answer.data[0].b64_json))
+        shown = picture(answer.data[0].b64_json)
+        assert shown.format == output_format.upper() and shown.size == expected.shape[1::-1]
+        assert json.loads(shown.getexif()[ExifTags.Base.ImageDescription])["seed"] == 1
+        if compression in (None, 100):
+            assert np.abs(np.asarray(shown.convert("RGB")).astype(int) - expected).mean() < 12
+    assert sizes[0] == sizes[1] > sizes[2] > sizes[3] >= sizes[4]
+    events = list(
+        live.client().images.generate(prompt="one star", output_format=output_format, stream=True, partial_images=1)
     )
-    assert asked.data[0].b64_json == plain.data[0].b64_json
+    assert [event.output_format for event in events] == [output_format] * 2
+    upper = np.asarray(picture(events[0].b64_json).convert("RGBA"))
+    below = upper[-DOWNSAMPLE:]
+    assert (below[..., :3] > 240).all() if output_format == "jpeg" else (below[..., 3] == 0).all()
+
+
+def test_a_prompt_too_long_for_a_jpeg(live: Live) -> None:
+    """Its metadata would not fit; WebP and PNG hold them."""
+    made, image = {"prompt": "x" * 100_000}, Image.new("RGB", (8, 8))
+    described = {
+        output_format: picture(encode(image, 8, made, output_format, 100)) for output_format in ("png", "jpeg", "webp")
+    }
+    assert not described["jpeg"].getexif()
+    assert json.loads(described["webp"].getexif()[ExifTags.Base.ImageDescription]) == made
+    assert json.loads(described["png"].text["simplear"]) == made
 
 
 def test_the_key_is_asked_for(pipelines: Pipelines) -> None:
@@ -214,18 +285,87 @@ def test_the_key_is_asked_for(pipelines: Pipelines) -> None:
             with pytest.raises(openai.AuthenticationError, match="asks for an API key") as raised:
                 live.client(wrong).models.list()
             assert raised.value.code == "invalid_api_key"
-        answer = httpx2.post(f"{live.url}/v1/images/generations", content=b"{", headers={"Authorization": "Basic abc"})
-        assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
         key = {"Authorization": "Bearer sésame".encode()}
-        assert httpx2.get(f"{live.url}/v1/models", headers=key).status_code == 200
-        assert httpx2.get(f"{live.url}/healthz").status_code == httpx2.get(live.url).status_code == 200
-        assert "HTTPBearer" in httpx2.get(f"{live.url}/openapi.json").text
+        for method, path in (
+            ("POST", "/v1/images/generations"),
+            ("GET", "/v1/models"),
+            ("GET", "/v1/models/first"),
+            ("GET", "/v1/models/"),
+            ("GET", "/v1/nothing"),
+            ("GET", "/metrics"),
+        ):
+            answer = live.ask(method, path, content=b"{", headers={"Authorization": "Basic abc"})
+            assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
+            assert live.ask(method, path, headers=key).status_code != 401
+        assert live.ask("GET", "/metrics", headers=key).status_code == 200
+        assert live.ask("GET", "/healthz").status_code == live.ask("GET", "/").status_code == 200
+        assert "HTTPBearer" in live.ask("GET", "/openapi.json").text
+
+
+@pytest.mark.parametrize(
+    ("host", "answered"),
+    [
+        ("127.0.0.1:8000", True),
+        ("LocalHost", True),
+        ("images.localhost:80", True),
+        ("[::1]:8000", True),
+        ("images.example.com", True),
+        ("a.example.org", True),
+        ("example.org", False),
+        ("evil.example", False),
+        ("127.0.0.1.evil.example", False),
+        ("localhost.evil.example:8000", False),
+        ("[::1", False),
+        ("", False),
+    ],
+)
+def test_only_known_names_are_answered(live_for_browsers: Live, host: str, answered: bool) -> None:
+    """A page that points its own name at this machine would else use the server through its visitors' browsers."""
+    for path in ("/", "/v1/models", "/healthz", "/metrics"):
+        answer = live_for_browsers.ask("GET", path, headers={"Host": host})
+        assert answer.status_code == (200 if answered else 403)
+        assert answered or answer.json()["error"]["code"] == "host_not_allowed"
+
+
+@pytest.fixture(scope="module")
+def live_for_browsers(pipelines: Pipelines) -> Iterator[Live]:
+    service = Service(
+        allowed_hosts=[*LOCAL_NAMES, "images.example.com", "*.example.org"], cors_origins=["https://app.example.com"]
+    )
+    with Live(pipelines, service).running() as live:
+        yield live
+
+
+def test_pages_of_allowed_origins_use_the_api(live_for_browsers: Live, live: Live) -> None:
+    """What a browser asks before it lets a page do so, and what it looks for in the answer."""
+    preflight = {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type,x-stainless-os",
+    }
+    origin = {"Origin": "https://app.example.com"}
+    path, body = "/v1/images/generations", b'{"prompt": "x"}'
+    answer = live_for_browsers.ask("OPTIONS", path, headers={**origin, **preflight})
+    assert answer.status_code == 200
+    assert answer.headers["access-control-allow-origin"] == "https://app.example.com"
+    assert "POST" in answer.headers["access-control-allow-methods"]
+    allowed = answer.headers["access-control-allow-headers"].replace(" ", "").lower().split(",")
+    assert {"authorization", "content-type", "x-stainless-os"} <= set(allowed)
+    for content, status in ((body, 200), (b"{", 400)):
+        headers = {**origin, "Content-Type": "application/json"}
+        answer = live_for_browsers.ask("POST", path, headers=headers, content=content)
+        assert answer.status_code == status
+        assert answer.headers["access-control-allow-origin"] == "https://app.example.com"
+    for where, other in ((live_for_browsers, "https://evil.example"), (live, "https://app.example.com")):
+        asked = where.ask("OPTIONS", path, headers={**preflight, "Origin": other})
+        answered = where.ask("GET", "/v1/models", headers={"Origin": other})
+        assert asked.status_code >= 400
+        assert not any("access-control-allow-origin" in answer.headers for answer in (asked, answered))
 
 
 def test_health_metrics_and_page(live: Live) -> None:
     live.client().images.generate(prompt="x", model="first")
-    assert httpx2.get(f"{live.url}/healthz").json() == {"status": "ok"}
-    text = httpx2.get(f"{live.url}/metrics").text
+    assert live.ask("GET", "/healthz").json() == {"status": "ok"}
+    text = live.ask("GET", "/metrics").text
     for name in (
         'simplear_requests_total{path="/v1/images/generations",status="200"}',
         'simplear_request_seconds_bucket{le="0.05",path="/v1/images/generations"}',
@@ -235,8 +375,8 @@ def test_health_metrics_and_page(live: Live) -> None:
         "process_resident_memory_bytes",
     ):
         assert name in text
-    page = httpx2.get(live.url)
+    page = live.ask("GET", "/")
     assert "<title>SimpleAR</title>" in page.text and "default-src 'none'" in page.headers["content-security-policy"]
-    for path in ("page.css", "page.js"):
-        file = httpx2.get(f"{live.url}/{path}")
+    for path in ("/page.css", "/page.js"):
+        file = live.ask("GET", path)
         assert file.status_code == 200 and "//" not in file.text.replace("// ", "").replace("http://www.w3.org", "")

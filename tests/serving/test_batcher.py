@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -12,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from serving.conftest import wait_until
+from serving.conftest import PATIENCE, Clock, wait_until
 from simplear.generation import OutOfMemoryError, SamplingSettings
+from simplear.serving import batcher
 from simplear.serving.batcher import Batcher, Drawing, Picture, QueueFullError, Shared, StoppedError
 from simplear.serving.metrics import Metrics
 
@@ -29,6 +29,7 @@ class FakePipeline:
         self.free = threading.Event()
         self.free.set()
         self.failing: Callable[[list[int]], Exception | None] = lambda seeds: None
+        self.undecodable: Callable[[torch.Tensor], Exception | None] = lambda codes: None
 
     def __call__(
         self, prompts: list[str], *, seed: Any, batch_size: int, on_row: Any = lambda first, codes: None, **_: Any
@@ -38,13 +39,15 @@ class FakePipeline:
         assert len(prompts) == len(seed) == batch_size
         codes = torch.tensor(seed)[:, None, None].expand(-1, ROWS, 2)
         for row in range(1, ROWS + 1):
-            assert self.free.wait(10)
+            assert self.free.wait(PATIENCE)
             on_row(0, codes[:, :row])
         if error := self.failing(seed):
             raise error
         return SimpleNamespace(codes=codes)
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        if error := self.undecodable(codes):
+            raise error
         return codes[:, None].expand(-1, 3, -1, -1) / 255
 
 
@@ -53,15 +56,21 @@ class Asker:
     """Asks for images and keeps what comes back."""
 
     batcher: Batcher
+    clock: Clock
     came: list[tuple[int, Picture | Exception]] = field(default_factory=list)
 
-    def drawing(self, seed: int, shared: Shared = SHARED, rows: tuple[int, ...] = ()) -> Drawing:
-        return Drawing("x", seed, shared, lambda event: self.came.append((seed, event)), set(rows))
+    def drawing(self, seed: int, shared: Shared = SHARED, rows: tuple[int, ...] = (), **part: Any) -> Drawing:
+        return Drawing("x", seed, shared, lambda event: self.came.append((seed, event)), set(rows), **part)
 
     def ask(self, *seeds: int, shared: Shared = SHARED) -> list[Drawing]:
         drawings = [self.drawing(seed, shared) for seed in seeds]
         self.batcher.submit(drawings)
         return drawings
+
+    @property
+    def order(self) -> list[tuple[int, int]]:
+        """Seeds of the pictures that came, each with its rows."""
+        return [(seed, event.rows) for seed, event in self.came if isinstance(event, Picture)]
 
     def wait_for(self, count: int) -> None:
         wait_until(lambda: len(self.came) >= count)
@@ -74,9 +83,11 @@ def pipeline() -> FakePipeline:
 
 @pytest.fixture
 def asker(pipeline: FakePipeline) -> Iterator[Asker]:
-    batcher = Batcher("fake", pipeline, [4, 1, 2], capacity=8, wait=0.05, metrics=Metrics())  # type: ignore[arg-type]
+    """Of a batcher that waits for no companions; its clock stands still."""
+    clock = Clock()
+    batcher = Batcher("fake", pipeline, [4, 1, 2], 8, 0.0, Metrics(), clock)  # type: ignore[arg-type]
     batcher.start()
-    yield Asker(batcher)
+    yield Asker(batcher, clock)
     pipeline.free.set()
     batcher.close(5)
 
@@ -126,21 +137,52 @@ def test_a_difference_in_anything_shared_keeps_images_apart(pipeline: FakePipeli
 
 
 def test_an_idle_batcher_waits_a_moment_for_companions(pipeline: FakePipeline, asker: Asker) -> None:
+    asker.batcher.wait = 0.01
     asker.ask(1)
     asker.ask(2)
+    assert pipeline.calls == []
+    asker.clock.now += 0.02
     asker.wait_for(2)
     assert pipeline.calls == [[1, 2]]
-    begin = time.monotonic()
-    asker.batcher.wait = 60.0
     asker.ask(3, 4, 5, 6)  # a full batch waits for nobody
     asker.wait_for(6)
-    assert time.monotonic() - begin < 5
+    assert pipeline.calls == [[1, 2], [3, 4, 5, 6]]
 
 
 def test_rows_are_shown_when_asked_for(pipeline: FakePipeline, asker: Asker) -> None:
     asker.batcher.submit([asker.drawing(1, rows=(1,)), asker.drawing(2)])
     asker.wait_for(3)
-    assert [(seed, event.rows) for seed, event in asker.came] == [(1, 1), (1, 2), (2, 2)]
+    assert asker.order == [(1, 1), (1, 2), (2, 2)]
+
+
+def test_no_rows_are_shown_while_others_wait(pipeline: FakePipeline, asker: Asker) -> None:
+    """Decoding them would hold up the others; images of the same request are not others."""
+    other, request = replace(SHARED, negative_prompt="y"), object()
+    for waiting, shown in (({}, [(1, 2), (2, 2)]), ({"request": request}, [(1, 1), (1, 2), (2, 2)])):
+        asker.came.clear()
+        pipeline.free.clear()
+        asker.batcher.submit([asker.drawing(1, rows=(1,), request=request), asker.drawing(2, other, **waiting)])
+        pipeline.free.set()
+        wait_until(lambda shown=shown: len(asker.order) == len(shown))
+        assert asker.order == shown
+    dropped = asker.batcher.metrics.registry.get_sample_value(
+        "simplear_partial_images_dropped_total", {"model": "fake"}
+    )
+    assert dropped == 1
+
+
+def test_progress_is_a_row_of_any_picture(pipeline: FakePipeline, asker: Asker) -> None:
+    held(pipeline, asker)
+    (waiting,) = asker.ask(1)
+    asker.clock.now += 60
+    assert asker.batcher.idle_seconds(waiting) == 60
+    pipeline.free.set()
+    asker.wait_for(2)
+    assert asker.batcher.idle_seconds(waiting) == 0
+    asker.clock.now += 60
+    assert asker.batcher.idle_seconds(waiting) == 60
+    (later,) = asker.ask(2)
+    assert asker.batcher.idle_seconds(later) == 0
 
 
 def test_a_full_queue_takes_all_or_nothing(pipeline: FakePipeline, asker: Asker) -> None:
@@ -214,6 +256,47 @@ def test_out_of_memory_makes_batches_of_that_size_smaller(pipeline: FakePipeline
     assert isinstance(asker.came[-1][1], OutOfMemoryError) and asker.batcher.healthy
 
 
+def test_batches_grow_again_after_a_while(
+    pipeline: FakePipeline, asker: Asker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def batch_sizes(*seeds: int) -> list[int]:
+        asker.came.clear()
+        asker.ask(*seeds)
+        asker.wait_for(len(seeds))
+        return [event.batch_size for _, event in asker.came]
+
+    monkeypatch.setattr(batcher, "GROW_AFTER", 6)
+    pipeline.failing = lambda seeds: OutOfMemoryError("full") if len(seeds) > 1 else None
+    assert batch_sizes(1, 2, 3, 4) == [1, 1, 1, 1]
+    pipeline.failing = lambda seeds: None
+    assert batch_sizes(1, 2) == [1, 1]
+    assert batch_sizes(1, 2, 3, 4) == [4, 4, 4, 4]
+
+
+@pytest.mark.parametrize("error", [OutOfMemoryError("full"), RuntimeError("no")])
+def test_an_image_that_was_delivered_does_not_fail(pipeline: FakePipeline, asker: Asker, error: Exception) -> None:
+    """Decoding fails at the third of a batch, always: those before it keep their image and get nothing more."""
+    pipeline.undecodable = lambda codes: error if codes.flatten()[0] == 3 else None
+    for count in (4, 8, 12):
+        asker.ask(1, 2, 3, 4)
+        asker.wait_for(count)
+    answers = [(seed, type(event)) for seed, event in asker.came]
+    if isinstance(error, OutOfMemoryError):  # drawn again in smaller batches, so 4 gets its image too
+        assert sorted(answers[:4], key=str) == [(1, Picture), (2, Picture), (3, OutOfMemoryError), (4, Picture)]
+    else:
+        assert answers[:4] == [(1, Picture), (2, Picture), (3, RuntimeError), (4, RuntimeError)]
+    assert len(answers) == 12
+    wait_until(lambda: asker.batcher.healthy == isinstance(error, OutOfMemoryError))
+
+
+def test_memory_that_is_free_again_when_a_batch_is_smaller(pipeline: FakePipeline, asker: Asker) -> None:
+    pipeline.undecodable = lambda codes: OutOfMemoryError("full") if len(pipeline.calls[-1]) > 2 else None
+    asker.batcher.submit([asker.drawing(1, rows=(1,)), asker.drawing(2), asker.drawing(3)])
+    asker.wait_for(3)
+    assert pipeline.calls == [[1, 2, 3, 3], [1, 2], [3]]
+    assert asker.order == [(1, 2), (2, 2), (3, 2)]  # the rows that found no memory are not shown later
+
+
 def test_what_fails_in_warming_up_fails_at_the_start(pipeline: FakePipeline) -> None:
     pipeline.failing = lambda seeds: RuntimeError("no weights") if len(seeds) > 2 else None
     batcher = Batcher("fake", pipeline, [1, 2, 4], 8, 0.0, Metrics())  # type: ignore[arg-type]
@@ -226,7 +309,7 @@ def test_what_fails_in_warming_up_fails_at_the_start(pipeline: FakePipeline) -> 
 def test_closing_finishes_what_it_can(pipeline: FakePipeline, asker: Asker) -> None:
     asker.batcher.wait = 60.0
     asker.ask(1, 2)
-    asker.batcher.close(5)
+    asker.batcher.close(PATIENCE)
     assert [type(event) for _, event in asker.came] == [Picture, Picture]
     with pytest.raises(StoppedError):
         asker.ask(3)
@@ -235,6 +318,10 @@ def test_closing_finishes_what_it_can(pipeline: FakePipeline, asker: Asker) -> N
 def test_closing_in_no_time_fails_the_rest(pipeline: FakePipeline, asker: Asker) -> None:
     held(pipeline, asker)
     asker.ask(1)
-    threading.Timer(0.2, pipeline.free.set).start()
-    asker.batcher.close()
+    closing = threading.Thread(target=asker.batcher.close)
+    closing.start()
+    asker.wait_for(1)
+    pipeline.free.set()
+    asker.wait_for(2)
+    closing.join()
     assert sorted(seed for seed, event in asker.came if isinstance(event, StoppedError)) == [0, 1]

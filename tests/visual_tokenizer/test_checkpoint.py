@@ -9,9 +9,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from simplear.visual_tokenizer import FSQAutoencoder, load_visual_tokenizer, protocol, save_visual_tokenizer
+from simplear.visual_tokenizer import (
+    FSQAutoencoder,
+    load_visual_tokenizer,
+    protocol,
+    register_visual_tokenizer,
+    save_visual_tokenizer,
+)
 
 
+@register_visual_tokenizer
 class Brightness(nn.Module):
     """A user's own tokenizer: one code a patch, its brightness."""
 
@@ -82,7 +89,7 @@ def test_save_that_fails_leaves_the_old_tokenizer_and_nothing_beside(directory, 
     assert [entry.name for entry in directory.parent.iterdir()] == ["tokenizer"]
 
 
-def test_a_users_own_class_is_found_again_by_its_path(tmp_path):
+def test_a_users_own_class_that_is_registered_is_found_again(tmp_path):
     save_visual_tokenizer(Brightness(16), tmp_path / "own")
     loaded = load_visual_tokenizer(tmp_path / "own")
     assert type(loaded).__name__ == "Brightness"
@@ -105,7 +112,7 @@ def test_missing_file_is_named(directory, name):
 
 
 def test_missing_directory_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere is no visual tokenizer"):
+    with pytest.raises(FileNotFoundError, match="nowhere is not a visual tokenizer"):
         load_visual_tokenizer(tmp_path / "nowhere")
 
 
@@ -130,9 +137,9 @@ def test_changed_weight_is_refused(directory):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("class_path", "no.such.Tokenizer", "no.such.Tokenizer, which cannot be imported"),
-        ("class_path", "simplear.visual_tokenizer.Nothing", "cannot be imported"),
         ("init_args", {"levels": [5, 3], "downsample": 4}, "another configuration"),
+        ("init_args", {"levels": [4, 3], "downsample": 4, "colour": 1}, "cannot have these init_args .*colour"),
+        ("init_args", [4, 3], "cannot have these init_args"),
         ("fingerprint", None, "no key 'fingerprint'"),
     ],
 )

@@ -63,7 +63,8 @@ class StateIO(TorchCheckpointIO):
             if (reason := damage(state)) is not None:
                 raise UserError(DAMAGED.format(path, reason))
             self.whole.add(state)
-        return super().load_checkpoint(path, *arguments, **options)
+        # Lightning would unpickle anything from an address on the web.
+        return super().load_checkpoint(path, *arguments, **{**options, "weights_only": True})
 
 
 class AtomicCheckpoint(ModelCheckpoint):

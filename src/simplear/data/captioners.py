@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from simplear.described import Described
 from simplear.errors import MissingFileError, UserError
 from simplear.hashing import sha256_of_all
 from simplear.hub import is_hub_id
@@ -39,6 +40,10 @@ WORTH_A_RETRY = frozenset({408, 425, 429, 500, 502, 503, 504})
 """HTTP states of a server that may answer later."""
 REFUSALS = frozenset({400, 413, 415, 422})
 """HTTP states that say something about the picture, not about the server."""
+REDIRECTS = frozenset({301, 302, 303, 307, 308})
+"""HTTP states that name another address."""
+JPEG_QUALITY = 95
+"""Of pictures on the way to a server."""
 API_KEY_VARIABLE = "OPENAI_API_KEY"
 """Environment variable whose content is sent as the bearer token, where it is set."""
 
@@ -54,15 +59,11 @@ class Answer:
     """Why there is no text, if the captioner would not take the picture."""
 
 
-class Captioner(ABC):
-    """Pictures and a prompt to answers."""
+class Captioner(Described, ABC):
+    """Pictures and a prompt to answers; its arguments are settings of the captions, kept in the manifest."""
 
     retries: Counter[str]
     """Times that something was tried again, by reason."""
-
-    @abstractmethod
-    def describe(self) -> dict[str, Any]:
-        """What decides the answers, the model's revision included; JSON values, kept in the manifest."""
 
     @abstractmethod
     def prepare(self, device: torch.device) -> None:
@@ -75,6 +76,8 @@ class Captioner(ABC):
 
 class TransformersCaptioner(Captioner):
     """A vision-language model that `AutoModelForImageTextToText` loads, such as Qwen2-VL or Qwen2.5-VL."""
+
+    local_paths = frozenset({"model"})
 
     def __init__(self, model: str, *, revision: str | None = None, dtype: str = "auto") -> None:
         """
@@ -97,7 +100,7 @@ class TransformersCaptioner(Captioner):
             raise UserError(f"dtype {dtype!r} is none of PyTorch's: bfloat16, float16, float32 or auto.")
 
     def describe(self) -> dict[str, Any]:
-        """Model, dtype, and its commit on the hub or a hash over its files."""
+        """The revision is the commit on the hub, or a hash over the files."""
         directory = Path(self.model_name)
         if directory.is_dir():
             files = sorted({file for pattern in MODEL_FILES for file in directory.glob(pattern)})
@@ -106,16 +109,20 @@ class TransformersCaptioner(Captioner):
             from transformers import AutoConfig
 
             revision = AutoConfig.from_pretrained(self.model_name, revision=self.revision)._commit_hash
-        return {"class": "TransformersCaptioner", "model": self.model_name, "revision": revision, "dtype": self.dtype}
+        return {**super().describe(), "revision": revision}
 
     def prepare(self, device: torch.device) -> None:
         """Load processor and weights."""
         from transformers import AutoModelForImageTextToText, AutoProcessor  # takes seconds, and a server needs neither
 
-        self.processor: Any = AutoProcessor.from_pretrained(self.model_name, revision=self.revision)
+        self.processor: Any = AutoProcessor.from_pretrained(
+            self.model_name, revision=self.revision, trust_remote_code=False
+        )
         self.processor.tokenizer.padding_side = "left"  # the answer begins where the prompt ends
         dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
-        model: Any = AutoModelForImageTextToText.from_pretrained(self.model_name, revision=self.revision, dtype=dtype)
+        model: Any = AutoModelForImageTextToText.from_pretrained(
+            self.model_name, revision=self.revision, dtype=dtype, trust_remote_code=False
+        )
         self.model = model.to(device).eval()
         # A model's own defaults of sampling would only be warned of: decoding is greedy.
         self.model.generation_config.update(do_sample=False, temperature=None, top_p=None, top_k=None)
@@ -142,10 +149,12 @@ class TransformersCaptioner(Captioner):
 class ServerCaptioner(Captioner):
     """A server with OpenAI's chat protocol, such as vLLM's (``vllm serve Qwen/Qwen2-VL-7B-Instruct``).
 
-    Requests of a batch run side by side. What may pass (no connection, a timeout, an overloaded server) is tried again
-    and counted; a picture that the server refuses has no caption, with the reason; anything else stops the work.
-    A server batches by load, so two runs may differ in single words.
+    Pictures are sent as JPEG files, and requests of a batch run side by side. What may pass (no connection, a timeout,
+    an overloaded server) is tried again and counted; a picture that the server refuses has no caption, with the reason;
+    anything else stops the work. A server batches by load, so two runs may differ in single words.
     """
+
+    not_described = frozenset({"url", "timeout", "tries", "wait", "concurrency"})
 
     def __init__(
         self,
@@ -166,20 +175,19 @@ class ServerCaptioner(Captioner):
             wait: Seconds before the second try; doubled before each later one.
             concurrency: Requests under way at once, of each process.
 
-        Raises ValueError for an address that is none and numbers out of range.
+        Raises ValueError for an invalid address and for numbers out of range.
         """
         if not url.startswith(("http://", "https://")):
-            raise UserError(f"{url} is no address of a server: such as http://localhost:8000/v1.")
+            raise UserError(f"{url} is not the address of a server, such as http://localhost:8000/v1.")
         if tries < 1 or concurrency < 1 or timeout <= 0 or wait < 0:
             raise UserError("tries and concurrency are 1 or more, timeout is above 0, wait 0 or more.")
         self.url, self.model_name = url.rstrip("/"), model
         self.timeout, self.tries, self.wait, self.concurrency = timeout, tries, wait, concurrency
         self.retries = Counter()
         self._counting = threading.Lock()
-
-    def describe(self) -> dict[str, Any]:
-        """The model's name: which machine runs it decides nothing."""
-        return {"class": "ServerCaptioner", "model": self.model_name}
+        self._opener = urllib.request.build_opener(_NoRedirects())
+        self._images: Sequence[Image.Image] = ()
+        self._addresses: list[str] = []
 
     def prepare(self, device: torch.device) -> None:
         """Make sure that the server answers and has the model. Raises ValueError when it has not."""
@@ -190,12 +198,11 @@ class ServerCaptioner(Captioner):
     def answer(self, images: Sequence[Image.Image], prompt: str, max_tokens: int) -> list[Answer]:
         """Answers in the order of the pictures."""
         with ThreadPoolExecutor(self.concurrency) as pool:
-            return list(pool.map(lambda image: self._ask(image, prompt, max_tokens), images))
+            if images is not self._images:  # the same pictures are asked about more than once
+                self._images, self._addresses = images, list(pool.map(_data_address, images))
+            return list(pool.map(lambda address: self._ask(address, prompt, max_tokens), self._addresses))
 
-    def _ask(self, image: Image.Image, prompt: str, max_tokens: int) -> Answer:
-        encoded = io.BytesIO()
-        image.save(encoded, "PNG")
-        address = "data:image/png;base64," + base64.b64encode(encoded.getvalue()).decode()
+    def _ask(self, address: str, prompt: str, max_tokens: int) -> Answer:
         content = [{"type": "image_url", "image_url": {"url": address}}, {"type": "text", "text": prompt}]
         body = {
             "model": self.model_name,
@@ -232,13 +239,18 @@ class ServerCaptioner(Captioner):
                     self.retries[reason] += 1
                 time.sleep(self.wait * 2 ** (attempt - 1))
             try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as response:
+                with self._opener.open(request, timeout=self.timeout) as response:
                     return json.loads(response.read())
             except urllib.error.HTTPError as error:
                 said = error.read(500).decode(errors="replace")
                 if error.code in REFUSALS and body is not None:
                     logger.warning("%s refused a picture (%d): %s", self.url, error.code, said)
                     raise _RefusedError(error.code) from error
+                if error.code in REDIRECTS:
+                    raise UserError(
+                        f"{self.url}{path} answered {error.code}, a redirect to {error.headers.get('Location')}, which "
+                        "is not followed since it could take the key elsewhere: give the server's own address."
+                    ) from error
                 if error.code not in WORTH_A_RETRY:
                     raise UserError(
                         f"{self.url}{path} answered {error.code} {error.reason}: {said} Mend address, model or key "
@@ -251,11 +263,24 @@ class ServerCaptioner(Captioner):
                 inner = getattr(error, "reason", error)
                 reason = "timeout" if isinstance(inner, TimeoutError) else "no connection"
             except ValueError:
-                reason = "an answer that is no JSON"
+                reason = "an answer that is not JSON"
         raise ConnectionError(
             f"{self.url}{path} gave no answer in {self.tries} tries, the last time: {reason}. Units that are finished "
             "are kept: see to the server and run the same again."
         )
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Makes redirects errors: Python would send the key along, to whatever host they name."""
+
+    def redirect_request(self, *arguments: Any) -> None:
+        return None
+
+
+def _data_address(image: Image.Image) -> str:
+    encoded = io.BytesIO()
+    image.convert("RGB").save(encoded, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    return "data:image/jpeg;base64," + base64.b64encode(encoded.getvalue()).decode()
 
 
 class _RefusedError(Exception):

@@ -18,7 +18,7 @@ def train_text_tokenizer_on(source: Source, out: str, *, vocab_size: int = 512) 
 
     Args:
         source: Pictures and captions: ScenesSource, ImageFolderSource, WebDatasetSource, or a class path.
-        out: Directory for the tokenizer; an existing one is left as it is.
+        out: Directory for the tokenizer; must not exist.
         vocab_size: At most this many ids, special tokens not counted; 257 or more.
 
     Raises:
@@ -32,7 +32,7 @@ def train_text_tokenizer_on(source: Source, out: str, *, vocab_size: int = 512) 
         )
     captions = list(_captions(source))
     if not captions:
-        raise UserError(f"the source has no captions: {source.describe()}.")
+        raise UserError(f"the {type(source).__name__} has no captions to train on.")
     with whole_directory(directory) as partial:
         train_text_tokenizer(captions, vocab_size, partial)
     print(f"text tokenizer trained on {len(captions)} captions: {directory}")
@@ -41,6 +41,6 @@ def train_text_tokenizer_on(source: Source, out: str, *, vocab_size: int = 512) 
 def _captions(source: Source) -> Iterator[str]:
     drops: Counter[str] = Counter()
     for unit in source.units():
-        for sample in source.read(unit, drops):
+        for sample in source.candidates(unit, drops):  # pictures stay undecoded
             yield from sample.captions
     warn_of_drops(drops)

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any
 
 from PIL import Image
 from xxhash import xxh3_64_intdigest
 
 from simplear.data.pictures import CENTRE, Pixels, resize_and_crop
+from simplear.described import Described
 from simplear.errors import UserError
 
 
-class Crop(ABC):
+class Crop(Described, ABC):
     """Resizes and cuts; derive from it and name the class by its path."""
 
     @abstractmethod
@@ -30,19 +30,12 @@ class Crop(ABC):
             downsample: pixels of a code along each side.
         """
 
-    @abstractmethod
-    def describe(self) -> dict[str, Any]:
-        """Settings that decide what is cut; JSON values, kept in the manifest."""
-
 
 class CentreCrop(Crop):
     """The middle of the picture, as large a part as has the aspect asked for."""
 
     def __call__(self, image: Image.Image | Pixels, key: str, size: tuple[int, int], downsample: int) -> Pixels:
         return resize_and_crop(image, *size)
-
-    def describe(self) -> dict[str, Any]:
-        return {"class": "CentreCrop"}
 
 
 class RandomCrop(Crop):
@@ -62,9 +55,6 @@ class RandomCrop(Crop):
         """Where the part lies, down and across, each uniform in [0, 1]."""
         down, across = (xxh3_64_intdigest(f"{axis}\0{key}".encode(), self.seed % 2**64) for axis in ("down", "across"))
         return down / (2**64 - 1), across / (2**64 - 1)
-
-    def describe(self) -> dict[str, Any]:
-        return {"class": "RandomCrop", "seed": self.seed}
 
 
 class AspectBuckets(Crop):
@@ -99,6 +89,3 @@ class AspectBuckets(Crop):
         # Of two equally near ones the first, so that nothing hangs on the order of a set.
         nearest = min(grids, key=lambda grid: abs(math.log(grid[1] / grid[0] * height / width)))
         return resize_and_crop(image, nearest[0] * downsample, nearest[1] * downsample, CENTRE)
-
-    def describe(self) -> dict[str, Any]:
-        return {"class": "AspectBuckets", "max_aspect": self.max_aspect, "step": self.step}

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import warnings
 from abc import ABC, abstractmethod
+from collections import Counter
 from typing import Any
 
 import lightning
@@ -26,6 +27,9 @@ from simplear.data.order import DataOrder, MicroBatch, MicroBatchSampler, Order
 from simplear.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+NAMED = 20
+"""Samples that were replaced, of which each has a line of its own."""
 
 
 class BatchDataset(Dataset[dict[str, Any]], ABC):
@@ -44,7 +48,7 @@ class BatchDataset(Dataset[dict[str, Any]], ABC):
 
     @abstractmethod
     def make_batch(self, micro_batch: MicroBatch) -> dict[str, Any]:
-        """The batch of these positions."""
+        """The batch of these positions; ``replaced`` has a text for each sample that another took the place of."""
 
     def __getitem__(self, micro_batch: MicroBatch) -> dict[str, Any]:
         return {**self.make_batch(micro_batch), "number": micro_batch.number}
@@ -64,6 +68,8 @@ class OrderedDataModule(lightning.LightningDataModule):
         self._next_micro_batch = 0
         self._accumulation = 1
         self._restored: dict[str, Any] | None = None
+        self.replaced: Counter[str] = Counter()
+        """Samples that another took the place of on this rank, by key and reason."""
 
     def setup(self, stage: str | None = None) -> None:
         """Begin at the first batch; Lightning restores a saved position after this."""
@@ -133,11 +139,20 @@ class OrderedDataModule(lightning.LightningDataModule):
         }
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Note the position and take the running number out of the batch."""
+        """Note the position and take the running number out of the batch; say which samples were replaced."""
         number = batch.pop("number")
+        for reason in batch.pop("replaced", ()):
+            if reason not in self.replaced and len(self.replaced) < NAMED:
+                logger.warning("%s: another takes its place", reason)
+            self.replaced[reason] += 1
         if self.trainer is not None and self.trainer.training:
             self._next_micro_batch = number + 1
         return batch
+
+    def teardown(self, stage: str) -> None:
+        """Say how many samples were replaced."""
+        if self.replaced:
+            logger.warning("%d times in this run a sample took the place of another", self.replaced.total())
 
     def _order_settings(self) -> dict[str, Any]:
         rows = {"rows": []} if self.training is None else self.training.order_settings()

@@ -16,7 +16,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from simplear.data.shards import remove_abandoned, write_atomically
+from simplear.atomic import remove_abandoned
+from simplear.data.shards import write_atomically
 
 DROPS_FILE = "drops.parquet"
 UNITS_DIRECTORY = "drops"

@@ -26,12 +26,14 @@ from torch import Tensor
 from simplear.data.pictures import Drop
 from simplear.data.sources import Sample
 from simplear.data.sources.base import column as value_of
+from simplear.described import Described
 from simplear.errors import UserError
+from simplear.hashing import sha256_of_lines
 from simplear.text_files import read_lines
 
 
-class Filter(ABC):
-    """Says of a sample whether it is dropped, and why."""
+class Filter(Described, ABC):
+    """Says of a sample whether it is dropped, and why; its arguments are settings of what is made with it."""
 
     @abstractmethod
     def check(self, sample: Sample) -> None:
@@ -40,10 +42,6 @@ class Filter(ABC):
     @abstractmethod
     def reasons(self) -> list[str]:
         """All reasons that this filter drops for, each its own."""
-
-    @abstractmethod
-    def describe(self) -> dict[str, Any]:
-        """Settings that decide what is dropped; JSON values, kept in the manifest."""
 
 
 class ShortEdge(Filter):
@@ -63,9 +61,6 @@ class ShortEdge(Filter):
 
     def reasons(self) -> list[str]:
         return [self.reason]
-
-    def describe(self) -> dict[str, Any]:
-        return {"class": "ShortEdge", "minimum": self.minimum}
 
 
 class AspectRatio(Filter):
@@ -87,9 +82,6 @@ class AspectRatio(Filter):
 
     def reasons(self) -> list[str]:
         return [self.reason]
-
-    def describe(self) -> dict[str, Any]:
-        return {"class": "AspectRatio", "maximum": self.maximum}
 
 
 class PixelLimit(Filter):
@@ -113,9 +105,6 @@ class PixelLimit(Filter):
     def reasons(self) -> list[str]:
         return [self.reason]
 
-    def describe(self) -> dict[str, Any]:
-        return {"class": "PixelLimit", "maximum": self.maximum}
-
 
 class CaptionLength(Filter):
     """Drops samples of which any caption is shorter or longer."""
@@ -138,9 +127,6 @@ class CaptionLength(Filter):
 
     def reasons(self) -> list[str]:
         return [self.short] if self.maximum is None else [self.short, self.long]
-
-    def describe(self) -> dict[str, Any]:
-        return {"class": "CaptionLength", "minimum": self.minimum, "maximum": self.maximum}
 
 
 class Column(Filter):
@@ -205,13 +191,11 @@ class Column(Filter):
         }
         return [reason for reason, possible in asked.items() if possible]
 
-    def describe(self) -> dict[str, Any]:
-        names = ("column", "minimum", "maximum", "equals", "missing")
-        return {"class": "Column", **{name: getattr(self, name) for name in names}}
-
 
 class Listed(Filter):
     """Drops what a list names: duplicates, pictures of a benchmark, wishes to be left out."""
+
+    not_described = frozenset({"path"})
 
     def __init__(self, path: str, column: str | None = None) -> None:
         """
@@ -236,7 +220,8 @@ class Listed(Filter):
         return [self.reason]
 
     def describe(self) -> dict[str, Any]:
-        return {"class": "Listed", "path": self.path, "column": self.column, "entries": len(self.listed)}
+        """The entries in place of the list's path."""
+        return {**super().describe(), "entries": sha256_of_lines(sorted(self.listed))}
 
 
 class Scorer(Protocol):
@@ -261,7 +246,7 @@ class MinimumScore(Filter):
     def check(self, sample: Sample) -> None:
         """Nothing: a score needs the cropped picture. Raises ValueError for a sample that has codes in its place."""
         if sample.codes is not None:
-            raise UserError(f"sample {sample.key!r} has codes and no picture, which {self.describe()} cannot score.")
+            raise UserError(f"sample {sample.key!r} has codes and no picture, which {self.reason} asks for.")
 
     def keep(self, images: Tensor, samples: Sequence[Sample]) -> Tensor:
         """Which pictures (B, 3, H, W) in [0, 1] to keep, (B,) bool.
@@ -279,7 +264,3 @@ class MinimumScore(Filter):
 
     def reasons(self) -> list[str]:
         return [self.reason]
-
-    def describe(self) -> dict[str, Any]:
-        kind = type(self.scorer)
-        return {"class": "MinimumScore", "scorer": f"{kind.__module__}.{kind.__qualname__}", "minimum": self.minimum}

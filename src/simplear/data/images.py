@@ -17,6 +17,9 @@ from simplear.data.sources import IndexedSource, Sample, Source
 from simplear.errors import UserError
 from simplear.visual_tokenizer import to_pixels
 
+MOST_UNUSABLE = 1000
+"""Samples one after another that cannot be used, after which something else must be wrong."""
+
 
 class ImageBatches(BatchDataset):
     """Micro-batches of pictures of one size."""
@@ -37,21 +40,30 @@ class ImageBatches(BatchDataset):
     def make_batch(self, micro_batch: MicroBatch) -> dict[str, Any]:
         """See `ImageDataModule`."""
         rows = micro_batch.positions
-        keys, captions, images = zip(*(self._read(int(row)) for row in rows), strict=True)
+        read, replaced = zip(*(self._read(int(row)) for row in rows), strict=True)
+        keys, captions, images = zip(*read, strict=True)
         return {
             "pixels": torch.from_numpy(to_pixels(np.stack(images))),
             "captions": choose_captions(captions, self.seed, micro_batch.epoch, rows),
             "keys": list(keys),
+            "replaced": [reason for reason in replaced if reason],
         }
 
-    def _read(self, row: int) -> tuple[str, list[str], Pixels]:
+    def _read(self, row: int) -> tuple[tuple[str, list[str], Pixels], str]:
+        """A row, or the next that can be used, and why this one cannot; so numbers and order do not change."""
         if self.cached is not None:
-            return self.cached[row]
+            return self.cached[row], ""
         assert isinstance(self.source, IndexedSource)
-        try:
-            return self._row(self.source.sample(row))
-        except Drop as reason:
-            raise UserError(f"sample {row} of {self.source.describe()}: {reason}; remove it, or set cache.") from reason
+        count, first = len(self.source), ""
+        for number in range(row, row + min(count, MOST_UNUSABLE)):
+            try:
+                return self._row(self.source.sample(number % count)), first
+            except Drop as reason:
+                first = first or f"{self.source.key(row)} cannot be used ({reason})"
+        raise UserError(
+            f"{first}, nor can any of the {min(count, MOST_UNUSABLE)} samples from there on: see what is wrong with "
+            "them, or set cache to true, which leaves out what cannot be used."
+        )
 
     def _row(self, sample: Sample) -> tuple[str, list[str], Pixels]:
         return sample.key, list(sample.captions), resize_and_crop(sample.image, self.height, self.width)
@@ -61,7 +73,7 @@ class ImageDataModule(OrderedDataModule):
     """Batches of pictures, in an order that no restart and no number of processes changes.
 
     A batch is a dictionary of ``pixels`` (B, 3, height, width) float32 in [-1, 1], ``captions`` (one of each
-    picture's, drawn anew each epoch) and ``keys``. B is the global batch size divided by ranks and accumulation.
+    picture's, drawn again in each epoch) and ``keys``. B is the global batch size divided by ranks and accumulation.
     """
 
     def __init__(
@@ -85,7 +97,7 @@ class ImageDataModule(OrderedDataModule):
             width: Pixels; like height.
             validation_source: Pictures for validation and test; none by default.
             cache: Read all pictures once and keep them in memory, 3 bytes a pixel; broken ones are dropped and counted.
-                False reads each when it is needed, and a broken one is an error.
+                False reads each when it is needed, and the next one takes the place of a broken one, which is counted.
             seed: Of the order and of the choice of captions.
             num_workers: Data loader processes on each rank; 0 loads in the training process.
             shuffle: False takes the pictures in the source's order, in every epoch.

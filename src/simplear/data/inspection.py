@@ -21,15 +21,17 @@ from typing import Any
 
 import numpy as np
 
+from simplear.atomic import TEMPORARY_MARK
 from simplear.data.shards import (
     MANIFEST_FILE,
+    OWN_FILES,
     SETTINGS_FILE,
-    TEMPORARY_MARK,
     Columns,
     Damage,
     is_foreign,
     read_json,
     require_version,
+    settings_of,
     stated_shard,
 )
 from simplear.errors import MissingFileError, UserError
@@ -37,10 +39,7 @@ from simplear.hashing import sha256_of
 from simplear.progress import progress_bar
 from simplear.visual_tokenizer import load_visual_tokenizer
 
-OWN_FILES = (MANIFEST_FILE, SETTINGS_FILE)
 SIDECAR_KEYS = ("file", "rows", "bytes", "sha256", "grids")
-MANIFEST_KEYS = ("rows", "shards", "missing", "drops")
-"""What a manifest has beside the settings."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +82,11 @@ class Findings:
         """All of them, in the order of the files."""
         found = [*self.others, *self.restorable.values(), *(one for many in self.damaged.values() for one in many)]
         return sorted(found, key=lambda problem: str(problem.file))
+
+    @property
+    def left_out(self) -> list[str]:
+        """Units that the manifest says are there and of the source no more."""
+        return list((self.manifest or {}).get("left_out", []))
 
     @property
     def maker(self) -> str:
@@ -187,11 +191,6 @@ def require_well_formed_manifest(path: Path, content: Mapping[str, Any]) -> None
         raise UserError(f"{path} has entries that state no shard.")
 
 
-def settings_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``settings.json`` holds, from a manifest."""
-    return {key: value for key, value in manifest.items() if key not in MANIFEST_KEYS}
-
-
 def _is_sidecar(content: Any) -> bool:
     return isinstance(content, dict) and all(key in content for key in SIDECAR_KEYS)
 
@@ -238,6 +237,8 @@ def _compare_manifest(found: Findings, stated: Mapping[str, Any]) -> None:
         return
     path = found.directory / MANIFEST_FILE
     for name in sorted(found.whole):
+        if name in found.left_out:
+            continue
         if name not in stated:
             found.others.append(Problem(path, f"does not state {name}.arrow, which is there with its sidecar"))
         elif name not in found.restorable and stated[name] != found.sidecars[name]:

@@ -10,7 +10,6 @@ To draw from sets in given shares, or from one more often than from another, not
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 from collections import Counter
@@ -18,9 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from simplear.atomic import sync, whole_file
+from simplear.atomic import NO_LINK, remove_abandoned, sync, temporary_name, whole_file
 from simplear.data.drops import copy_unit_drops, merge_drops
-from simplear.data.inspection import settings_of
 from simplear.data.repair import sole_keeper
 from simplear.data.shards import (
     SETTINGS_FILE,
@@ -29,9 +27,8 @@ from simplear.data.shards import (
     merge_manifest,
     read_json,
     read_manifest,
-    remove_abandoned,
     settings_digest,
-    temporary_name,
+    settings_of,
     write_json,
 )
 from simplear.errors import MissingFileError, UserError
@@ -40,8 +37,6 @@ from simplear.progress import progress_bar
 
 SHARED_SETTINGS = ("visual_tokenizer", "codebook_size", "downsample")
 """What sets must have in common, for codes to mean the same in all."""
-NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS)
-"""How file systems say that they make no link here."""
 
 
 def merge(directories: list[str], out: str, *, copy: bool = False, verify: bool = True) -> None:

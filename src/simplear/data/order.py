@@ -33,7 +33,7 @@ FEISTEL_ROUNDS = 6
 halves."""
 
 # What a random number is for; keeps the numbers of one sample independent of each other.
-ROW_ORDER, BATCH_ORDER, CAPTION, PREFIX, DROPOUT = range(5)
+ROW_ORDER, BATCH_ORDER, CAPTION, PREFIX, DROPOUT, STAND_IN = range(6)
 
 
 def _key(*words: Epoch) -> UInt64:

@@ -10,18 +10,26 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback
+from torch import distributed
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from simplear.atomic import remove_abandoned
 from simplear.data.pictures import warn_of_drops
-from simplear.data.shards import is_committed, merge_manifest, remove_abandoned
+from simplear.data.shards import committed_sidecar, is_committed, merge_manifest
 from simplear.data.sources import Source, Unit
+from simplear.data.units import UnitBatch, UnitDataset, UnitEnd, checked_units
+from simplear.errors import SystemRefusedError
 from simplear.progress import progress_bar
+
+TO_CONNECT, NO_LIMIT = timedelta(minutes=5), timedelta(days=365)
 
 
 def make_trainer(
@@ -56,6 +64,49 @@ def predict_units(trainer: lightning.Trainer, module: UnitModule) -> None:
         trainer.predict(module, return_predictions=False)
 
 
+class RanksTogether:
+    """Lets ranks wait for each other for as long as it takes; a rank that ends with an error ends the wait.
+
+    A barrier of the strategy gives up after half an hour, and one rank's units may take longer than those of the
+    others. To be made by all ranks at about the same time. On one process it does nothing.
+    """
+
+    def __init__(self) -> None:
+        """Raises OSError when the machines cannot reach each other."""
+        self._group: Any = None
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            distributed.destroy_process_group(_connected(TO_CONNECT))
+            self._group = _connected(NO_LIMIT)
+
+    def wait(self) -> None:
+        """Return when all ranks have come here. Raises OSError when one has ended before."""
+        if self._group is None:
+            return
+        try:
+            distributed.monitored_barrier(self._group, timeout=NO_LIMIT)
+        except RuntimeError as error:
+            raise SystemRefusedError(
+                "another process of this job has ended before its work was done; its own message says why. What is "
+                "finished is kept: run the same again."
+            ) from error
+
+    def close(self) -> None:
+        """Take the connections down."""
+        if self._group is not None:
+            distributed.destroy_process_group(self._group)
+
+
+def _connected(timeout: timedelta) -> Any:
+    try:
+        # gloo's connections end with a process, so a death is seen at once; NCCL would wait on.
+        return distributed.new_group(backend="gloo", timeout=timeout)
+    except RuntimeError as error:
+        raise SystemRefusedError(
+            f"the processes of this job cannot connect to each other ({error}): set GLOO_SOCKET_IFNAME to the name of "
+            "the network interface between the machines."
+        ) from error
+
+
 class UnitModule(lightning.LightningModule):
     """Divides the unfinished units over ranks.
 
@@ -73,19 +124,50 @@ class UnitModule(lightning.LightningModule):
         """Units that need no work, of all ranks."""
 
     def take_share(self) -> None:
-        """Look which units are left; for `predict_dataloader`, since no rank begins before all have been there."""
-        units = self.source.units()
-        unfinished = [unit for unit in units if not is_committed(self.out, unit.name)]
-        self.committed_before = len(units) - len(unfinished)
-        self.units = unfinished[self.trainer.global_rank :: self.trainer.world_size]
+        """Look which units are left; for `predict_dataloader`, since no rank begins before all have been there.
+
+        Raises ValueError for a unit of this rank's share that was made from something else than the source has now.
+        """
+        units = checked_units(self.source)
+        committed = [unit for unit in units if is_committed(self.out, unit.name)]
+        rank, world_size = self.trainer.global_rank, self.trainer.world_size
+        for unit in committed[rank::world_size]:
+            if unit.identity is not None:
+                committed_sidecar(self.out, unit.name, unit.identity())
+        names = {unit.name for unit in committed}
+        self.committed_before = len(names)
+        self.units = [unit for unit in units if unit.name not in names][rank::world_size]
+
+    def loader(self, batches: UnitDataset, num_workers: int) -> DataLoader[UnitBatch]:
+        """Batches of this rank's units, in the order in which loader processes have them ready."""
+        workers = min(num_workers, len(self.units))
+        return DataLoader(
+            batches,
+            batch_size=None,
+            num_workers=workers,
+            collate_fn=_as_made,
+            # A batch that ends a unit does not wait for a slower process.
+            in_order=not workers,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def on_predict_batch_start(self, batch: UnitBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Raise what stopped a loader process."""
+        if batch.failure is not None:
+            raise batch.failure
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """What is needed there moves by itself: captions and metadata need no walk through them."""
         return batch
 
 
+def _as_made(batch: Any) -> Any:
+    """In place of PyTorch's conversion, which would walk through all metadata."""
+    return batch
+
+
 class UnitWriter(BasePredictionWriter):
-    """Shows progress, and at the end merges the manifest. Whoever derives commits units in ``write_on_batch_end``.
+    """Shows progress, has units committed when their last batch has come, and at the end merges the manifest.
 
     Args:
         out: directory where units are committed.
@@ -98,10 +180,12 @@ class UnitWriter(BasePredictionWriter):
         self.drops: Counter[str] = Counter()
         """Of this rank, by reason."""
         self._progress: tqdm | None = None
+        self._ranks: RanksTogether | None = None
 
     def on_predict_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Open the progress bar: pictures of this rank's units, or units where their sizes are unknown."""
         assert isinstance(pl_module, UnitModule)
+        self._ranks = RanksTogether()
         self.by_picture = all(unit.count is not None for unit in pl_module.units)
         total = sum(unit.count or 0 for unit in pl_module.units) if self.by_picture else len(pl_module.units)
         self._progress = progress_bar(
@@ -111,23 +195,48 @@ class UnitWriter(BasePredictionWriter):
             shown=bool(total) and trainer.is_global_zero,
         )
 
-    def advance(self, pictures: int, unit_is_done: bool, rate: str | None = None) -> None:
-        """Count a batch; a rate is shown where the bar does not count pictures itself."""
+    def write_on_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: UnitBatch,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Keep the batch's rows; commit the unit after its last batch."""
+        if batch.samples:
+            self.keep(batch, prediction)
+        if batch.end is not None:
+            self.commit(batch.unit, batch.end)
+            self.drops += Counter(reason for _, reason in batch.end.dropped)
+        self.advance(len(batch.end.dropped) if batch.end else len(batch.samples), batch.end is not None)
+
+    def keep(self, batch: UnitBatch, prediction: Any) -> None:
+        """Hold what was made of a batch."""
+        raise NotImplementedError
+
+    def commit(self, unit: str, end: UnitEnd) -> None:
+        """Write what was made of a unit."""
+        raise NotImplementedError
+
+    def advance(self, pictures: int, unit_is_done: bool) -> None:
+        """Count a batch."""
         assert self._progress is not None
-        if rate is not None and not self.by_picture:
-            self._progress.set_postfix_str(rate, refresh=False)
         self._progress.update(pictures if self.by_picture else int(unit_is_done))
 
     def on_predict_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Wait for all ranks, then merge."""
-        assert self._progress is not None and isinstance(pl_module, UnitModule)
+        assert self._progress is not None and self._ranks is not None and isinstance(pl_module, UnitModule)
         self._progress.close()
         warn_of_drops(self.drops, f" on rank {trainer.global_rank}")
-        trainer.strategy.barrier("predicted")
+        self._ranks.wait()
         if trainer.is_global_zero:
             remove_abandoned(self.out)
             self.conclude(pl_module, merge_manifest(self.out, [unit.name for unit in pl_module.source.units()]))
-        trainer.strategy.barrier("merged")
+        self._ranks.wait()
+        self._ranks.close()
 
     def conclude(self, module: Any, manifest: dict[str, Any]) -> None:
         """Say on the first rank what came of it."""

@@ -12,8 +12,6 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
-from torch.utils.data import IterableDataset, get_worker_info
 
 from simplear.data.crops import CentreCrop, Crop
 from simplear.data.drops import Dropped, Drops, drop
@@ -21,6 +19,7 @@ from simplear.data.filters import Filter
 from simplear.data.pictures import Drop, Pixels
 from simplear.data.sources import Sample, Source, Unit
 from simplear.data.sources.base import NO_CAPTION, NO_PICTURE
+from simplear.data.units import UnitBatch, UnitDataset
 from simplear.errors import UserError
 
 Int64 = npt.NDArray[np.int64]
@@ -71,43 +70,15 @@ class Preparation:
             )
 
 
-@dataclass(frozen=True)
-class UnitBatch:
-    """Some pictures of one unit and one size; the last batch of a unit is empty."""
-
-    unit: str
-    images: Tensor
-    """(B, H, W, 3) uint8, or codes (B, h, w) int64 of pictures that are tokenized already."""
-    indices: list[int]
-    """Places of the samples in the unit."""
-    samples: list[Sample]
-    """Without their pictures."""
-    dropped: list[Dropped] | None = None
-    """Of the whole unit, in its last batch."""
-    failure: Exception | None = None
-    """What stops the work; carried to the encoder, so that the batches before it, which may end a unit, are written."""
-
-    def pin_memory(self) -> UnitBatch:
-        """With pictures in memory from which a GPU copies beside its work."""
-        return replace(self, images=self.images.pin_memory())
-
-
-class UnitBatches(IterableDataset[UnitBatch]):
-    """Batches of pictures of units, one unit after another in each loader process."""
+class EncoderBatches(UnitDataset):
+    """Pictures of one size each batch, or codes (B, h, w) int64 of pictures that are tokenized already."""
 
     def __init__(self, source: Source, units: Sequence[Unit], batch_size: int, preparation: Preparation) -> None:
-        self.source, self.units, self.batch_size, self.preparation = source, units, batch_size, preparation
+        super().__init__(units)
+        self.source, self.batch_size, self.preparation = source, batch_size, preparation
 
-    def __iter__(self) -> Iterator[UnitBatch]:
-        worker = get_worker_info()
-        for unit in self.units if worker is None else self.units[worker.id :: worker.num_workers]:
-            try:
-                yield from self._batches(unit)
-            except (ValueError, TypeError, OSError) as error:
-                yield _last_batch(unit, failure=error)
-                return
-
-    def _batches(self, unit: Unit) -> Iterator[UnitBatch]:
+    def batches(self, unit: Unit, dropped: list[Dropped]) -> Iterator[UnitBatch]:
+        """Images are tensors (B, H, W, 3) uint8."""
         drops, seen = Drops(), set[str]()
         # Pictures that keep their own size, or get the grid nearest their shape, are gathered by size.
         pending: dict[tuple[int, ...], list[tuple[int, Sample, Pixels | Int64]]] = {}
@@ -123,15 +94,12 @@ class UnitBatches(IterableDataset[UnitBatch]):
             same_size = pending.setdefault(prepared.shape, [])
             same_size.append((index, replace(sample, picture=NO_PICTURE, codes=None), prepared))
             if len(same_size) == self.batch_size:
-                yield self._batch(unit, pending.pop(prepared.shape))
+                yield _batch(unit, pending.pop(prepared.shape))
         for rows in pending.values():
-            yield self._batch(unit, rows)
-        yield _last_batch(unit, drops.listed())
-
-    def _batch(self, unit: Unit, rows: list[tuple[int, Sample, Pixels | Int64]]) -> UnitBatch:
-        indices, samples, images = zip(*rows, strict=True)
-        return UnitBatch(unit.name, torch.from_numpy(np.stack(images)), list(indices), list(samples))
+            yield _batch(unit, rows)
+        dropped += drops.listed()
 
 
-def _last_batch(unit: Unit, dropped: list[Dropped] | None = None, failure: Exception | None = None) -> UnitBatch:
-    return UnitBatch(unit.name, torch.empty((0, 0, 0, 3), dtype=torch.uint8), [], [], dropped, failure)
+def _batch(unit: Unit, rows: list[tuple[int, Sample, Pixels | Int64]]) -> UnitBatch:
+    indices, samples, images = zip(*rows, strict=True)
+    return UnitBatch(unit.name, samples, torch.from_numpy(np.stack(images)), indices)

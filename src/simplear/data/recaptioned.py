@@ -11,20 +11,25 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
+from simplear.atomic import difference, shortened
 from simplear.data.drops import drop
-from simplear.data.shards import MANIFEST_FILE, write_atomically, write_json
+from simplear.data.shards import MANIFEST_FILE, commit, settings_digest, settings_of
 from simplear.data.sources import Sample, Source, Unit
 from simplear.data.sources.base import decoded
 from simplear.errors import MissingFileError, UserError
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 """Of the tables; raised when older code cannot read newer ones or the other way round."""
@@ -42,7 +47,13 @@ SCHEMA = pa.schema(
 """A caption is null where its problem is not; ``captions`` are those of the source."""
 
 
-def write_captions(directory: Path, name: str, rows: Sequence[Mapping[str, Any]], drops: Mapping[str, int]) -> None:
+def write_captions(
+    directory: Path,
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    drops: Mapping[str, int],
+    identity: str | None = None,
+) -> None:
     """Write and commit the table of one unit.
 
     Args:
@@ -50,21 +61,13 @@ def write_captions(directory: Path, name: str, rows: Sequence[Mapping[str, Any]]
         name: name of the unit, which names the files.
         rows: of `SCHEMA`, in the order of the source; may be empty.
         drops: pictures that the source left out, counted by reason.
+        identity: of what the unit was read from, see `simplear.data.Unit`.
     """
     sink = io.BytesIO()
     parquet.write_table(pa.Table.from_pylist([dict(row) for row in rows], SCHEMA), sink)
-    content = sink.getvalue()
     problems = Counter(f"{kind}: {row[f'{kind}_problem']}" for row in rows for kind in KINDS if row[kind] is None)
-    sidecar = {
-        "file": f"{name}.parquet",
-        "rows": len(rows),
-        "bytes": len(content),
-        "sha256": hashlib.sha256(content).hexdigest(),
-        "drops": dict(sorted(drops.items())),
-        "problems": dict(sorted(problems.items())),
-    }
-    write_atomically(directory / f"{name}.parquet", content)
-    write_json(directory / f"{name}.json", sidecar)
+    sidecar = {"drops": dict(sorted(drops.items())), "problems": dict(sorted(problems.items()))}
+    commit(directory, f"{name}.parquet", sink.getvalue(), len(rows), sidecar, identity)
 
 
 class RecaptionedSource(Source):
@@ -92,9 +95,8 @@ class RecaptionedSource(Source):
             raise MissingFileError(
                 f"{manifest_file} is missing, so not all captions are written: run `simplear recaption` (again)."
             )
-        content = manifest_file.read_bytes()
         try:
-            manifest = json.loads(content)
+            manifest = json.loads(manifest_file.read_bytes())
             version, described, units = manifest["format_version"], manifest["source"], manifest["shards"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
@@ -102,17 +104,41 @@ class RecaptionedSource(Source):
             ) from error
         if version != FORMAT_VERSION:
             raise UserError(f"{manifest_file} has format version {version}, this code reads {FORMAT_VERSION}.")
-        if described != json.loads(json.dumps(source.describe())):
-            raise UserError(
-                f"the captions in {captions} are of the source {described}, not of {source.describe()}: name the one "
-                "that was recaptioned."
+        found = difference({"source": described}, {"source": source.describe()})
+        if found is not None and found.of_another_version:
+            logger.warning(
+                "the captions in %s were written by another version of simplear, so it cannot be seen whether they are "
+                "of this source; pictures whose keys have no caption are dropped and counted",
+                captions,
             )
-        self._sha256 = {unit["file"]: unit["sha256"] for unit in units}
-        self._manifest_sha256 = hashlib.sha256(content).hexdigest()
+        elif found is not None:
+            raise UserError(
+                f"the captions in {captions} are of the source {shortened(described)}, not of "
+                f"{shortened(source.describe())} ({found}): name the one that was recaptioned."
+            )
+        self._settings = settings_digest(settings_of(manifest))
+        self._stated = {Path(unit["file"]).stem: unit for unit in units}
+
+    def describe(self) -> dict[str, Any]:
+        """The source, and a digest of all that the captions were made with."""
+        return {**super().describe(), "captions": self._settings}
 
     def units(self) -> list[Unit]:
-        """Those of the source."""
-        return self.source.units()
+        """Those of the source; what tells them apart is also the table of their captions."""
+        return [replace(unit, identity=partial(self._identity, unit)) for unit in self.source.units()]
+
+    def _identity(self, unit: Unit) -> str:
+        """Of a unit of the source. Raises ValueError for one whose captions are of another."""
+        stated = self._stated.get(unit.name, {})
+        parts = [f"captions of SHA-256 {str(stated.get('sha256'))[:12]}"]
+        if unit.identity is not None:
+            parts.insert(0, now := unit.identity())
+            if stated.get("identity", now) != now:
+                raise UserError(
+                    f"the captions in {self.directory / stated['file']} are of {unit.name} of {stated['identity']}, "
+                    f"the source's {unit.name} has {now}: name the source that was recaptioned."
+                )
+        return ", ".join(parts)
 
     def read(self, unit: Unit, drops: Counter[str]) -> Iterator[Sample]:
         """The unit's pictures with their new captions. Raises ValueError, naming the file, for a damaged table."""
@@ -120,6 +146,8 @@ class RecaptionedSource(Source):
 
     def candidates(self, unit: Unit, drops: Counter[str]) -> Iterator[Sample]:
         """As `read`, before pictures are decoded."""
+        if unit.identity is not None:
+            unit.identity()
         rows = self._rows(unit)
         for sample in self.source.candidates(unit, drops):
             if not rows[sample.key]:
@@ -138,18 +166,9 @@ class RecaptionedSource(Source):
         if not file.is_file():
             raise MissingFileError(f"{file} is missing: run the same `simplear recaption` again to write it.")
         content = file.read_bytes()
-        if hashlib.sha256(content).hexdigest() != self._sha256.get(file.name):
+        if hashlib.sha256(content).hexdigest() != self._stated.get(unit.name, {}).get("sha256"):
             raise UserError(f"{file} is not as it was written: delete it and run the same `simplear recaption` again.")
         rows: defaultdict[str, deque[dict[str, Any]]] = defaultdict(deque)
         for row in parquet.read_table(io.BytesIO(content)).to_pylist():
             rows[row["key"]].append(row)
         return rows
-
-    def describe(self) -> dict[str, Any]:
-        """The source, and a hash of the captions' manifest, which holds the hashes of all tables."""
-        return {
-            "class": "RecaptionedSource",
-            "captions": self._manifest_sha256,
-            "keep_original": self.keep_original,
-            "source": self.source.describe(),
-        }

@@ -17,17 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-import numpy as np
 from PIL import Image
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader
 
 from simplear.data.captioners import Answer, Captioner
-from simplear.data.drops import drop
+from simplear.data.drops import Dropped, Drops, drop
 from simplear.data.pictures import Drop
 from simplear.data.prediction import UnitModule, UnitWriter, make_trainer, predict_units
 from simplear.data.recaptioned import FORMAT_VERSION, write_captions
 from simplear.data.shards import claim_directory
 from simplear.data.sources import Sample, Source, Unit
+from simplear.data.sources.base import NO_PICTURE
+from simplear.data.units import UnitBatch, UnitDataset, UnitEnd
 from simplear.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -71,42 +72,34 @@ def caption_of(answer: Answer, wanted: Wanted) -> tuple[str | None, str | None]:
     return text, None
 
 
-@dataclass(frozen=True)
-class PictureBatch:
-    """Some pictures of one unit; the last batch of a unit is empty."""
-
-    unit: str
-    samples: list[Sample]
-    images: list[Image.Image]
-    drops: Counter[str] | None = None
-    """Of the whole unit, in its last batch."""
-
-
-class PictureBatches(IterableDataset[PictureBatch]):
-    """Batches of pictures of units, one unit after another in each loader process."""
+class PictureBatches(UnitDataset):
+    """Batches of pictures to look at."""
 
     def __init__(self, source: Source, units: Sequence[Unit], batch_size: int, max_pixels: int) -> None:
-        self.source, self.units, self.batch_size, self.max_pixels = source, units, batch_size, max_pixels
+        super().__init__(units)
+        self.source, self.batch_size, self.max_pixels = source, batch_size, max_pixels
 
-    def __iter__(self) -> Iterator[PictureBatch]:
-        worker = get_worker_info()
-        for unit in self.units if worker is None else self.units[worker.id :: worker.num_workers]:
-            drops: Counter[str] = Counter()
-            samples: list[Sample] = []
-            images: list[Image.Image] = []
-            for sample in self.source.read(unit, drops):
-                try:
-                    images.append(shrunk(sample.image, self.max_pixels))
-                except Drop as reason:
-                    drop(drops, sample.key, reason)
-                    continue
-                samples.append(Sample(sample.key, np.empty((0, 0, 3), np.uint8), sample.captions))
-                if len(samples) == self.batch_size:
-                    yield PictureBatch(unit.name, samples, images)
-                    samples, images = [], []
-            if samples:
-                yield PictureBatch(unit.name, samples, images)
-            yield PictureBatch(unit.name, [], [], drops)
+    def batches(self, unit: Unit, dropped: list[Dropped]) -> Iterator[UnitBatch]:
+        """Images are lists of Pillow's."""
+        drops, rows = Drops(), list[tuple[int, Sample, Image.Image]]()
+        for index, sample in enumerate(self.source.read(unit, drops)):
+            try:
+                image = shrunk(sample.image, self.max_pixels)
+            except Drop as reason:
+                drop(drops, sample.key, reason)
+                continue
+            rows.append((index, Sample(sample.key, NO_PICTURE, sample.captions), image))
+            if len(rows) == self.batch_size:
+                yield _batch(unit, rows)
+                rows = []
+        if rows:
+            yield _batch(unit, rows)
+        dropped += drops.listed()
+
+
+def _batch(unit: Unit, rows: list[tuple[int, Sample, Image.Image]]) -> UnitBatch:
+    indices, samples, images = zip(*rows, strict=True)
+    return UnitBatch(unit.name, samples, list(images), indices)
 
 
 def shrunk(image: Any, max_pixels: int) -> Image.Image:
@@ -136,18 +129,17 @@ class RecaptionModule(UnitModule):
         self.captioner, self.wanted = captioner, wanted
         self.batch_size, self.num_workers, self.max_pixels = batch_size, num_workers, max_pixels
 
-    def predict_dataloader(self) -> DataLoader[PictureBatch]:
+    def predict_dataloader(self) -> DataLoader[UnitBatch]:
         """Batches of this rank's units."""
         self.take_share()
-        batches = PictureBatches(self.source, self.units, self.batch_size, self.max_pixels)
-        return DataLoader(batches, batch_size=None, num_workers=min(self.num_workers, len(self.units)))
+        return self.loader(PictureBatches(self.source, self.units, self.batch_size, self.max_pixels), self.num_workers)
 
     def on_predict_start(self) -> None:
         """Load the model, if there is anything to do."""
         if self.units:
             self.captioner.prepare(self.device)
 
-    def predict_step(self, batch: PictureBatch) -> list[dict[str, Any]]:
+    def predict_step(self, batch: UnitBatch) -> list[dict[str, Any]]:
         """A row of `SCHEMA` for each picture."""
         rows = [{"key": sample.key, "captions": list(sample.captions)} for sample in batch.samples]
         for kind, wanted in self.wanted.items() if rows else ():
@@ -158,30 +150,20 @@ class RecaptionModule(UnitModule):
 
 
 class CaptionWriter(UnitWriter):
-    """Gathers rows by unit, commits a unit when its last batch has come."""
+    """Gathers rows by unit, and commits a unit's table."""
 
     def __init__(self, out: Path) -> None:
         super().__init__(out, "recaption")
         self._rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
 
-    def write_on_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        prediction: list[dict[str, Any]],
-        batch_indices: Sequence[int] | None,
-        batch: PictureBatch,
-        batch_idx: int,
-        dataloader_idx: int,
-    ) -> None:
-        """Keep the batch's rows; commit the unit after its last batch."""
+    def keep(self, batch: UnitBatch, prediction: list[dict[str, Any]]) -> None:
+        """The rows; batches of a unit come in their order."""
         self._rows[batch.unit] += prediction
-        finished = len(prediction)
-        if batch.drops is not None:
-            write_captions(self.out, batch.unit, self._rows.pop(batch.unit), batch.drops)
-            self.drops += batch.drops
-            finished = batch.drops.total()
-        self.advance(finished, batch.drops is not None)
+
+    def commit(self, unit: str, end: UnitEnd) -> None:
+        """A table."""
+        drops = Counter(reason for _, reason in end.dropped)
+        write_captions(self.out, unit, self._rows.pop(unit, []), drops, end.identity)
 
     def on_predict_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Say what had to be asked again, then as all writers."""

@@ -15,13 +15,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from simplear.atomic import sync
+from simplear.atomic import remove_abandoned, sync
 from simplear.data.inspection import Findings, examine
 from simplear.data.shards import (
     MANIFEST_FILE,
     SETTINGS_FILE,
+    all_entries,
     read_json,
-    remove_abandoned,
     write_json,
     write_manifest,
 )
@@ -137,19 +137,26 @@ def _write_manifest(found: Findings) -> Sequence[str]:
     """Write the manifest of the whole units unless it is there already; returns the units that are missing."""
     assert found.settings is not None
     before = found.manifest or {}
-    known = [Path(entry["file"]).stem for entry in before.get("shards", [])]
+    known = all_entries(before)
     # The order of the rows is the manifest's; what it does not name comes after, by name.
-    names = [name for name in known if name in found.whole] + sorted(found.whole - set(known))
-    named = {*known, *before.get("missing", []), *found.damaged}
-    missing = sorted(named - found.whole)
+    others = sorted(found.whole - known.keys() - set(found.left_out))
+    names = [name for name in known if name in found.whole] + others
+    missing = sorted({*known, *before.get("missing", []), *found.damaged} - found.whole - set(found.left_out))
     shards = [found.sidecars[name] for name in names]
     if not shards:
         logger.warning("%s holds no whole shard, so it gets no manifest", found.directory)
         return missing
+    # What is set aside keeps its place and its numbers of rows, so that training does not come into another order.
+    set_aside = {
+        name: {"place": place, "rows": entry["rows"], "grids": entry["grids"]}
+        for place, (name, entry) in enumerate(known.items())
+        if name not in found.whole
+    }
+    left_out = [name for name in found.left_out if name in found.whole]
+    notes = {"missing": missing, "set_aside": set_aside, "left_out": left_out}
     content = {**found.settings, "rows": sum(shard["rows"] for shard in shards), "shards": shards}
-    if found.manifest is None or {k: v for k, v in before.items() if k != "drops"} != content | (
-        {"missing": missing} if missing else {}
-    ):
-        write_manifest(found.directory, found.settings, shards, missing)
+    content |= {name: note for name, note in notes.items() if note}
+    if found.manifest is None or {k: v for k, v in before.items() if k != "drops"} != content:
+        write_manifest(found.directory, found.settings, shards, **notes)
         print(f"{found.directory / MANIFEST_FILE} is written anew")
     return missing

@@ -18,7 +18,6 @@ import hashlib
 import json
 import logging
 import os
-import socket
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +30,7 @@ import torch
 from xxhash import xxh3_64_intdigest
 
 from simplear import atomic
-from simplear.atomic import whole_file
+from simplear.atomic import temporary_name, whole_file
 from simplear.errors import MissingFileError, SystemRefusedError, UserError
 from simplear.hashing import sha256_of
 from simplear.text_files import read_prompts
@@ -43,7 +42,11 @@ FORMAT_VERSION = 3
 
 MANIFEST_FILE = "manifest.json"
 SETTINGS_FILE = "settings.json"
-TEMPORARY_MARK = ".tmp-"
+OWN_FILES = (MANIFEST_FILE, SETTINGS_FILE)
+MANIFEST_KEYS = ("rows", "shards", "missing", "set_aside", "left_out", "drops")
+"""What a manifest has beside the settings: ``missing`` names units of the set that have no whole shard, ``set_aside``
+has the places, rows and grids of those of them that had one, and ``left_out`` names units that are there but no longer
+in the source."""
 
 SCHEMA = pa.schema(
     {
@@ -68,8 +71,6 @@ DAMAGED = "delete it and run the same `simplear tokenize` again"
 
 SETTINGS_DIGITS = 16
 """Of the SHA-256 of a directory's settings, as each sidecar holds it."""
-
-_HOST = socket.gethostname()
 
 Grid = tuple[int, int]
 Int64 = npt.NDArray[np.int64]
@@ -99,20 +100,6 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
     temporary = temporary_name(path)
     with whole_file(path, temporary):
         temporary.write_bytes(content)
-
-
-def temporary_name(path: Path) -> Path:
-    """Where this process writes what shall get the name `path`; `remove_abandoned` knows whose it was."""
-    return path.with_name(f".{path.name}{TEMPORARY_MARK}{_HOST}-{os.getpid()}")
-
-
-def remove_abandoned(directory: Path) -> None:
-    """Remove temporary files of processes of this machine that are no more; others may still be writing theirs."""
-    for temporary in directory.glob(f".*{TEMPORARY_MARK}{_HOST}-*"):
-        try:
-            os.kill(int(temporary.name.rpartition("-")[2]), 0)
-        except ProcessLookupError:
-            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -165,7 +152,13 @@ def rows_table(rows: Sequence[TokenRow]) -> pa.Table:
     return pa.table(columns, schema=SCHEMA)
 
 
-def write_shard(directory: Path, name: str, rows: Sequence[TokenRow], drops: Mapping[str, int] | None = None) -> None:
+def write_shard(
+    directory: Path,
+    name: str,
+    rows: Sequence[TokenRow],
+    drops: Mapping[str, int] | None = None,
+    identity: str | None = None,
+) -> None:
     """Write and commit the shard of one unit.
 
     Args:
@@ -173,6 +166,7 @@ def write_shard(directory: Path, name: str, rows: Sequence[TokenRow], drops: Map
         name: name of the unit, which names the files.
         rows: the unit's rows in their order; may be empty.
         drops: pictures that gave no row, counted by reason.
+        identity: of what the unit was read from, see `simplear.data.Unit`.
     """
     table = rows_table(rows)
     sink = pa.BufferOutputStream()
@@ -183,18 +177,34 @@ def write_shard(directory: Path, name: str, rows: Sequence[TokenRow], drops: Map
     for row in rows:
         grid = "x".join(map(str, row.codes.shape))
         grids[grid] = grids.get(grid, 0) + 1
-    sidecar = {
-        "file": f"{name}.arrow",
-        "rows": len(rows),
-        "bytes": len(content),
-        "sha256": hashlib.sha256(content).hexdigest(),
-        "grids": dict(sorted(grids.items())),
-        "drops": dict(sorted((drops or {}).items())),
-    }
+    sidecar: dict[str, Any] = {"grids": dict(sorted(grids.items())), "drops": dict(sorted((drops or {}).items()))}
     if (directory / SETTINGS_FILE).exists():
         sidecar["settings"] = settings_digest(read_json(directory / SETTINGS_FILE))
-    write_atomically(directory / f"{name}.arrow", content)
-    write_json(directory / f"{name}.json", sidecar)
+    commit(directory, f"{name}.arrow", content, len(rows), sidecar, identity)
+
+
+def commit(
+    directory: Path,
+    file: str,
+    content: bytes | memoryview,
+    rows: int,
+    sidecar: Mapping[str, Any],
+    identity: str | None = None,
+) -> None:
+    """Write a unit's file, and then the sidecar that commits it.
+
+    Args:
+        directory: existing directory.
+        file: the file's name.
+        content: of the file.
+        rows: in it.
+        sidecar: what the sidecar states beside rows, bytes and SHA-256.
+        identity: of what the unit was read from.
+    """
+    stated = {"file": file, "rows": rows, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    write_atomically(directory / file, content)
+    origin = {} if identity is None else {"identity": identity}
+    write_json(directory / f"{Path(file).stem}.json", {**stated, **sidecar, **origin})
 
 
 def settings_digest(settings: Mapping[str, Any]) -> str:
@@ -202,13 +212,37 @@ def settings_digest(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:SETTINGS_DIGITS]
 
 
+def committed_sidecar(directory: Path, name: str, identity: str | None = None) -> dict[str, Any] | None:
+    """The sidecar of a unit whose file is there and has the size that the sidecar states; else None.
+
+    Args:
+        directory: of shards or captions.
+        name: of the unit.
+        identity: of what it should have been read from; None: not compared.
+
+    Raises ValueError, naming both, where it was read from something else.
+    """
+    file = directory / f"{name}.json"
+    try:
+        sidecar = read_json(file)
+        if (directory / sidecar["file"]).stat().st_size != sidecar["bytes"]:
+            return None
+    except FileNotFoundError:
+        return None
+    except KeyError as error:
+        raise UserError(f"{file} states no {error}: delete it and run the same again.") from error
+    if identity is not None and sidecar.get("identity", identity) != identity:
+        raise UserError(
+            f"{directory / sidecar['file']} was made from {name} of {sidecar['identity']}; the source's {name} has "
+            f"{identity}: take another directory for another corpus, or, where the file was fetched again, delete "
+            f"{file} and run the same again."
+        )
+    return sidecar
+
+
 def is_committed(directory: Path, name: str) -> bool:
     """Whether a unit's shard is there with its sidecar and has the size that the sidecar states."""
-    try:
-        sidecar = read_json(directory / f"{name}.json")
-        return (directory / sidecar["file"]).stat().st_size == sidecar["bytes"]
-    except FileNotFoundError:
-        return False
+    return committed_sidecar(directory, name) is not None
 
 
 def claim_directory(directory: Path, settings: Mapping[str, Any]) -> None:
@@ -221,28 +255,47 @@ def claim_directory(directory: Path, settings: Mapping[str, Any]) -> None:
     Raises:
         ValueError: the directory holds shards of other settings; names the first that differs.
     """
-    file = directory / SETTINGS_FILE
-    atomic.claim_directory(file, {"format_version": FORMAT_VERSION, **settings}, temporary_name(file))
+    atomic.claim_directory(directory / SETTINGS_FILE, {"format_version": FORMAT_VERSION, **settings})
 
 
 def merge_manifest(directory: Path, names: Iterable[str]) -> dict[str, Any]:
     """Write and return ``manifest.json`` from ``settings.json`` and the sidecars of the named units, in their order.
 
+    Other units that are committed there, of a source that had them before, are left out of it, with a line that counts
+    them.
+
     Raises ValueError naming the first unit that is not committed, or that was made for another directory.
     """
     settings = read_json(directory / SETTINGS_FILE)
-    shards = []
+    shards: dict[str, Mapping[str, Any]] = {}
     for name in names:
-        if not is_committed(directory, name):
-            raise UserError(f"unit {name} in {directory} is not finished: run the same tokenization again.")
-        sidecar = read_json(directory / f"{name}.json")
+        sidecar = committed_sidecar(directory, name)
+        if sidecar is None:
+            raise UserError(f"unit {name} in {directory} is not finished: run the same command again.")
         if is_foreign(sidecar, settings):
             raise UserError(
                 f"{directory / sidecar['file']} was made for another directory, of other settings: run `simplear data "
                 "repair` on this one, which sets it aside, and then the same tokenization again."
             )
-        shards.append(sidecar)
-    return write_manifest(directory, settings, shards)
+        shards[name] = sidecar
+    others = {file.stem for file in directory.glob("*.json") if file.name not in OWN_FILES} - shards.keys()
+    left_out = sorted(name for name in others if _is_committed_here(directory, name))
+    if left_out:
+        logger.warning(
+            "%d units in %s are not of the source now and are left out of the manifest, the first is %s",
+            len(left_out),
+            directory,
+            left_out[0],
+        )
+    return write_manifest(directory, settings, list(shards.values()), left_out=left_out)
+
+
+def _is_committed_here(directory: Path, name: str) -> bool:
+    """Of any JSON file: whether it is a sidecar."""
+    try:
+        return is_committed(directory, name)
+    except (ValueError, TypeError):
+        return False
 
 
 def is_foreign(sidecar: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
@@ -251,7 +304,7 @@ def is_foreign(sidecar: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
 
 
 def write_manifest(
-    directory: Path, settings: Mapping[str, Any], shards: Sequence[Mapping[str, Any]], missing: Sequence[str] = ()
+    directory: Path, settings: Mapping[str, Any], shards: Sequence[Mapping[str, Any]], **notes: Any
 ) -> dict[str, Any]:
     """Write and return ``manifest.json``.
 
@@ -259,13 +312,25 @@ def write_manifest(
         directory: of the shards.
         settings: what ``settings.json`` holds.
         shards: sidecars, in the order of the rows.
-        missing: units that belong to the set and have no whole shard.
+        notes: ``missing``, ``set_aside`` and ``left_out`` (see `MANIFEST_KEYS`); empty ones are not written.
     """
     manifest = {**settings, "rows": sum(shard["rows"] for shard in shards), "shards": list(shards)}
-    if missing:
-        manifest["missing"] = list(missing)
+    manifest |= {name: note for name, note in notes.items() if note}
     write_json(directory / MANIFEST_FILE, manifest)
     return manifest
+
+
+def settings_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``settings.json`` holds, from a manifest."""
+    return {key: value for key, value in manifest.items() if key not in MANIFEST_KEYS}
+
+
+def all_entries(manifest: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Sidecars of a manifest by the names of their units, and in their places what is known of shards set aside."""
+    entries = [(Path(entry["file"]).stem, entry) for entry in manifest.get("shards", [])]
+    for name, note in sorted(manifest.get("set_aside", {}).items(), key=lambda item: item[1]["place"]):
+        entries.insert(note["place"], (name, note))
+    return dict(entries)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -336,6 +401,8 @@ class Shard:
     """Which of the paths it belongs to."""
     table: pa.Table | None = None
     """Prompts alone are held; files are mapped when first read."""
+    missing: bool = False
+    """Set aside as damaged; the rows keep their numbers."""
 
 
 class TokenShards:
@@ -344,10 +411,12 @@ class TokenShards:
     Opening reads the manifests and compares file sizes; shards are mapped when first read.
     """
 
-    def __init__(self, paths: str | Path | Sequence[str | Path]) -> None:
+    def __init__(self, paths: str | Path | Sequence[str | Path], *, reserve: bool = False) -> None:
         """
         Args:
             paths: directories that `simplear tokenize` wrote, and ``.jsonl`` files of prompts.
+            reserve: rows of shards that were set aside as damaged keep their numbers and their places in buckets, where
+                other rows stand in for them (`Bucket.stand_ins`), so that the order of the others does not change.
 
         Raises:
             FileNotFoundError: a path, manifest or shard is missing.
@@ -377,20 +446,22 @@ class TokenShards:
                 self.holds_prompts = True
                 self._shards.append(Shard(path, len(rows), {(0, 0): len(rows)}, table=rows_table(rows)))
             else:
-                self._add_directory(path)
+                self._add_directory(path, reserve)
             for shard in self._shards[first:]:
                 shard.path_number = number
         self._shards = [shard for shard in self._shards if shard.rows]
         self._starts = np.cumsum([0, *(shard.rows for shard in self._shards)])
 
-    def _add_directory(self, directory: Path) -> None:
+    def _add_directory(self, directory: Path, reserve: bool) -> None:
         manifest = read_manifest(directory)
         if manifest.get("missing"):
             logger.warning(
-                "%s lacks %d shards that were set aside as damaged, the first is %s: make them anew, or train without",
+                "%s lacks %d shards that were set aside as damaged, the first is %s: `%s` again writes them; without "
+                "them, other rows take their places in training",
                 directory,
                 len(manifest["missing"]),
                 manifest["missing"][0],
+                manifest.get("made_by", "simplear tokenize"),
             )
         if manifest["visual_tokenizer"] is None:
             self.holds_texts = True
@@ -403,7 +474,15 @@ class TokenShards:
             self.fingerprint = manifest["visual_tokenizer"]
             self.codebook_size = manifest["codebook_size"]
             self.downsample = manifest["downsample"]
-        for entry in manifest["shards"]:
+        set_aside = manifest.get("set_aside", {})
+        whole = {grid for entry in manifest["shards"] for grid in entry["grids"]}
+        for name, entry in all_entries(manifest).items():
+            if name in set_aside:
+                if reserve:
+                    # A grid of which nothing is left has no row to stand in.
+                    grids = {_grid(grid): count for grid, count in entry["grids"].items() if grid in whole}
+                    self._shards.append(Shard(directory / f"{name}.arrow", entry["rows"], grids, missing=True))
+                continue
             path = directory / entry["file"]
             if not path.exists():
                 raise MissingFileError(f"{path} is missing: run the same `simplear tokenize` again to write it.")
@@ -441,11 +520,12 @@ class TokenShards:
         """The rows of one grid; reads heights and widths of shards of mixed grids alone."""
         starts: list[int] = []
         counts: list[int] = []
+        of: list[Shard] = []
         picks: dict[int, Int64] = {}
         for index, shard in enumerate(self._shards):
             if grid not in shard.grids:
                 continue
-            if len(shard.grids) > 1:
+            if len(shard.grids) > 1 and not shard.missing:
                 columns = self._open(index)
                 rows = np.flatnonzero((columns.height == grid[0]) & (columns.width == grid[1]))
                 if len(rows) != shard.grids[grid]:
@@ -453,7 +533,9 @@ class TokenShards:
                 picks[len(starts)] = rows
             starts.append(int(self._starts[index]))
             counts.append(shard.grids[grid])
-        return Bucket(np.array(starts), np.cumsum(counts), picks)
+            of.append(shard)
+        missing = np.array([shard.missing for shard in of])
+        return Bucket(np.array(starts), np.cumsum(counts), picks, missing, np.array([s.path_number for s in of]))
 
     def read(self, rows: Int64) -> Rows:
         """The rows with these numbers, shape (B,), which must have one grid.
@@ -505,6 +587,8 @@ class TokenShards:
 
     def _open(self, index: int) -> Columns:
         if index not in self._columns:
+            if self._shards[index].missing:
+                raise MissingFileError(f"{self._shards[index].path} was set aside as damaged.")
             self._columns[index] = Columns(self._shards[index])
         return self._columns[index]
 
@@ -519,6 +603,10 @@ class Bucket:
     """(S,) running total of the grid's rows."""
     picks: dict[int, Int64]
     """Of shards with several grids: the rows of this one, from the shard's beginning."""
+    missing: npt.NDArray[np.bool_]
+    """(S,) whether the shard was set aside, so that its rows cannot be read."""
+    paths: Int64
+    """(S,) which of the paths the shard is of."""
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -527,10 +615,32 @@ class Bucket:
         """Numbers of rows of positions in ``[0, len(self))``, shape (B,)."""
         shards = np.searchsorted(self.ends, positions, side="right")
         local = positions - np.concatenate([[0], self.ends])[shards]
-        for shard, picks in self.picks.items():
+        for shard in self.picks.keys() & set(shards.tolist()):
             inside = shards == shard
-            local[inside] = picks[local[inside]]
+            local[inside] = self.picks[shard][local[inside]]
         return self.starts[shards] + local
+
+    def are_missing(self, positions: Int64) -> npt.NDArray[np.bool_]:
+        """(B,) whether the rows at these positions were set aside."""
+        return self.missing[np.searchsorted(self.ends, positions, side="right")]
+
+    def stand_ins(self, positions: Int64, draws: npt.NDArray[np.float64]) -> Int64:
+        """Positions (B,) of rows of the same path that are there.
+
+        Args:
+            positions: (B,) of rows that were set aside.
+            draws: (B,) in [0, 1): each chooses among all rows of the path.
+        """
+        paths = self.paths[np.searchsorted(self.ends, positions, side="right")]
+        counts = np.diff(self.ends, prepend=0)
+        chosen = np.empty_like(positions)
+        for path in np.unique(paths):
+            whole = np.flatnonzero(~self.missing & (self.paths == path))
+            ends = np.cumsum(counts[whole])
+            numbers = (draws[paths == path] * ends[-1]).astype(np.int64)
+            shards = np.searchsorted(ends, numbers, side="right")
+            chosen[paths == path] = self.ends[whole][shards] - (ends[shards] - numbers)
+        return chosen
 
 
 class Columns:

@@ -22,15 +22,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from simplear.atomic import remove_abandoned
 from simplear.data.shards import (
     TokenRow,
     claim_directory,
-    is_committed,
+    committed_sidecar,
     merge_manifest,
-    remove_abandoned,
     write_shard,
 )
+from simplear.data.sources.base import distinct_names
 from simplear.errors import MissingFileError, UserError
+from simplear.hashing import file_identity
 from simplear.progress import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -82,7 +84,6 @@ def write_texts(
     target = Path(out)
     source = {
         "class": "texts",
-        "files": [{"path": str(path), "bytes": path.stat().st_size} for path in paths],
         "column": column,
         "max_characters": max_characters,
         "rows_per_shard": rows_per_shard,
@@ -92,15 +93,17 @@ def write_texts(
     remove_abandoned(target)
     names: list[str] = []
     dropped: Counter[str] = Counter()
+    units = distinct_names([path.with_name(re.sub(r"[^\w-]+", "-", path.name)) for path in paths])
     with progress_bar(sum(path.stat().st_size for path in paths), "texts", "B", unit_scale=True) as bar:
-        for number, path in enumerate(paths):
-            stem = re.sub(r"[^\w-]+", "-", path.stem)
-            for rows, drops in _shards(path, column, max_characters, rows_per_shard, bar.update):
-                name = f"{number:04d}-{stem}-{len(names):06d}"
+        for path, unit in zip(paths, units, strict=True):
+            identity = file_identity(path)
+            for number, (rows, drops) in enumerate(_shards(path, column, max_characters, rows_per_shard, bar.update)):
+                name = f"{unit}-{number:06d}"
                 names.append(name)
                 dropped += drops
-                if not is_committed(target, name):
-                    write_shard(target, name, [TokenRow(key, NO_CODES, [text], {}, name) for key, text in rows], drops)
+                if committed_sidecar(target, name, identity) is None:
+                    made = [TokenRow(key, NO_CODES, [text], {}, name) for key, text in rows]
+                    write_shard(target, name, made, drops, identity)
     for reason, count in sorted(dropped.items()):
         logger.warning("%d texts left out: %s", count, reason)
     manifest = merge_manifest(target, names)

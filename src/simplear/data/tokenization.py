@@ -32,7 +32,7 @@ from simplear.data.drops import Dropped, merge_drops, write_unit_drops
 from simplear.data.filters import Filter, MinimumScore
 from simplear.data.funnel import draw_funnel
 from simplear.data.prediction import UnitModule, UnitWriter, make_trainer, predict_units
-from simplear.data.preparation import Preparation, UnitBatch, UnitBatches
+from simplear.data.preparation import EncoderBatches, Preparation
 from simplear.data.shards import (
     MAX_CODEBOOK_SIZE,
     TokenRow,
@@ -40,6 +40,7 @@ from simplear.data.shards import (
     write_shard,
 )
 from simplear.data.sources import Sample, Source
+from simplear.data.units import UnitBatch, UnitEnd
 from simplear.errors import UserError
 from simplear.visual_tokenizer import VisualTokenizer, load_visual_tokenizer
 
@@ -84,19 +85,11 @@ class TokenizeModule(UnitModule):
     def predict_dataloader(self) -> DataLoader[UnitBatch]:
         """Batches of this rank's units."""
         self.take_share()
-        batches = UnitBatches(self.source, self.units, self.batch_size, self.preparation)
-        return DataLoader(
-            batches,
-            batch_size=None,
-            num_workers=min(self.num_workers, len(self.units)),
-            collate_fn=_as_made,
-            pin_memory=self.device.type == "cuda",
-        )
+        batches = EncoderBatches(self.source, self.units, self.batch_size, self.preparation)
+        return self.loader(batches, self.num_workers)
 
     def predict_step(self, batch: UnitBatch) -> Encoded:
         """Codes of the batch's pictures, scored first where a filter asks for it."""
-        if batch.failure is not None:
-            raise batch.failure
         if not batch.samples:
             return Encoded(np.empty((0, 0, 0), np.uint16), [])
         if batch.images.dtype == torch.int64:
@@ -130,13 +123,8 @@ class TokenizeModule(UnitModule):
         return pixels, dropped
 
 
-def _as_made(batch: Any) -> Any:
-    """In place of PyTorch's conversion, which would walk through all metadata."""
-    return batch
-
-
 class ShardWriter(UnitWriter):
-    """Gathers codes by unit, commits a unit when its last batch has come."""
+    """Gathers codes by unit, and commits a unit's shard."""
 
     def __init__(self, out: Path) -> None:
         super().__init__(out, "tokenize")
@@ -150,17 +138,8 @@ class ShardWriter(UnitWriter):
         super().on_predict_start(trainer, pl_module)
         self._began = time.monotonic()
 
-    def write_on_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        prediction: Encoded,
-        batch_indices: Sequence[int] | None,
-        batch: UnitBatch,
-        batch_idx: int,
-        dataloader_idx: int,
-    ) -> None:
-        """Keep the batch's rows; commit the unit after its last batch."""
+    def keep(self, batch: UnitBatch, prediction: Encoded) -> None:
+        """Rows, and what a score left out, with their places in the unit."""
         rows, scored = self._rows.setdefault(batch.unit, []), self._scored.setdefault(batch.unit, [])
         codes = iter(prediction.codes)
         for index, sample, reason in zip(batch.indices, batch.samples, prediction.dropped, strict=True):
@@ -169,23 +148,25 @@ class ShardWriter(UnitWriter):
                 rows.append((index, row))
             else:
                 scored.append((index, (sample.key, reason)))
-        finished = len(batch.samples)
-        if batch.dropped is not None:
-            self._commit(batch.unit, batch.dropped)
-            finished = len(batch.dropped)
-        self._pictures += finished
-        rate = self._pictures / max(time.monotonic() - self._began, 1e-9)
-        self.advance(finished, batch.dropped is not None, f"{rate:.3g} pictures/s")
 
-    def _commit(self, unit: str, dropped: list[Dropped]) -> None:
+    def commit(self, unit: str, end: UnitEnd) -> None:
+        """A shard, and before it the list of what was dropped."""
         # Batches of several sizes overlap, so rows and scores come in another order than the source's.
-        rows = [row for _, row in sorted(self._rows.pop(unit), key=lambda placed: placed[0])]
-        scored = [entry for _, entry in sorted(self._scored.pop(unit), key=lambda placed: placed[0])]
-        dropped = [*dropped, *scored]
-        counts = Counter(reason for _, reason in dropped)
-        write_unit_drops(self.out, unit, dropped)
-        write_shard(self.out, unit, rows, counts)
+        rows = [row for _, row in sorted(self._rows.pop(unit, []), key=lambda placed: placed[0])]
+        scored = [entry for _, entry in sorted(self._scored.pop(unit, []), key=lambda placed: placed[0])]
+        counts = Counter(reason for _, reason in scored)
+        write_unit_drops(self.out, unit, [*end.dropped, *scored])
+        write_shard(self.out, unit, rows, counts + Counter(reason for _, reason in end.dropped), identity=end.identity)
         self.drops += counts
+
+    def advance(self, pictures: int, unit_is_done: bool) -> None:
+        """Also show the rate, where the bar does not count pictures itself."""
+        assert self._progress is not None
+        self._pictures += pictures
+        rate = self._pictures / max(time.monotonic() - self._began, 1e-9)
+        if not self.by_picture:
+            self._progress.set_postfix_str(f"{rate:.3g} pictures/s", refresh=False)
+        super().advance(pictures, unit_is_done)
 
     def conclude(self, module: TokenizeModule, manifest: dict[str, Any]) -> None:
         """Say how many rows there are, and what was dropped."""

@@ -18,6 +18,7 @@ from simplear.atomic import require_writable, whole_file
 from simplear.errors import UserError
 from simplear.evaluation.intervals import clustered_interval
 from simplear.evaluation.report import OVERALL, REPORT_FILE, read_report
+from simplear.text_files import read_objects
 
 COMPARISON_FILE = "comparison.json"
 ALIKE = ("benchmark", "judge", "seed", "samples", "images_per_prompt", "prompts_sha256", "detector", "clip")
@@ -40,8 +41,8 @@ class EvaluatedRun:
 def compare(first: str, second: str, *, out: str | None = None) -> dict[str, Any]:
     """Differences of two evaluated runs, second less first, paired by prompt, with 95 % intervals.
 
-    A run is named as REPORT:RUN, where REPORT is a report.json or its directory; RUN can be left out where the report
-    has one only.
+    A run is named as REPORT:RUN, where REPORT is a report.json or its directory, with any colons; RUN can be left out
+    where the report has one only.
 
     Args:
         first: the run to compare with.
@@ -73,23 +74,25 @@ def compare(first: str, second: str, *, out: str | None = None) -> dict[str, Any
             (str(Path(COMPARISON_FILE).with_suffix(".md")), table),
         ):
             with whole_file(Path(out) / name) as partial:
-                partial.write_text(text)
+                partial.write_text(text, encoding="utf-8")
     print(table)
     return comparison
 
 
 def read_run(name: str) -> EvaluatedRun:
     """The run that is named as REPORT or REPORT:RUN, see `compare`. Raises ValueError where there is none."""
-    path, run = name, ""
-    if not Path(name).exists():
-        path, _, run = name.rpartition(":")
-    file = Path(path) / REPORT_FILE if Path(path).is_dir() else Path(path)
-    if not path or not file.is_file():
-        raise UserError(f"no report at {file if path else name}: name a report.json, or its directory, and :RUN.")
-    report = read_report(file)
+    colons = [place for place, letter in enumerate(name) if letter == ":"]
+    readings = [(name, ""), *((name[:place], name[place + 1 :]) for place in reversed(colons))]
+    files = [(Path(path) / REPORT_FILE if Path(path).is_dir() else Path(path), run) for path, run in readings if path]
+    found = [(file, run) for file, run in files if file.is_file()]
+    if not found:
+        raise UserError(f"no report at {readings[-1][0]}: name a report.json, or its directory, and :RUN.")
+    reports = [(file, run, read_report(file)) for file, run in found]
+    # A colon may be part of the path or of the run's name: what is there decides.
+    file, run, report = next((each for each in reports if each[1] in each[2]["runs"]), reports[0])
     present = ", ".join(report["runs"]) or "none"
     if not run and len(report["runs"]) != 1:
-        raise UserError(f"{file} has the runs {present}: name one as {path}:RUN.")
+        raise UserError(f"{file} has the runs {present}: name one as {file}:RUN.")
     run = run or next(iter(report["runs"]))
     if run not in report["runs"]:
         raise UserError(f"{file} has no run {run!r}, but {present}.")
@@ -97,7 +100,7 @@ def read_run(name: str) -> EvaluatedRun:
     if "verdicts" not in settings:
         raise UserError(
             f"run {run!r} of {file} names no file of results by prompt (settings.{run}.verdicts), so nothing can be "
-            "paired: it is no evaluation by prompts, or an older one; evaluate it again."
+            "paired: it is not an evaluation by prompts, or an older one; evaluate it again."
         )
     return EvaluatedRun(file, run, settings, *_values(file.parent / settings["verdicts"], settings.get("verdict")))
 
@@ -108,8 +111,7 @@ def _values(file: Path, key: str | None) -> tuple[dict[str, dict[str, float]], s
         raise UserError(f"the results by prompt, {file}, are gone: evaluate the run again.")
     images: dict[str, dict[str, list[float]]] = {}
     kinds = set()
-    for number, line in enumerate(file.read_text().splitlines(), start=1):
-        row = json.loads(line)
+    for number, row in read_objects(file):
         name = key or ("correct" if "correct" in row else "score")
         if not isinstance(row.get(name), (bool, int, float)) or not isinstance(row.get("prompt"), str):
             raise UserError(f"{file}, line {number}: no prompt with a {name!r}.")

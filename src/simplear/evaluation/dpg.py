@@ -32,8 +32,17 @@ from simplear.evaluation.drawing import SETTINGS_FILE, DrawnPrompts, draw_prompt
 from simplear.evaluation.grid import Cell, image_grid
 from simplear.evaluation.page import PageImage, write_page
 from simplear.evaluation.prediction import predict_prompts
-from simplear.evaluation.report import REPORT_FILE, VERDICTS_FILE, markdown_table, merge_run, write_tensorboard
+from simplear.evaluation.report import (
+    REPORT_FILE,
+    VERDICTS_FILE,
+    markdown_table,
+    merge_run,
+    name_run,
+    write_tensorboard,
+)
 from simplear.evaluation.visual_questions import VisualJudge, judge_processor
+from simplear.pictures import read_rgb
+from simplear.text_files import FreeText, parse_json, read_objects
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +80,8 @@ class QuarterLayout:
 
 def dpg_prompts() -> list[dict[str, Any]]:
     """The 1,065 prompts, each with its ``item_id``."""
-    text = (files("simplear.evaluation") / "dpg_data" / "prompts.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+    content = (files("simplear.evaluation") / "dpg_data" / "prompts.jsonl").read_bytes()
+    return [row for _, row in read_objects(content)]
 
 
 def join_quarters(images: Sequence[Image.Image]) -> Image.Image:
@@ -104,7 +113,7 @@ def evaluate_dpg(
     checkpoint: str,
     *,
     out: str,
-    run: str | None = None,
+    run: FreeText | None = None,
     questions: str | None = None,
     judge: str = DEFAULT_JUDGE,
     judge_batch_size: int = 16,
@@ -141,7 +150,7 @@ def evaluate_dpg(
         raise UserError(f"samples {samples} must lie in [1, {MOST_SAMPLES}]: the official program reads quarters.")
     if judge_batch_size < 1:
         raise UserError(f"judge_batch_size {judge_batch_size} must be at least 1.")
-    name = run or Path(checkpoint).name
+    name = name_run(run, checkpoint, out)
     directory = Path(out) / FOLDER / name
     prompts = dpg_prompts()
     asked = None if questions is None else questions_of(prompts, questions)
@@ -152,7 +161,7 @@ def evaluate_dpg(
     drawn = draw_prompts(checkpoint, prompts, directory, QuarterLayout(), samples=samples, **drawing)
     if asked is None:
         if drawn.trainer.is_global_zero:
-            side = Image.open(drawn.paths[0]).width // (1 if samples == 1 else 2)
+            side = read_rgb(drawn.paths[0]).width // (1 if samples == 1 else 2)
             print(
                 f"images: {directory / IMAGES}\nIn a clone of https://github.com/TencentQQGYLab/ELLA: "
                 f"PIC_NUM={samples} bash dpg_bench/dist_eval.sh {(directory / IMAGES).absolute()} {side}"
@@ -194,8 +203,7 @@ def _report(
     write_tensorboard(images / JUDGE, result, picture, tag=FOLDER)
     stated = {"benchmark": FOLDER, "judge": JUDGE, **settings, "prompts": len(drawn.rows)}
     report = merge_run(out / REPORT_FILE, run, result, {**stated, "verdicts": str(verdicts.relative_to(out))})
-    with Image.open(drawn.paths[0]) as first:
-        boxes = quarter_boxes(first.width, drawn.settings["samples"])
+    boxes = quarter_boxes(read_rgb(drawn.paths[0]).width, drawn.settings["samples"])
     shown = [
         PageImage(
             images / line["file"],
@@ -271,8 +279,7 @@ class Judging:
         """Ask all questions about all images of each prompt, in batches of one prompt alone."""
         assert self.judge is not None
         for number in numbers:
-            with Image.open(self.paths[number]) as opened:
-                picture = opened.convert("RGB")
+            picture = read_rgb(self.paths[number])
             images = [picture.crop(box) for box in quarter_boxes(picture.width, self.samples)]
             questions = self.questions[number]
             pairs = [(image, question.text) for image in images for question in questions]
@@ -287,7 +294,7 @@ class Judging:
 
     def read(self, number: int) -> list[dict[int, bool]]:
         """Of each image of a prompt that is finished, the answers by the questions' numbers."""
-        answers = json.loads(self._file(number).read_text())
+        answers = parse_json(self._file(number).read_bytes())
         return [{int(question): bool(answer) for question, answer in image.items()} for image in answers]
 
     def _file(self, number: int) -> Path:
@@ -304,7 +311,7 @@ def _picture(name: str, prompts: Sequence[str], paths: Sequence[Path], judged: S
 
     def cells(numbers: Sequence[int]) -> list[Cell]:
         return [
-            Cell(f"{scores[number]:.0%}: {_shortened(prompts[number])}", (Image.open(paths[number]),))
+            Cell(f"{scores[number]:.0%}: {_shortened(prompts[number])}", (read_rgb(paths[number]),))
             for number in numbers
         ]
 

@@ -3,17 +3,18 @@
 Each prompt comes with yes/no questions about what its image must show. A question can depend on others ("Is the dog
 brown?" on "Is there a dog?"): where one of those is answered "no", it counts as 0 whatever its own answer is. An
 image's score is the mean over its questions, a prompt's the mean over its images, the benchmark's the mean over
-prompts. Scores of categories are means of plain answers, dependencies left aside.
+prompts. Scores of categories are means of plain answers about the last of a prompt's images, dependencies left aside.
 
 As the official program computes (``dpg_bench/compute_dpg_bench.py`` of https://github.com/TencentQQGYLab/ELLA, of Hu et
-al. 2024, "ELLA: Equip Diffusion Models with LLM for Enhanced Semantic Alignment"), but for three things. There a "no"
-two questions up counts only if the file lists each question after those it depends on; here it always counts. There
-categories look at the last of a prompt's images alone; here at all. And there the file's first question is left out.
+al. 2024, "ELLA: Equip Diffusion Models with LLM for Enhanced Semantic Alignment"), but for two things. There a "no"
+two questions up counts only if the file lists each question after those it depends on; here it always counts. And
+there the file's first question is left out.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from statistics import variance
 from simplear.errors import MissingFileError, UserError
 from simplear.evaluation.intervals import effective_interval, ratio_proportion
 from simplear.evaluation.report import OVERALL, Result
+from simplear.text_files import decode
 
 COLUMNS = ("item_id", "proposition_id", "dependency", "tuple", "question_natural_language")
 """Of the question file that are read; ``text``, ``keywords`` and the ``category_…`` are not."""
@@ -72,7 +74,7 @@ def read_questions(file: str | Path) -> dict[str, list[Question]]:
             "it (--questions)."
         )
     items: dict[str, dict[int, Question]] = {}
-    with open(file, encoding="utf-8-sig", newline="") as opened:
+    with io.StringIO(decode(Path(file).read_bytes(), str(file)), newline="") as opened:
         rows = csv.DictReader(opened)
         if missing := [column for column in COLUMNS if column not in (rows.fieldnames or ())]:
             raise UserError(f"{file} has no column {missing[0]!r}: it is not DPG-Bench's question file.")
@@ -147,8 +149,9 @@ def prompt_score(judged: PromptAnswers) -> float:
 def dpg_result(prompts: Sequence[PromptAnswers]) -> Result:
     """Accuracies in [0, 1]: overall, of broad categories ("entity") and of detailed ones ("entity - whole").
 
-    Intervals are of 95 %, with the prompt as the unit; see `simplear.evaluation.intervals.clustered_proportion`. ``n``
-    counts images in the overall and answers in the categories.
+    Categories count the answers about each prompt's last image, as the official program does, so that its published
+    figures can stand beside them. Intervals are of 95 %, with the prompt as the unit; see
+    `simplear.evaluation.intervals.ratio_proportion`. ``n`` counts images in the overall and answers in the categories.
     """
     scores = [prompt_score(judged) for judged in prompts]
     overall = sum(scores) / len(scores)
@@ -161,7 +164,7 @@ def dpg_result(prompts: Sequence[PromptAnswers]) -> Result:
         of_prompt: dict[str, list[bool]] = {}
         for question in judged.questions:
             for name in dict.fromkeys((question.broad_category, question.category)):
-                of_prompt.setdefault(name, []).extend(answers[question.number] for answers in judged.answers)
+                of_prompt.setdefault(name, []).append(judged.answers[-1][question.number])
         for name, values in of_prompt.items():
             totals.setdefault(name, []).append((sum(values), len(values)))
     for name in sorted(totals, key=lambda name: ("-" in name, name)):

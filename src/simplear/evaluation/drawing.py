@@ -25,7 +25,7 @@ from simplear.data.prediction import make_trainer
 from simplear.errors import UserError
 from simplear.evaluation.prediction import predict_prompts
 from simplear.evaluation.scenes import image_seed
-from simplear.generation import SimpleARPipeline
+from simplear.generation import DrawingOptions, SimpleARPipeline
 from simplear.language_model import checkpoint_hash, find_checkpoint, load_checkpoint
 from simplear.visual_tokenizer import load_visual_tokenizer
 
@@ -73,22 +73,11 @@ def draw_prompts(
     samples: int = 4,
     limit: int | None = None,
     seed: int = 0,
-    guidance_scale: float | None = None,
-    negative_prompt: str | None = None,
-    prompt_prefix: str | None = None,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    engine: str = "cached",
-    engine_options: dict[str, Any] | None = None,
-    visual_tokenizer: str | None = None,
-    batch_size: int = 32,
     accelerator: str = "auto",
     devices: int = 1,
     num_nodes: int = 1,
     strategy: str = "auto",
+    **drawing: Any,
 ) -> DrawnPrompts:
     """Draw what is not drawn yet; returns on each rank when all images are there.
 
@@ -101,22 +90,11 @@ def draw_prompts(
         limit: draw only the first so many prompts; without it, or with a larger one, the rest can be drawn later.
         seed: of the images; an image's own seed follows from this, its prompt and its number among the prompt's images,
             those of equal prompts further up counted.
-        guidance_scale: classifier-free guidance; the checkpoint's default if not given.
-        negative_prompt: the checkpoint's default if not given.
-        prompt_prefix: put before every prompt; the checkpoint's default if not given.
-        temperature: the checkpoint's default if not given.
-        top_k: the checkpoint's default if not given.
-        top_p: the checkpoint's default if not given.
-        height: pixels; the checkpoint's grid if not given.
-        width: pixels; the checkpoint's grid if not given.
-        engine: how codes are drawn.
-        engine_options: of the engine, as ``'{window: 7}'`` for jacobi.
-        visual_tokenizer: directory to use in place of the checkpoint's own.
-        batch_size: images drawn at once on each device.
         accelerator: "cpu", "gpu" or "auto".
         devices: processes on each machine.
         num_nodes: machines.
         strategy: Lightning's strategy; "auto" takes "ddp" for several processes.
+        drawing: see `simplear.generation.DrawingOptions`; the batch size is that of each device.
 
     Raises:
         CheckpointError: missing or damaged files of the checkpoint.
@@ -124,42 +102,34 @@ def draw_prompts(
             its range.
         OSError: the directory cannot be written.
     """
-    for name, value in (("samples", samples), ("limit", 1 if limit is None else limit), ("batch_size", batch_size)):
+    options = DrawingOptions(**drawing)
+    for name, value in (("samples", samples), ("limit", 1 if limit is None else limit)):
         if value < 1:
             raise UserError(f"{name} {value} must be at least 1.")
     require_writable(directory, "images", "out")
     source = find_checkpoint(checkpoint)
-    stated = load_checkpoint(source, with_weights=False).settings
-    defaults = stated.generation
-    fingerprint = stated.visual_tokenizer_fingerprint
-    if visual_tokenizer is not None:
-        fingerprint = load_visual_tokenizer(visual_tokenizer).fingerprint
-    generation = {
-        "guidance_scale": defaults.guidance_scale if guidance_scale is None else guidance_scale,
-        "negative_prompt": defaults.negative_prompt if negative_prompt is None else negative_prompt,
-        "prompt_prefix": defaults.prompt_prefix if prompt_prefix is None else prompt_prefix,
-        "temperature": defaults.temperature if temperature is None else temperature,
-        "top_k": defaults.top_k if top_k is None else top_k,
-        "top_p": defaults.top_p if top_p is None else top_p,
-        "height": stated.grid[0] * stated.downsample if height is None else height,
-        "width": stated.grid[1] * stated.downsample if width is None else width,
-    }
+    loaded = load_checkpoint(source, with_weights=False)
+    fingerprint = loaded.settings.visual_tokenizer_fingerprint
+    if options.visual_tokenizer is not None:
+        fingerprint = load_visual_tokenizer(options.visual_tokenizer).fingerprint
     settings = {
         "checkpoint_sha256": checkpoint_hash(source),
         "visual_tokenizer": fingerprint,
         "prompts_sha256": hashlib.sha256(json.dumps(list(prompts), sort_keys=True).encode()).hexdigest(),
         "samples": samples,
         "seed": seed,
-        **generation,
-        "engine": engine,
-        "engine_options": engine_options or {},
+        **options.stated(loaded.settings),
     }
-    claim_directory(directory / SETTINGS_FILE, settings)
     rows = list(prompts)[:limit]
+    # Before the directory is bound to settings with which nothing can be drawn.
+    SimpleARPipeline(loaded.model, loaded.tokenizer, loaded.settings).check_prompts(
+        [row["prompt"] for row in rows], options.prompt_prefix, options.height, options.width
+    )
+    claim_directory(directory / SETTINGS_FILE, settings)
     paths = [directory / layout.name(number, row) for number, row in enumerate(rows)]
-    task = _Drawing(source, rows, paths, layout, settings, visual_tokenizer, batch_size)
+    task = _Drawing(source, rows, paths, layout, samples, seed, options)
     trainer = make_trainer(accelerator, devices, num_nodes, strategy, inference_mode=False)
-    predict_prompts(trainer, task, len(rows), max(1, batch_size // samples))
+    predict_prompts(trainer, task, len(rows), max(1, options.batch_size // samples))
     return DrawnPrompts(rows, paths, settings, trainer)
 
 
@@ -174,12 +144,12 @@ class _Drawing:
         rows: Sequence[dict[str, Any]],
         paths: Sequence[Path],
         layout: Layout,
-        settings: Mapping[str, Any],
-        visual_tokenizer: str | None,
-        batch_size: int,
+        samples: int,
+        seed: int,
+        options: DrawingOptions,
     ) -> None:
         self.checkpoint, self.rows, self.paths, self.layout = checkpoint, rows, paths, layout
-        self.settings, self.visual_tokenizer, self.batch_size = settings, visual_tokenizer, batch_size
+        self.samples, self.seed, self.options = samples, seed, options
         self.pipeline: SimpleARPipeline | None = None
         counts: Counter[str] = Counter()
         self.earlier: list[int] = []
@@ -189,39 +159,27 @@ class _Drawing:
             counts[row["prompt"]] += 1
 
     def setup(self, device: torch.device) -> None:
-        """Load the checkpoint, and make sure that all prompts can be drawn."""
-        self.pipeline = SimpleARPipeline.from_pretrained(
-            self.checkpoint,
-            engine=self.settings["engine"],
-            engine_options=self.settings["engine_options"],
-            device=device,
-            visual_tokenizer=self.visual_tokenizer,
-        )
-        size = self.settings["height"], self.settings["width"]
-        self.pipeline.check_prompts([row["prompt"] for row in self.rows], self.settings["prompt_prefix"], *size)
+        """Load the checkpoint."""
+        self.pipeline = self.options.pipeline(self.checkpoint, device)
         _ = self.pipeline.visual_tokenizer  # one that is missing is missed before the first image
 
     def is_finished(self, number: int) -> bool:
         """Whether all images of the prompt are there."""
-        return self.layout.is_whole(self.paths[number], self.settings["samples"])
+        return self.layout.is_whole(self.paths[number], self.samples)
 
     def run(self, numbers: Sequence[int]) -> None:
         """Draw a batch of prompts. All of it: the shape of a batch is what a drawing in one go has."""
         assert self.pipeline is not None
-        samples = self.settings["samples"]
+        samples = self.samples
         asked = [
             (self.rows[number]["prompt"], self.earlier[number] * samples + sample)
             for number in numbers
             for sample in range(samples)
         ]
-        options = ("guidance_scale", "negative_prompt", "prompt_prefix", "temperature", "top_k", "top_p")
         images: Any = self.pipeline(
             [prompt for prompt, _ in asked],
-            seed=[image_seed(self.settings["seed"], prompt, sample) for prompt, sample in asked],
-            height=self.settings["height"],
-            width=self.settings["width"],
-            batch_size=self.batch_size,
-            **{name: self.settings[name] for name in options},
+            seed=[image_seed(self.seed, prompt, sample) for prompt, sample in asked],
+            **self.options.arguments(),
         ).images
         for place, number in enumerate(numbers):
             if not self.is_finished(number):

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from simplear.data.pictures import resize_and_crop
 from simplear.errors import MissingFileError, UserError
-from simplear.pictures import PICTURE_SUFFIXES, PictureError, open_rgb
+from simplear.pictures import PICTURE_SUFFIXES, read_rgb
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ READERS = min(8, os.cpu_count() or 1)
 
 
 def picture_files(folder: str | Path) -> list[Path]:
-    """All pictures below a folder, in the order of their paths. Raises FileNotFoundError where there is none."""
+    """All pictures below a folder, in the order of their paths. Raises FileNotFoundError where there are none."""
     if not Path(folder).is_dir():
         raise MissingFileError(f"{folder} is no folder: give one that holds pictures.")
     files = sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES)
@@ -54,7 +54,8 @@ def picture_batches(
         for start in range(0, len(files), batch_size):
             part = files[start : start + batch_size]
             pictures = []
-            for file, picture in zip(part, pool.map(_read, part), strict=True):
+            for file, opened in zip(part, pool.map(read_rgb, part), strict=True):
+                picture = np.asarray(opened)
                 height, width = picture.shape[:2]
                 size = size or (height, width)
                 if not resize and (height, width) != size:
@@ -67,10 +68,3 @@ def picture_batches(
             yield part, np.stack(pictures)
     if enlarged:
         logger.warning("%d of %d pictures were smaller than %d × %d and enlarged", enlarged, len(files), *(size or ()))
-
-
-def _read(file: Path) -> NDArray[np.uint8]:
-    try:
-        return np.asarray(open_rgb(file))
-    except PictureError as reason:
-        raise UserError(f"{file}: {reason}. Replace it or move it away.") from reason

@@ -32,9 +32,12 @@ from simplear.evaluation.report import (
     clustered_accuracy_result,
     markdown_table,
     merge_run,
+    name_run,
     write_tensorboard,
 )
+from simplear.pictures import read_rgb
 from simplear.rewards import load_clip
+from simplear.text_files import FreeText, read_objects
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +54,7 @@ def evaluate_geneval(
     checkpoint: str,
     *,
     out: str,
-    run: str | None = None,
+    run: FreeText | None = None,
     score: bool = True,
     detector: str = DETECTOR,
     detector_size: int = DETECTOR_SIZE,
@@ -83,7 +86,7 @@ def evaluate_geneval(
     Raises:
         ValueError, FileNotFoundError: detector or CLIP cannot be had, or what `draw_prompts` raises.
     """
-    name = run or Path(checkpoint).name
+    name = name_run(run, checkpoint, out)
     directory = Path(out) / FOLDER / name
     networks = None
     if score:  # before hours of drawing
@@ -116,8 +119,8 @@ def evaluate_geneval(
 
 def prompts() -> list[dict[str, Any]]:
     """The 553 prompts: ``tag`` (the category), ``prompt``, ``include`` and, for counts, ``exclude``."""
-    lines = (files("simplear.evaluation") / "geneval_data" / "evaluation_metadata.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    content = (files("simplear.evaluation") / "geneval_data" / "evaluation_metadata.jsonl").read_bytes()
+    return [row for _, row in read_objects(content)]
 
 
 def object_names() -> list[str]:
@@ -180,7 +183,7 @@ class _Judging:
         for number in numbers:
             row, path = self.drawn.rows[number], self.drawn.paths[number]
             names = [sample_file(path, sample) for sample in range(self.drawn.settings["samples"])]
-            images = [Image.open(name).convert("RGB") for name in names]
+            images = [read_rgb(name) for name in names]
             lines = []
             for name, image, detected in zip(names, images, self.detector(images), strict=True):
                 found = counted(detected, threshold_of(row))
@@ -209,7 +212,7 @@ def _report(out: Path, run: str, images: Path, drawn: DrawnPrompts, settings: Ma
     texts = [(judged / f"{number:05d}.jsonl").read_text() for number in range(len(drawn.rows))]
     with whole_file(judged / VERDICTS_FILE) as partial:
         partial.write_text("".join(texts))
-    rows = [json.loads(line) for text in texts for line in text.splitlines()]
+    rows = [row for _, row in read_objects(judged / VERDICTS_FILE)]
     verdicts: dict[str, dict[str, list[bool]]] = {}
     for row in rows:
         verdicts.setdefault(row["tag"], {}).setdefault(row["prompt"], []).append(row["correct"])
@@ -219,7 +222,7 @@ def _report(out: Path, run: str, images: Path, drawn: DrawnPrompts, settings: Ma
         cells = sections.setdefault(prompt["tag"].replace("_", " "), [])
         if len(cells) < SHOWN_PER_CATEGORY:
             samples = rows[number * drawn.settings["samples"] :][: drawn.settings["samples"]]
-            pictures = tuple(Image.open(images / row["file"]) for row in samples)
+            pictures = tuple(read_rgb(images / row["file"]) for row in samples)
             cells.append(Cell(prompt["prompt"], pictures, tuple(row["correct"] for row in samples)))
     picture = image_grid(sections, columns=2)
     picture.save(out / FOLDER / f"{run}.png")

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
 
-from simplear.errors import UserError
+from simplear.errors import UserError, first_line
 from simplear.evaluation.geneval_rules import COLORS, THRESHOLD, Detection
 from simplear.rewards import LoadedCLIP, preprocess
 
@@ -89,11 +89,13 @@ class InstanceDetector:
         loader: Any = Mask2FormerForUniversalSegmentation
         try:
             self.processor: Any = AutoImageProcessor.from_pretrained(
-                model, size={"shortest_edge": size, "longest_edge": round(size * LONGEST_OVER_SHORTEST)}
+                model,
+                size={"shortest_edge": size, "longest_edge": round(size * LONGEST_OVER_SHORTEST)},
+                trust_remote_code=False,
             )
             network, loading = loader.from_pretrained(model, output_loading_info=True)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise UserError(
                 f"the detector {model} cannot be read ({reason}): name the directory or hub id of a Mask2Former for "
                 "instances (--detector), or leave judging to the official program (--score false)."

@@ -125,10 +125,6 @@ def clustered_interval(strata: Sequence[Sequence[float]]) -> tuple[float, float,
 def ratio_proportion(clusters: Sequence[tuple[float, int]]) -> tuple[float, float, float]:
     """As `clustered_proportion`, for clusters of unequal size, such as the answers of one category about a prompt.
 
-    With C clusters of totals t and sizes n, the share is p = Σt / Σn, its variance C / (C − 1) · Σ (t − p n)² / (Σn)².
-
-    Source: Cochran 1977, "Sampling Techniques", chapter 6 (ratio estimates), for the variance.
-
     Args:
         clusters: of each, how many of its members are right, which may be a sum of shares, and how many there are.
 
@@ -138,13 +134,43 @@ def ratio_proportion(clusters: Sequence[tuple[float, int]]) -> tuple[float, floa
     Raises:
         ValueError: no cluster, or one without members.
     """
+    share, spread = _ratio(clusters)
+    return share, *effective_interval(share, spread, len(clusters), sum(size for _, size in clusters))
+
+
+def ratio_interval(clusters: Sequence[tuple[float, int]]) -> tuple[float, float, float]:
+    """Mean over the members of clusters of unequal size, and its 95 % interval by the clusters, which is normal.
+
+    With clusters of one size, as `clustered_interval` of one stratum.
+
+    Args:
+        clusters: of each, the sum over its members and how many there are; two clusters or more.
+
+    Returns:
+        mean, low, high.
+
+    Raises:
+        ValueError: fewer than two clusters, or one without members.
+    """
+    if len(clusters) < 2:
+        raise ValueError("there are fewer than 2 clusters: their spread is unknown.")
+    mean, spread = _ratio(clusters)
+    return mean, mean - Z_95 * sqrt(spread), mean + Z_95 * sqrt(spread)
+
+
+def _ratio(clusters: Sequence[tuple[float, int]]) -> tuple[float, float]:
+    """Mean over the members of clusters, and the variance of that.
+
+    With C clusters of totals t and sizes n, the mean is p = Σt / Σn, its variance C / (C − 1) · Σ (t − p n)² / (Σn)².
+
+    Source: Cochran 1977, "Sampling Techniques", chapter 6 (ratio estimates), for the variance.
+    """
     if not clusters or min(size for _, size in clusters) < 1:
         raise ValueError("there must be a cluster, and none without members.")
     members, count = sum(size for _, size in clusters), len(clusters)
-    share = sum(total for total, _ in clusters) / members
-    squares = sum((total - share * size) ** 2 for total, size in clusters)
-    spread = count / (count - 1) * squares / members**2 if count > 1 else 0.0
-    return share, *effective_interval(share, spread, count, members)
+    mean = sum(total for total, _ in clusters) / members
+    squares = sum((total - mean * size) ** 2 for total, size in clusters)
+    return mean, count / (count - 1) * squares / members**2 if count > 1 else 0.0
 
 
 def effective_interval(share: float, spread: float, fewest: int, most: int) -> tuple[float, float]:

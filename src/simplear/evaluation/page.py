@@ -14,11 +14,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from tqdm import tqdm
 
 from simplear.atomic import whole_file
 from simplear.evaluation.report import OVERALL, PUBLISHED_MARK, published_sources, report_table
+from simplear.pictures import read_rgb
 
 THUMBNAIL = 192
 """Pixels of the longer side, of larger images; smaller ones are kept as they are, and shown larger pixel by pixel."""
@@ -125,8 +125,8 @@ def _figure(number: int, item: PageImage, prompt_failure: float) -> str:
 
 def _thumbnail(item: PageImage) -> str:
     buffer = io.BytesIO()
-    with Image.open(item.file) as image:
-        picture = image.crop(item.box).convert("RGB") if item.box else image.convert("RGB")
+    picture = read_rgb(item.file)
+    picture = picture.crop(item.box) if item.box else picture
     small = max(picture.size) <= THUMBNAIL
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
     if small:

@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
+from simplear.data.prediction import RanksTogether
 from simplear.progress import progress_bar
 
 
@@ -70,6 +71,7 @@ class _PromptModule(lightning.LightningModule):
         self.batches: list[list[int]] = []
         """This rank's share of what is left."""
         self._bar: tqdm | None = None
+        self._ranks: RanksTogether | None = None
 
     def setup(self, stage: str) -> None:
         """Look what is left, and load. Lightning lets no rank go on before all have been here."""
@@ -86,6 +88,7 @@ class _PromptModule(lightning.LightningModule):
 
     def on_predict_start(self) -> None:
         """Open the progress bar, over the first rank's share."""
+        self._ranks = RanksTogether()
         self._bar = progress_bar(
             sum(map(len, self.batches)),
             self.task.title,
@@ -101,6 +104,7 @@ class _PromptModule(lightning.LightningModule):
 
     def on_predict_end(self) -> None:
         """Wait for all ranks: what comes next reads what each of them made."""
-        assert self._bar is not None
+        assert self._bar is not None and self._ranks is not None
         self._bar.close()
-        self.trainer.strategy.barrier("predicted")
+        self._ranks.wait()
+        self._ranks.close()

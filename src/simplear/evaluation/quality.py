@@ -30,11 +30,20 @@ from simplear.evaluation.drawing import draw_prompts
 from simplear.evaluation.fid import FrechetDistance, InceptionFeatures
 from simplear.evaluation.folder import picture_batches
 from simplear.evaluation.grid import Cell, image_grid
-from simplear.evaluation.intervals import clustered_interval
+from simplear.evaluation.intervals import ratio_interval
 from simplear.evaluation.page import PageImage, write_page
-from simplear.evaluation.report import OVERALL, REPORT_FILE, Result, markdown_table, merge_run, write_tensorboard
+from simplear.evaluation.report import (
+    OVERALL,
+    REPORT_FILE,
+    Result,
+    markdown_table,
+    merge_run,
+    name_run,
+    write_tensorboard,
+)
+from simplear.pictures import read_rgb
 from simplear.rewards import CLIPReward, HPSv2Reward, score
-from simplear.text_files import read_prompts
+from simplear.text_files import FreeText, read_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +84,7 @@ def evaluate_quality(
     checkpoint: str,
     *,
     out: str,
-    run: str | None = None,
+    run: FreeText | None = None,
     prompts_file: str | None = None,
     references: str | None = None,
     extractor: nn.Module | None = None,
@@ -97,8 +106,8 @@ def evaluate_quality(
         checkpoint: directory or hub id of the checkpoint.
         out: directory of images and report.
         run: name of the result; the checkpoint directory's own name if not given.
-        prompts_file: file with a caption a line, or .jsonl with a "prompt" in each line; the references' captions if
-            not given.
+        prompts_file: .txt with a caption a line, .jsonl or .json with objects that have a "prompt"; the references'
+            captions if not given.
         references: folder of real pictures, with a .txt of captions beside each or a ``metadata.jsonl``; resized and
             cropped to the size of the drawn ones. Without it there is no FID.
         extractor: the network of FID, by class path: `simplear.evaluation.fid.InceptionFeatures` if not given, whose
@@ -123,6 +132,7 @@ def evaluate_quality(
     wants_fid = fid and references is not None
     if not wants_fid and clip is None and hps is None:
         raise UserError("nothing to measure: name references (FID), clip (CLIPScore) or hps.")
+    name = name_run(run, checkpoint, out)
     source = None if references is None else ImageFolderSource(references)
     captions = _captions(source) if prompts_file is None else [text for text, _ in read_prompts(prompts_file)]
     if min(drawing.get("limit") or len(captions), len(captions)) < 2:
@@ -133,7 +143,6 @@ def evaluate_quality(
         distance = FrechetDistance(extractor or InceptionFeatures()) if wants_fid else None
         for network in networks.values():
             network.to("cpu")
-    name = run or Path(checkpoint).name
     directory = Path(out) / FOLDER / name
     rows = [{"prompt": caption} for caption in captions]
     drawn = draw_prompts(checkpoint, rows, directory, FolderLayout(), samples=samples, **drawing)
@@ -153,7 +162,7 @@ def evaluate_quality(
         measure_name(network): _scores(network, files, prompts, measure_batch_size, device)
         for network in networks.values()
     }
-    result = quality_result(scores, len(files), samples, distance)
+    result = quality_result(scores, prompts, distance)
     run_name = f"{name}-{FOLDER}"
     picture = _picture(name, files, prompts, scores)
     with whole_file(directory.with_name(f"{run_name}.png")) as partial:
@@ -163,7 +172,7 @@ def evaluate_quality(
             {"file": str(file.relative_to(directory)), "prompt": prompt, **{key: scores[key][place] for key in scores}}
             for place, (file, prompt) in enumerate(zip(files, prompts, strict=True))
         ]
-        (partial / SCORES_FILE).write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        (partial / SCORES_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
         write_tensorboard(partial, result, picture, tag=FOLDER)
     settings = {
         "benchmark": FOLDER,
@@ -196,23 +205,29 @@ def measure_name(network: CLIPReward) -> str:
 
 
 def quality_result(
-    scores: Mapping[str, Sequence[float]], images: int, samples: int, distance: FrechetDistance | None = None
+    scores: Mapping[str, Sequence[float]], prompts: Sequence[str], distance: FrechetDistance | None = None
 ) -> Result:
     """FID, and the mean of each measure with its 95 % interval, the prompt as the unit; the first is the overall.
 
+    All images of one prompt are one unit, those of references that share a caption among them. Where there is only one
+    prompt, the spread of prompts is unknown, and the interval is left out.
+
     Args:
-        scores: by measure, of each image, images of one prompt together.
-        images: how many there are.
-        samples: images of a prompt.
+        scores: by measure, of each image.
+        prompts: of each image.
         distance: of all the images, where there is one.
     """
     result: Result = {}
     if distance is not None:
-        result[f"fid-{distance.name}"] = {"score": distance.compute(), "n": images}
+        result[f"fid-{distance.name}"] = {"score": distance.compute(), "n": len(prompts)}
     for name, values in scores.items():
-        of_prompts = [fmean(values[start : start + samples]) for start in range(0, len(values), samples)]
-        mean, low, high = clustered_interval([of_prompts])
-        result[name] = {"score": mean, "low": low, "high": high, "n": images}
+        of_prompts: dict[str, list[float]] = {}
+        for prompt, value in zip(prompts, values, strict=True):
+            of_prompts.setdefault(prompt, []).append(value)
+        result[name] = {"score": fmean(values), "n": len(prompts)}
+        if len(of_prompts) > 1:
+            _, low, high = ratio_interval([(sum(images), len(images)) for images in of_prompts.values()])
+            result[name] |= {"low": low, "high": high}
     return {OVERALL: next(iter(result.values())), **result}
 
 
@@ -276,7 +291,7 @@ def _picture(
     def cell(place: int) -> Cell:
         prompt = prompts[place] if len(prompts[place]) <= CAPTION_LENGTH else f"{prompts[place][:CAPTION_LENGTH]}…"
         numbers = ", ".join(f"{measure} {values[place]:.1f}" for measure, values in scores.items())
-        return Cell(f"{prompt} ({numbers})" if numbers else prompt, (Image.open(files[place]),))
+        return Cell(f"{prompt} ({numbers})" if numbers else prompt, (read_rgb(files[place]),))
 
     sections = {f"{name}: the first images": [cell(place) for place in range(len(files))[:SHOWN]]}
     for measure, values in list(scores.items())[:1]:

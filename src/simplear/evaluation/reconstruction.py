@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import heapq
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from tqdm import tqdm
 
 from simplear.atomic import require_writable, whole_directory, whole_file
+from simplear.device import resolve_device
 from simplear.errors import UserError
 from simplear.evaluation.fid import FrechetDistance, InceptionFeatures
 from simplear.evaluation.folder import picture_batches, picture_files
@@ -36,8 +38,10 @@ from simplear.evaluation.report import (
     Result,
     markdown_table,
     merge_run,
+    name_run,
     write_tensorboard,
 )
+from simplear.text_files import FreeText
 from simplear.visual_tokenizer import VisualTokenizer, load_visual_tokenizer, to_pixels
 
 FOLDER = "reconstruction"
@@ -71,7 +75,7 @@ def evaluate_tokenizer(
     *,
     out: str,
     images: str,
-    run: str | None = None,
+    run: FreeText | None = None,
     height: int | None = None,
     width: int | None = None,
     limit: int | None = None,
@@ -112,27 +116,27 @@ def evaluate_tokenizer(
         raise UserError("height and width go together: give both, or neither where all pictures have one size.")
     if batch_size < 1 or (limit is not None and limit < 2):
         raise UserError(f"batch_size {batch_size} must be at least 1 and limit {limit} at least 2.")
+    name = f"{name_run(run, tokenizer, out)}-{FOLDER}"
     files = picture_files(images)
     if limit is not None and limit < len(files):
         files = [files[index * len(files) // limit] for index in range(limit)]
     if len(files) < 2:
         raise UserError(f"{images} holds one picture: a mean and its interval need two or more.")
     require_writable(out, "the report", "--out")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    visual_tokenizer = load_visual_tokenizer(tokenizer, device)
-    distance = FrechetDistance(extractor or InceptionFeatures(), device) if rfid else None
+    place = resolve_device(device)
+    visual_tokenizer = load_visual_tokenizer(tokenizer, place)
+    distance = FrechetDistance(extractor or InceptionFeatures(), place) if rfid else None
     size = None if height is None or width is None else (height, width)
     _, pictures = next(picture_batches(files[:1], 1, size))
     _check_size(pictures.shape[1], pictures.shape[2], visual_tokenizer.downsample)
 
-    name = f"{run or Path(tokenizer).name}-{FOLDER}"
     counts = torch.zeros(visual_tokenizer.codebook_size, dtype=torch.long)
     batches = picture_batches(files, batch_size, size)
     scores: list[tuple[Path, float, float]] = []
     first: list[Reconstruction] = []
     worst: list[tuple[float, int, Reconstruction]] = []
     with tqdm(total=len(files), desc="reconstructing", unit="picture", disable=None, leave=False) as bar:
-        for item in reconstructions(visual_tokenizer, batches, counts, distance, device):
+        for item in reconstructions(visual_tokenizer, batches, counts, distance, place):
             if len(first) < SHOWN:
                 first.append(item)
             entry = (-item.psnr, -len(scores), item)
@@ -151,8 +155,8 @@ def evaluate_tokenizer(
     directory = Path(out) / FOLDER / name
     with whole_directory(directory) as partial:
         # A picture stands where other evaluations have a prompt: it is what two runs are compared by.
-        rows = [{"prompt": str(file.relative_to(images)), "psnr": psnr, "ssim": ssim} for file, psnr, ssim in scores]
-        (partial / ROWS_FILE).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        rows = [{"prompt": _shown(file, images), "psnr": psnr, "ssim": ssim} for file, psnr, ssim in scores]
+        (partial / ROWS_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
         write_tensorboard(partial, result, page, tag=FOLDER)
     picture = directory.with_name(f"{name}.png")
     with whole_file(picture) as partial:
@@ -264,9 +268,14 @@ def _check_size(height: int, width: int, downsample: int) -> None:
         raise UserError(f"pictures of {height} × {width} pixels are smaller than SSIM's window of {SMALLEST_SIDE}.")
 
 
+def _shown(file: Path, folder: str) -> str:
+    """A picture's path in its folder as text: a name may hold bytes that are not."""
+    return os.fsencode(file.relative_to(folder)).decode(errors="replace")
+
+
 def _cell(item: Reconstruction, folder: str) -> Cell:
     return Cell(
-        f"{item.file.relative_to(folder)}: {item.psnr:.1f} dB, SSIM {item.ssim:.3f}",
+        f"{_shown(item.file, folder)}: {item.psnr:.1f} dB, SSIM {item.ssim:.3f}",
         (Image.fromarray(item.original), Image.fromarray(item.decoded)),
         labels=("original", "decoded"),
     )

@@ -10,6 +10,7 @@ can be evaluated at different times and still stand side by side.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,17 @@ from PIL import Image
 
 from simplear.atomic import whole_file
 from simplear.errors import UserError
-from simplear.evaluation.intervals import clustered_proportion, mean_proportion, stratified_interval, wilson_interval
+from simplear.evaluation.intervals import mean_proportion, ratio_proportion, stratified_interval, wilson_interval
 from simplear.evaluation.published import PUBLISHED
+from simplear.text_files import read_object
 
 REPORT_FILE = "report.json"
 VERDICTS_FILE = "verdicts.jsonl"
 """An image of a run in each line: ``prompt``, ``tag`` (its category) and ``correct`` or ``score``, among others."""
 OVERALL = "overall"
+LONGEST_NAME = 200
+"""Bytes of a run's name; file systems take 255, and files have a suffix."""
+BOUNDED = {"accuracy", "low", "high"}
 PUBLISHED_MARK = "†"
 """Beside numbers that were not measured here."""
 
@@ -52,9 +57,12 @@ def clustered_accuracy_result(verdicts: Mapping[str, Mapping[str, Sequence[bool]
     """As `accuracy_result`, with intervals that take images of one prompt for alike, as they are.
 
     Args:
-        verdicts: of each category, by prompt, whether each of its images was right; all prompts have as many images.
+        verdicts: of each category, by prompt, whether each of its images was right.
     """
-    shares = {category: clustered_proportion(list(prompts.values())) for category, prompts in verdicts.items()}
+    shares = {
+        category: ratio_proportion([(sum(right), len(right)) for right in prompts.values()])
+        for category, prompts in verdicts.items()
+    }
     counts = {category: sum(map(len, prompts.values())) for category, prompts in verdicts.items()}
     mean, low, high = mean_proportion(list(shares.values()))
     result: Result = {OVERALL: {"accuracy": mean, "low": low, "high": high, "n": sum(counts.values())}}
@@ -64,17 +72,43 @@ def clustered_accuracy_result(verdicts: Mapping[str, Mapping[str, Sequence[bool]
 
 
 def read_report(path: str | Path) -> dict[str, Any]:
-    """The report at ``path``; an empty one where there is none. Raises ValueError for a file that is no report."""
+    """The report at ``path``; an empty one where there is none. Raises ValueError for another kind of file."""
     path = Path(path)
     if not path.exists():
         return {"runs": {}}
     try:
-        report = json.loads(path.read_text())
-        if not isinstance(report["runs"], dict):
-            raise TypeError("runs is no object")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no report ({error!r}): move it away, or write to another directory.") from error
+        report = read_object(path)
+        if not isinstance(report.get("runs"), dict):
+            raise UserError('it has no "runs".')
+        if other := [name for name, run in report["runs"].items() if not _is_result(run)]:
+            raise UserError(f"its run {other[0]!r} does not have the numbers of a result.")
+    except UserError as error:
+        raise UserError(f"{path} is not a report: {error} Move it away, or write to another directory.") from error
     return report
+
+
+def _is_result(run: Any) -> bool:
+    return (
+        isinstance(run, dict)
+        and OVERALL in run
+        and all(
+            isinstance(entry, dict) and "n" in entry and ({"score"} <= entry.keys() or entry.keys() >= BOUNDED)
+            for entry in run.values()
+        )
+    )
+
+
+def name_run(run: str | None, source: str, out: str | Path) -> str:
+    """The name of a run in the report of a directory: the one given, or that of the directory or hub id evaluated.
+
+    Raises UserError, before any work, for a name that files cannot have, and where something else is in the report's
+    place.
+    """
+    name = run or Path(os.path.abspath(source)).name  # not resolved: a link has the name that was chosen for it
+    if name in ("", ".", "..") or "/" in name or not name.isprintable() or len(os.fsencode(name)) > LONGEST_NAME:
+        raise UserError(f"{name!r} cannot be the name of a run, for files are named by it: give another (--run).")
+    read_report(Path(out) / REPORT_FILE)
+    return name
 
 
 def merge_run(
@@ -108,7 +142,7 @@ def merge_run(
         report.setdefault("diversity", {})[name] = dict(diversity)
     for file, text in ((path, json.dumps(report, indent=2) + "\n"), (path.with_suffix(".md"), markdown_table(report))):
         with whole_file(file) as partial:
-            partial.write_text(text)
+            partial.write_text(text, encoding="utf-8")
     return report
 
 
@@ -117,7 +151,8 @@ def markdown_table(report: Mapping[str, Any]) -> str:
     head, *rows = report_table(report)
     rows = [[f"**{row[0]}**" if row[0] == OVERALL else row[0], *row[1:]] for row in rows]
     rule = ["---", *["---:" for _ in head[1:]]]
-    table = "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *rows]) + "\n"
+    lines = [[cell.replace("|", "\\|") for cell in row] for row in [head, rule, *rows]]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
     sources = [f"{PUBLISHED_MARK} {source}\n" for source in published_sources(report)]
     return table + "".join(["\n", *sources] if sources else [])
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,25 +23,34 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from simplear.atomic import require_writable
 from simplear.errors import UserError
 from simplear.evaluation.diversity import diversity
 from simplear.evaluation.grid import Cell, image_grid
+from simplear.evaluation.intervals import clustered_proportion
 from simplear.evaluation.page import PageImage, write_page
 from simplear.evaluation.report import (
+    OVERALL,
     REPORT_FILE,
     VERDICTS_FILE,
     Result,
     accuracy_result,
+    clustered_accuracy_result,
     markdown_table,
     merge_run,
+    name_run,
     write_tensorboard,
 )
-from simplear.generation import SimpleARPipeline
+from simplear.generation import DrawingOptions, SimpleARPipeline
+from simplear.pictures import read_rgb
 from simplear.scenes import Verdict, detect, draw, evaluation_prompts, metadata, sample_scene, strict_verdict, verdict
+from simplear.text_files import FreeText, read_objects
 from simplear.visual_tokenizer import VisualTokenizer, to_pixels
 
 FOLDER = "scenes"
 TOKENIZER_RUN = "tokenizer"
+BLIND: dict[str, Any] = {"guidance_scale": 1.0, "prompt_prefix": "", "negative_prompt": ""}
+"""Of images from the empty caption."""
 SHOWN_PER_CATEGORY = 4
 """Images of each category in the grid: the first ones, not chosen ones."""
 
@@ -66,18 +75,17 @@ def evaluate_scenes(
     checkpoint: str,
     *,
     out: str,
-    run: str | None = None,
+    run: FreeText | None = None,
     prompts_per_category: int = 100,
     images_per_prompt: int = 1,
     seed: int = 0,
-    guidance_scale: float | None = None,
     blind_prompts: int = 0,
     tokenizer_ceiling: bool = False,
     strict: bool = False,
-    compare_with: str | None = None,
-    engine: str = "cached",
+    compare_with: FreeText | None = None,
     batch_size: int = 100,
     device: str | None = None,
+    **drawing: Any,
 ) -> dict[str, Any]:
     """Scene accuracy of a checkpoint, in six categories, on captions whose shapes and colours it never saw together.
 
@@ -93,16 +101,16 @@ def evaluate_scenes(
         images_per_prompt: images drawn for each prompt.
         seed: of prompts and images; an image's own seed follows from this, its prompt and its number among the
             prompt's images, so it does not depend on how many others are drawn.
-        guidance_scale: classifier-free guidance; the checkpoint's default if not given.
         blind_prompts: also draw this many images from the empty caption and judge them by as many prompts of each
             category, as run RUN-blind; 0 leaves it out.
         strict: also judge the images by `simplear.scenes.strict_verdict`, as run RUN-strict: for models that were
             trained on the ordinary judge.
         tokenizer_ceiling: also judge drawings that went through the visual tokenizer alone, as run "tokenizer".
         compare_with: an earlier run in OUT on the same prompts; the picture shows its images beside the new ones.
-        engine: how codes are drawn.
         batch_size: images drawn at a time.
-        device: where to draw; chosen by what there is if not given.
+        device: where to draw; a GPU where there is one if not given.
+        drawing: what is drawn with, see `simplear.generation.DrawingOptions`; images from the empty caption have
+            guidance, prefix and negative prompt of their own.
 
     Returns:
         the whole report.
@@ -117,13 +125,18 @@ def evaluate_scenes(
         raise UserError(
             f"blind_prompts {blind_prompts} must lie in [0, {prompts_per_category}], the prompts there are."
         )
+    options = DrawingOptions(batch_size=batch_size, **drawing)
     prompts = evaluation_prompts(prompts_per_category, seed)
-    name = run or Path(checkpoint).name
+    name = name_run(run, checkpoint, out)
     if compare_with is not None:
         _shown(Path(out), [compare_with], prompts)
-    pipeline = SimpleARPipeline.from_pretrained(checkpoint, engine=engine, device=device)
+    pipeline = options.pipeline(checkpoint, device)
+    captions = [prompt["prompt"] for prompt in prompts]
+    pipeline.check_prompts(captions, options.prompt_prefix, options.height, options.width)
+    require_writable(out, "the report", "--out")
     report_file = Path(out) / REPORT_FILE
-    settings: dict[str, Any] = {"checkpoint": checkpoint, "seed": seed, "engine": engine}
+    settings = {"checkpoint": checkpoint, "seed": seed, **options.stated(pipeline.settings)}
+    settings["visual_tokenizer"] = pipeline.visual_tokenizer.fingerprint
     if tokenizer_ceiling:
         resolution = pipeline.settings.grid[0] * pipeline.settings.downsample
         ceiling = reconstruction_accuracy(pipeline.visual_tokenizer, resolution, len(prompts), seed, pipeline.device)
@@ -131,9 +144,10 @@ def evaluate_scenes(
             report_file, TOKENIZER_RUN, ceiling, {"checkpoint": checkpoint, "seed": seed, "resolution": resolution}
         )
     if blind_prompts:
-        blind = blind_accuracy(pipeline, prompts, blind_prompts, seed, batch_size)
-        merge_run(report_file, f"{name}-blind", blind, {**settings, "images": blind_prompts})
-    judged = draw_and_judge(pipeline, prompts, images_per_prompt, seed, guidance_scale, batch_size)
+        unconditional = replace(options, **BLIND)
+        blind = blind_accuracy(pipeline, prompts, blind_prompts, seed, **unconditional.arguments())
+        merge_run(report_file, f"{name}-blind", blind, {**settings, **BLIND, "images": blind_prompts})
+    judged = draw_and_judge(pipeline, prompts, images_per_prompt, seed, **options.arguments())
     _write_images(Path(out) / FOLDER / name, judged, strict)
     runs = [name] if compare_with is None else [compare_with, name]
     picture = _shown(Path(out), runs, prompts)
@@ -144,7 +158,6 @@ def evaluate_scenes(
         "prompts_per_category": prompts_per_category,
         "images_per_prompt": images_per_prompt,
         "verdicts": f"{FOLDER}/{name}/{VERDICTS_FILE}",
-        "guidance_scale": pipeline.settings.generation.guidance_scale if guidance_scale is None else guidance_scale,
     }
     if strict:
         merge_run(report_file, f"{name}-strict", strict_result(judged), {**settings, "verdict": "strict"})
@@ -162,19 +175,23 @@ def draw_and_judge(
     prompts: Sequence[dict[str, Any]],
     images_per_prompt: int = 1,
     seed: int = 0,
-    guidance_scale: float | None = None,
+    *,
     batch_size: int = 100,
+    **options: Any,
 ) -> list[JudgedImage]:
-    """Draw each prompt and judge the images, in the order of the prompts. Arguments as for `evaluate_scenes`."""
+    """Draw each prompt and judge the images, in the order of the prompts.
+
+    Arguments as for `evaluate_scenes`; ``options`` are those of the pipeline's call.
+    """
     asked = [(prompt, sample) for prompt in prompts for sample in range(images_per_prompt)]
     captions = [prompt["prompt"] for prompt, _ in asked]
     seeds = [image_seed(seed, prompt["prompt"], sample) for prompt, sample in asked]
-    images = _draw(pipeline, captions, seeds, batch_size, "drawing", guidance_scale=guidance_scale)
+    images = _draw(pipeline, captions, seeds, batch_size, "drawing", **options)
     return [_judged(prompt, image) for (prompt, _), image in zip(asked, images, strict=True)]
 
 
 def scene_result(judged: Sequence[JudgedImage]) -> Result:
-    """Accuracy with 95 % intervals, overall and by category."""
+    """Accuracy with 95 % intervals, overall and by category; images of one prompt are taken for alike, as they are."""
     return _result(judged, lambda item: item.verdict)
 
 
@@ -184,36 +201,40 @@ def strict_result(judged: Sequence[JudgedImage]) -> Result:
 
 
 def _result(judged: Sequence[JudgedImage], judge: Callable[[JudgedImage], Verdict]) -> Result:
-    verdicts: dict[str, list[bool]] = {}
+    verdicts: dict[str, dict[str, list[bool]]] = {}
     for item in judged:
-        verdicts.setdefault(item.prompt["tag"], []).append(judge(item).correct)
-    return accuracy_result(verdicts)
+        of_category = verdicts.setdefault(item.prompt["tag"], {})
+        of_category.setdefault(item.prompt["prompt"], []).append(judge(item).correct)
+    return clustered_accuracy_result(verdicts)
 
 
 def blind_accuracy(
-    pipeline: SimpleARPipeline, prompts: Sequence[dict[str, Any]], count: int, seed: int = 0, batch_size: int = 100
+    pipeline: SimpleARPipeline,
+    prompts: Sequence[dict[str, Any]],
+    count: int,
+    seed: int = 0,
+    *,
+    batch_size: int = 100,
+    **options: Any,
 ) -> Result:
     """Accuracy of images drawn from the empty caption, without prefix and guidance, judged by prompts all the same.
 
-    Image k is judged by the k-th prompt of each category: the images of one category are independent, those of
-    different ones the same, which the interval of the overall takes no account of.
+    Image k is judged by the k-th prompt of each category. So the images of one category are independent and those of
+    different ones the same: for the overall's interval an image is the unit, with a verdict of each category.
     """
     seeds = [image_seed(seed, "", sample) for sample in range(count)]
-    images = _draw(
-        pipeline,
-        [""] * count,
-        seeds,
-        batch_size,
-        "drawing blind",
-        guidance_scale=1.0,
-        prompt_prefix="",
-        negative_prompt="",
-    )
+    images = _draw(pipeline, [""] * count, seeds, batch_size, "drawing blind", **{**options, **BLIND})
     by_category: dict[str, list[dict[str, Any]]] = {}
     for prompt in prompts:
         by_category.setdefault(prompt["tag"], []).append(prompt)
-    pairs = [pair for members in by_category.values() for pair in zip(members[:count], images, strict=True)]
-    return scene_result([_judged(prompt, image) for prompt, image in pairs])
+    judged = {
+        category: [_judged(prompt, image) for prompt, image in zip(members[:count], images, strict=True)]
+        for category, members in by_category.items()
+    }
+    correct = {category: [item.verdict.correct for item in items] for category, items in judged.items()}
+    result = accuracy_result(correct)
+    _, low, high = clustered_proportion(list(zip(*correct.values(), strict=True)))
+    return {**result, OVERALL: {**result[OVERALL], "low": low, "high": high}}
 
 
 def reconstruction_accuracy(
@@ -235,14 +256,15 @@ def reconstruction_accuracy(
         batch_size: drawings at a time.
     """
     scenes = [sample_scene(seed, index, "evaluation") for index in range(count)]
-    judged = []
+    verdicts: dict[str, list[bool]] = {}
     for start in tqdm(range(0, count, batch_size), desc="reconstructing", disable=None, leave=False):
         members = scenes[start : start + batch_size]
         pixels = torch.from_numpy(to_pixels(np.stack([draw(scene, resolution) for scene in members])))
         decoded = visual_tokenizer.decode(visual_tokenizer.encode(pixels.to(device)))
         images = ((decoded.float() + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        judged += [_judged(metadata(scene), image) for scene, image in zip(members, images, strict=True)]
-    return scene_result(judged)
+        for asked, image in zip(map(metadata, members), images, strict=True):
+            verdicts.setdefault(asked["tag"], []).append(_judged(asked, image).verdict.correct)
+    return accuracy_result(verdicts)
 
 
 def image_seed(seed: int, prompt: str, sample: int) -> int:
@@ -282,10 +304,9 @@ def _write_images(directory: Path, judged: Sequence[JudgedImage], strict: bool) 
 
 
 def _page_images(directory: Path) -> list[PageImage]:
-    rows = [json.loads(line) for line in (directory / VERDICTS_FILE).read_text().splitlines()]
     return [
         PageImage(directory / row["file"], row["prompt"], row["tag"], row["correct"], reason=row["reason"])
-        for row in rows
+        for _, row in read_objects(directory / VERDICTS_FILE)
     ]
 
 
@@ -294,9 +315,9 @@ def _shown(out: Path, runs: Sequence[str], prompts: Sequence[dict[str, Any]]) ->
     found: list[dict[str, dict[str, Any]]] = []
     for run in runs:
         file = out / FOLDER / run / VERDICTS_FILE
-        rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        rows = [row for _, row in read_objects(file)] if file.exists() else []
         # The first image of a prompt that has several.
-        found.append({row["prompt"]: row for row in reversed(rows)})
+        found.append({row.get("prompt", ""): row for row in reversed(rows)})
         if missing := [prompt["prompt"] for prompt in prompts if prompt["prompt"] not in found[-1]]:
             raise UserError(
                 f"run {run!r} has no image of {missing[0]!r} in {file}: evaluate it into the same directory with the "
@@ -307,7 +328,7 @@ def _shown(out: Path, runs: Sequence[str], prompts: Sequence[dict[str, Any]]) ->
         cells = sections.setdefault(prompt["tag"].replace("_", " "), [])
         if len(cells) < SHOWN_PER_CATEGORY:
             rows = [by_prompt[prompt["prompt"]] for by_prompt in found]
-            images = tuple(Image.open(out / FOLDER / run / row["file"]) for run, row in zip(runs, rows, strict=True))
+            images = tuple(read_rgb(out / FOLDER / run / row["file"]) for run, row in zip(runs, rows, strict=True))
             marks = tuple(row["correct"] for row in rows)
             cells.append(Cell(prompt["prompt"], images, marks, tuple(runs) if len(runs) > 1 else ()))
     return image_grid(sections)

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from simplear.errors import MissingFileError, UserError
+from simplear.errors import MissingFileError, UserError, first_line
 
 EXAMPLE = "model that chats about images, such as Qwen/Qwen2-VL-7B-Instruct (--judge)"
 INSTRUCTION = "{question} Answer with yes or no."
@@ -29,14 +29,14 @@ NO = ("no", "No", "NO", " no", " No")
 def judge_processor(model: str) -> Any:
     """The processor of a judge, held against what a judge needs: a quick look beforehand. Errors: see `VisualJudge`."""
     try:
-        processor: Any = AutoProcessor.from_pretrained(model)
+        processor: Any = AutoProcessor.from_pretrained(model, trust_remote_code=False)
     except OSError as error:
         raise MissingFileError(
-            f"the judge {model} is not here and could not be downloaded ({_first_line(error)}): download it where "
+            f"the judge {model} is not here and could not be downloaded ({first_line(error)}): download it where "
             "there is a network, and name its directory (--judge)."
         ) from error
     except ValueError as error:
-        raise UserError(f"{model} is no {EXAMPLE} ({_first_line(error)}).") from error
+        raise UserError(f"{model} is no {EXAMPLE} ({first_line(error)}).") from error
     if getattr(processor, "chat_template", None) is None or not hasattr(processor, "image_processor"):
         raise UserError(f"{model} is no {EXAMPLE}: it has no chat template or takes no images.")
     for words in (YES, NO):
@@ -49,10 +49,6 @@ def judge_processor(model: str) -> Any:
 def _tokens(processor: Any, words: Sequence[str]) -> list[int]:
     encoded = [processor.tokenizer.encode(word, add_special_tokens=False) for word in words]
     return sorted({ids[0] for ids in encoded if len(ids) == 1} - {processor.tokenizer.unk_token_id})
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
 
 
 class VisualJudge:
@@ -73,9 +69,11 @@ class VisualJudge:
         self.batch_size = batch_size
         self.processor = judge_processor(model)
         try:
-            loaded: Any = AutoModelForImageTextToText.from_pretrained(model, dtype="auto", output_loading_info=True)
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
+                model, dtype="auto", trust_remote_code=False, output_loading_info=True
+            )
         except (OSError, ValueError) as error:
-            raise UserError(f"{model} is no {EXAMPLE} ({_first_line(error)}).") from error
+            raise UserError(f"{model} is no {EXAMPLE} ({first_line(error)}).") from error
         network, report = loaded
         if missing := report["missing_keys"] or report["mismatched_keys"]:
             raise UserError(

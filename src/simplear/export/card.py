@@ -6,8 +6,8 @@ Numbers come from the checkpoint, from a report and from manifests; what was not
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,10 @@ from huggingface_hub import ModelCardData
 from simplear.data.shards import MANIFEST_FILE
 from simplear.errors import MissingFileError, UserError
 from simplear.evaluation import markdown_table, read_report
+from simplear.evaluation.report import REPORT_FILE
+from simplear.hashing import sha256_of
 from simplear.language_model import Checkpoint
+from simplear.text_files import decode, read_object
 
 CARD_FILE = "README.md"
 SAMPLES_FILE = "samples.png"
@@ -63,15 +66,17 @@ def read_card_inputs(
     Raises FileNotFoundError for a file that is not there, and ValueError for one that is not what it should be or a
     run that the report has not.
     """
+    if report is not None and Path(report).is_dir():
+        report = str(Path(report) / REPORT_FILE)
     for file in (report, training_config):
         if file is not None and not Path(file).is_file():
             raise MissingFileError(f"no file at {file}, which the model card is to show.")
-    config = None if training_config is None else Path(training_config).read_text()
+    config = None if training_config is None else decode(Path(training_config).read_bytes(), training_config)
     if config is not None:
         try:
             read = yaml.safe_load(config)
-        except yaml.YAMLError as error:
-            raise UserError(f"{training_config} is no YAML: {error}.") from error
+        except (yaml.YAMLError, RecursionError) as error:
+            raise UserError(f"{training_config} is not YAML: {error}.") from error
         if not isinstance(read, dict) or "model" not in read:
             raise UserError(f"{training_config} has no key 'model': give the config.yaml that a run wrote.")
     content = None if report is None else _of_runs(read_report(report), runs, report)
@@ -95,13 +100,11 @@ def _manifest(directory: Path) -> dict[str, Any]:
     file = directory / MANIFEST_FILE
     if not file.is_file():
         raise MissingFileError(f"{file} is missing: give directories of token shards (--data).")
-    content = file.read_bytes()
-    try:
-        manifest = json.loads(content)
-        known = {key: manifest[key] for key in ("rows", "visual_tokenizer")}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is no manifest of token shards ({error!r}): tokenize again.") from error
-    return {"name": directory.name, "sha256": hashlib.sha256(content).hexdigest(), **known}
+    manifest = read_object(file)
+    known = {key: manifest.get(key) for key in ("rows", "visual_tokenizer")}
+    if not isinstance(known["rows"], int):
+        raise UserError(f"{file} is not a manifest of token shards, it has no rows: tokenize again.")
+    return {"name": Path(os.path.abspath(directory)).name, "sha256": sha256_of(file), **known}
 
 
 def model_card(content: CardContent) -> str:
@@ -143,14 +146,14 @@ def _samples(content: CardContent) -> list[str]:
 
 def _use(content: CardContent) -> list[str]:
     prompt = content.prompts[0] if content.prompts else PROMPT
-    settings, name = content.checkpoint.settings, content.name
+    settings, name = content.checkpoint.settings, json.dumps(content.name, ensure_ascii=False)
     tokenizer = "" if settings.visual_tokenizer_fingerprint else ', visual_tokenizer="…"'
     parts = [
         "## Use\n",
         "Draw:\n",
         "```python\n"
         "from simplear import SimpleARPipeline\n\n"
-        f'pipe = SimpleARPipeline.from_pretrained("{name}"{tokenizer})\n'
+        f"pipe = SimpleARPipeline.from_pretrained({name}{tokenizer})\n"
         f'pipe({json.dumps(prompt, ensure_ascii=False)}, seed=0).images[0].save("drawn.png")\n'
         "```\n",
     ]
@@ -165,9 +168,9 @@ def _use(content: CardContent) -> list[str]:
         f"As a plain language model (code c is id {settings.image_token_offset:,} + c):\n",
         "```python\n"
         "from transformers import AutoModelForCausalLM\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{name}")\n'
+        f"model = AutoModelForCausalLM.from_pretrained({name})\n"
         "```\n",
-        f'```python\nfrom vllm import LLM\n\nmodel = LLM("{name}", skip_tokenizer_init=True)\n```\n',
+        f"```python\nfrom vllm import LLM\n\nmodel = LLM({name}, skip_tokenizer_init=True)\n```\n",
     ]
 
 

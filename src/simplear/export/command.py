@@ -8,6 +8,7 @@ written under a temporary name and renamed when all of it is there; nothing in a
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 
+from simplear.artefacts import what_is
 from simplear.atomic import require_writable, whole_directory
 from simplear.errors import ExistingFileError, UserError
 from simplear.evaluation import Cell, image_grid
@@ -31,12 +33,15 @@ from simplear.language_model import (
     write_checkpoint,
 )
 from simplear.states import SHARDS_METADATA, damage, read_state
+from simplear.text_files import FreeText
 from simplear.visual_tokenizer import VisualTokenizer, load_visual_tokenizer, save_visual_tokenizer
 
 MODULE = "language_model."
 """Where a stage keeps its language model."""
 SHARD_SIZE = "5GB"
 """What hubs and slow connections take well."""
+WEIGHTS_ALONE = (".safetensors", ".bin", ".gguf")
+"""Suffixes of files that are never training states."""
 SIZE = r"[1-9]\d*(KB|MB|GB)"
 
 
@@ -55,7 +60,7 @@ def export(
     dtype: Literal["float32", "bfloat16"] | None = None,
     max_shard_size: str = SHARD_SIZE,
     visual_tokenizer: str | None = None,
-    prompt: str | list[str] | None = None,
+    prompt: FreeText | list[FreeText] | None = None,
     report: str | None = None,
     runs: list[str] | None = None,
     data: list[str] | None = None,
@@ -75,7 +80,7 @@ def export(
         max_shard_size: of a weights file, such as 5GB or 500MB.
         visual_tokenizer: directory or hub id of the one to put in; the checkpoint's own if not given.
         prompt: captions to draw, an image each, for the card's picture; none if not given.
-        report: report.json of an evaluation, for the card's table.
+        report: report.json of an evaluation, or its directory, for the card's table.
         runs: the report's runs to show, such as [sft]; all of them if not given.
         data: directories of token shards that the model was trained on, for the card.
         training_config: config.yaml of the training run, for the card.
@@ -83,17 +88,17 @@ def export(
         base_model: hub id of the model that training started from, for the card.
 
     Raises:
-        ValueError: a state that is damaged, of another stage or of another model, or a report, a
-            configuration or a size that is none.
+        ValueError: a state that is damaged, of another stage or of another model, a report, a configuration or a size
+            that cannot be read, or a caption that cannot be drawn.
         CheckpointError: no checkpoint to take the configuration from, or one that is damaged.
         FileExistsError: there is something at ``out``.
         OSError: the disk takes no more.
     """
     directory = Path(out)
-    if directory.exists():
+    if os.path.lexists(directory):
         raise ExistingFileError(f"{directory} is there already: name another directory (--out), or remove that one.")
     if not re.fullmatch(SIZE, max_shard_size):
-        raise UserError(f"max_shard_size {max_shard_size!r} is no size: give a number and KB, MB or GB, such as 5GB.")
+        raise UserError(f"max_shard_size {max_shard_size!r} is not a size: give a number and KB, MB or GB, as in 5GB.")
     require_writable(directory.absolute().parent, "the checkpoint", "--out")
     inputs = read_card_inputs(report, runs, data or [], training_config)
     source = _source(checkpoint, like)
@@ -105,6 +110,8 @@ def export(
             "the checkpoint carries no visual tokenizer to draw the card's picture with: name one "
             "(--visual-tokenizer), or leave out --prompt."
         )
+    # What would fail after minutes of writing.
+    SimpleARPipeline(loaded.model, loaded.tokenizer, loaded.settings).check_prompts(prompts)
     if dtype is not None:
         loaded.model.to(getattr(torch, dtype))
     with whole_directory(directory) as unfinished:
@@ -128,7 +135,7 @@ def export(
             license=license,
             base_model=base_model,
         )
-        (unfinished / CARD_FILE).write_text(model_card(content))
+        (unfinished / CARD_FILE).write_text(model_card(content), encoding="utf-8")
     files = sorted(directory.glob("*.safetensors"))
     size = sum(file.stat().st_size for file in files)
     without = "" if decoder else "; no visual tokenizer: name one to draw with (--visual-tokenizer)"
@@ -137,11 +144,13 @@ def export(
 
 def _source(path: str, like: str | None) -> _Source:
     state = Path(path)
+    if state.is_file() and state.suffix in WEIGHTS_ALONE:
+        raise UserError(f"{path} is not a training state but {what_is(state)}.")
     if state.is_file() or (state / SHARDS_METADATA).is_file():
         return _from_state(state, like)
     if like is not None:
-        raise UserError(f"{path} is no training state, so it brings its own configuration: leave out --like.")
-    return _Source(load_checkpoint(find_checkpoint(path)), f"the checkpoint `{state.name}`")
+        raise UserError(f"{path} is not a training state, so it brings its own configuration: leave out --like.")
+    return _Source(load_checkpoint(find_checkpoint(path)), f"the checkpoint `{state.absolute().name}`")
 
 
 def _from_state(state: Path, like: str | None) -> _Source:

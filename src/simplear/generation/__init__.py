@@ -7,6 +7,7 @@ from simplear.generation.fused import CompiledEngine, FusedEngine
 from simplear.generation.guidance import guide
 from simplear.generation.jacobi import JacobiEngine
 from simplear.generation.memory import OutOfMemoryError
+from simplear.generation.options import DrawingOptions
 from simplear.generation.pipeline import PipelineOutput, SimpleARPipeline, pil_images
 from simplear.generation.plain import BaselineEngine, KVCacheEngine
 from simplear.generation.sampling import SamplingSettings
@@ -16,6 +17,7 @@ __all__ = [
     "BaselineEngine",
     "CachedEngine",
     "CompiledEngine",
+    "DrawingOptions",
     "Engine",
     "FusedEngine",
     "GenerationStats",

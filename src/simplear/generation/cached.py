@@ -22,6 +22,7 @@ from simplear.generation.engine import (
     leading,
     prompt_width,
     read_once,
+    require_multiple,
 )
 from simplear.generation.sampling import Noise, SamplingSettings, draw
 from simplear.language_model import LanguageModel
@@ -38,7 +39,7 @@ class CachedEngine:
     """
 
     def __init__(self, model: LanguageModel, prompt_multiple: int = 1) -> None:
-        self.model, self.prompt_multiple = model, prompt_multiple
+        self.model, self.prompt_multiple = model, require_multiple(prompt_multiple)
 
     @torch.inference_mode()
     def generate(

@@ -7,9 +7,8 @@ what would be drawn: a directory never mixes two checkpoints or two settings.
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,17 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+from simplear.atomic import require_writable
 from simplear.errors import UserError
-from simplear.generation.pipeline import SimpleARPipeline
-from simplear.generation.png import file_name, read_metadata, write_png
+from simplear.generation.options import DrawingOptions
+from simplear.generation.pipeline import seeds_from
+from simplear.generation.png import file_name, is_whole, read_metadata, write_png
+from simplear.hashing import sha256_of
 from simplear.language_model import checkpoint_hash, find_checkpoint
 from simplear.pictures import PictureError, open_mask, open_rgb
 from simplear.text_files import FreeText, read_prompts
+
+logger = logging.getLogger(__name__)
 
 SHOWN = 40
 """Characters of a setting in a message."""
@@ -64,7 +68,7 @@ def generate(
         prompts_file: .txt with a prompt a line, .jsonl or .json with objects that have a "prompt", or - for lines on
             standard input; blank lines do not count.
         num_images_per_prompt: images of each prompt.
-        seed: image k uses seed + k, counted over all prompts and, where a run goes on, over what is there already.
+        seed: in [0, 2**64); image k uses seed + k, counted over all prompts, those that are drawn already among them.
         guidance_scale: classifier-free guidance; the checkpoint's default if not given.
         do_sample: false takes the most probable code each time.
         temperature: the checkpoint's default if not given.
@@ -84,60 +88,62 @@ def generate(
         device: where to draw; a GPU where there is one if not given.
 
     Raises:
-        ValueError: no prompt, a line of the file that is none, a prompt that cannot be drawn, or a directory with
+        ValueError: no prompt, an entry of the file without one, a prompt that cannot be drawn, or a directory with
             pictures of other settings.
     """
     prompts = _prompts(prompt, prompts_file)
-    if num_images_per_prompt < 1 or batch_size < 1:
-        raise UserError("num_images_per_prompt and batch_size must be 1 or more.")
-    source = find_checkpoint(checkpoint)
-    pipeline = SimpleARPipeline.from_pretrained(
-        source, engine=engine, engine_options=engine_options, device=device, visual_tokenizer=visual_tokenizer
+    if num_images_per_prompt < 1:
+        raise UserError(f"num_images_per_prompt {num_images_per_prompt} must be at least 1.")
+    seeds = seeds_from(seed, len(prompts) * num_images_per_prompt)
+    options = DrawingOptions(
+        guidance_scale=guidance_scale,
+        do_sample=do_sample,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        negative_prompt=negative_prompt,
+        prompt_prefix=prompt_prefix,
+        height=height,
+        width=width,
+        engine=engine,
+        engine_options=engine_options,
+        visual_tokenizer=visual_tokenizer,
+        batch_size=batch_size,
     )
     picture, anew = _opened(open_rgb, image), _opened(open_mask, mask)
+    source = find_checkpoint(checkpoint)
+    pipeline = options.pipeline(source, device)
     size = (height, width) if picture is None else (picture.height, picture.width)
     pipeline.check_prompts(prompts, prompt_prefix, *size)
-    sampling = pipeline.sampling_settings(guidance_scale, do_sample, temperature, top_k, top_p)
-    defaults = pipeline.settings.generation
+    stated = options.stated(pipeline.settings)
+    del stated["height"], stated["width"]
     settings = {
-        **dataclasses.asdict(sampling),
-        "prompt_prefix": defaults.prompt_prefix if prompt_prefix is None else prompt_prefix,
-        "negative_prompt": defaults.negative_prompt if negative_prompt is None else negative_prompt,
+        **stated,
+        "do_sample": do_sample,
         "size": [rows * pipeline.settings.downsample for rows in pipeline.grid(*size)],
-        "engine": engine,
-        "engine_options": engine_options or {},
         "visual_tokenizer": pipeline.visual_tokenizer.fingerprint,
         "checkpoint_hash": checkpoint_hash(source),
     }
     for name, file in (("image", image), ("mask", mask)):
-        content = None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
-        settings |= {name: file, f"{name}_hash": content}
+        settings |= {name: file, f"{name}_hash": None if file is None else sha256_of(Path(file))}
     directory = Path(out)
+    texts = [(number, text, k) for number, text in enumerate(prompts) for k in range(num_images_per_prompt)]
     images = [
-        (
-            directory / file_name(number, text, sample),
-            {"prompt": text, "seed": seed + number * num_images_per_prompt + sample, **settings},
-        )
-        for number, text in enumerate(prompts)
-        for sample in range(num_images_per_prompt)
+        (directory / file_name(number, text, sample), {"prompt": text, "seed": each, **settings})
+        for (number, text, sample), each in zip(texts, seeds, strict=True)
     ]
     there = _drawn_already(directory, dict(images), settings)
     missing = [(path, made) for path, made in images if path not in there]
-    directory.mkdir(parents=True, exist_ok=True)
+    require_writable(directory, "pictures", "--out")
     with tqdm(total=len(images), initial=len(there), unit="image", desc="drawing") as bar:
         for start in range(0, len(missing), batch_size):
             part = missing[start : start + batch_size]
             drawn = pipeline(
                 [made["prompt"] for _, made in part],
-                negative_prompt=negative_prompt,
-                prompt_prefix=prompt_prefix,
-                **dataclasses.asdict(sampling),
                 seed=[made["seed"] for _, made in part],
-                height=height,
-                width=width,
                 image=picture,
                 mask=anew,
-                batch_size=batch_size,
+                **options.arguments(),
             )
             assert isinstance(drawn.images, list)
             for (path, made), made_image in zip(part, drawn.images, strict=True):
@@ -147,19 +153,19 @@ def generate(
 
 
 def _drawn_already(directory: Path, wanted: dict[Path, dict[str, Any]], settings: dict[str, Any]) -> set[Path]:
-    """Files of those wanted that are there.
+    """Files of those wanted that are there, whole.
 
     Raises ValueError for one that is there and is another picture, and for any picture of other settings beside them.
     """
     there = set()
-    for path in sorted(directory.glob("*.png")):
+    for path in sorted(file for file in directory.glob("*.png") if file.is_file()):
         found = read_metadata(path)
         expected = wanted.get(path, settings)
         if found is None:
             if path in wanted:
                 raise UserError(
-                    f"{path} was not drawn by simplear generate and has the name of a picture to draw: move it, or "
-                    "name another directory (--out)."
+                    f"{path} was not drawn by simplear generate, or is damaged, and has the name of a picture to draw: "
+                    "move it, or name another directory (--out)."
                 )
             continue
         other = [
@@ -174,6 +180,9 @@ def _drawn_already(directory: Path, wanted: dict[Path, dict[str, Any]], settings
             )
         if path in wanted:
             there.add(path)
+    for path in [path for path in there if not is_whole(path)]:
+        logger.warning("%s is damaged or cut short, and is drawn again", path)
+        there.remove(path)
     return there
 
 
@@ -198,5 +207,6 @@ def _prompts(prompt: str | list[str] | None, prompts_file: str | None) -> list[s
     if prompts_file is not None:
         prompts += [text for text, _ in read_prompts(prompts_file)]
     if not prompts:
-        raise UserError('no prompt: give --prompt "…" or --prompts-file FILE.')
+        there_is = "no prompt" if prompts_file is None else f"{prompts_file} holds no prompt"
+        raise UserError(f'{there_is}: give --prompt "…" or --prompts-file FILE.')
     return prompts

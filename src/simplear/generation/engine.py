@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from types import UnionType
+from typing import Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -78,6 +79,11 @@ ENGINES = {
 
 def make_engine(name: str, model: LanguageModel, **options: Any) -> Engine:
     """The engine of that name over a model, with options of its class. Raises ValueError for unknown ones."""
+    return engine_class(name, options)(model, **options)
+
+
+def engine_class(name: str, options: Mapping[str, Any]) -> Any:
+    """The class of that name, which takes these options. Raises ValueError for unknown ones."""
     if name not in ENGINES:
         raise UserError(f"no engine {name!r}; there are: {', '.join(sorted(ENGINES))}.")
     module, _, attribute = ENGINES[name].rpartition(".")
@@ -87,7 +93,21 @@ def make_engine(name: str, model: LanguageModel, **options: Any) -> Engine:
     if unknown and not any(each.kind is each.VAR_KEYWORD for each in known.values()):
         there_are = ", ".join(option for option in known if option != "model") or "none"
         raise UserError(f"the engine {name!r} has no option {', '.join(sorted(unknown))}; it has: {there_are}.")
-    return made(model, **options)
+    hints = get_type_hints(made.__init__)
+    for option, value in options.items():
+        if option in hints and not _is_of(value, hints[option]):
+            hint = hints[option]
+            kind = hint.__name__ if isinstance(hint, type) else str(hint).removeprefix("typing.")
+            raise UserError(f"the engine {name!r} takes another kind of {option} than {value!r}: {kind}.")
+    return made
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Whether a value is of a class, of one of a union, or among the values of a Literal."""
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return callable(value) or type(value) in [get_origin(kind) or kind for kind in kinds]
 
 
 def check_request(
@@ -158,6 +178,13 @@ def read_once(
     if first == 0 and len(negative_ids) > 1 and all(torch.equal(ids, negative_ids[0]) for ids in negative_ids[1:]):
         return [*prompt_ids, negative_ids[0]], [*range(images), *[images] * images]
     return [*prompt_ids, *negative_ids], list(range(images + len(negative_ids)))
+
+
+def require_multiple(multiple: int) -> int:
+    """A number of tokens that prompts are padded to a multiple of. Raises ValueError for less than 1."""
+    if multiple < 1:
+        raise UserError(f"prompt_multiple {multiple} must be at least 1.")
+    return multiple
 
 
 def prompt_width(prompts: Sequence[Tensor], multiple: int) -> int:

@@ -29,6 +29,7 @@ from simplear.generation.engine import (
     leading,
     prompt_width,
     read_once,
+    require_multiple,
 )
 from simplear.generation.sampling import Noise, SamplingSettings, SamplingTensors
 from simplear.language_model import LanguageModel
@@ -161,7 +162,7 @@ class FusedEngine:
         proposal: Proposal = "left",
         on_pass: Callable[[list[int]], None] | None = None,
     ) -> None:
-        self.model, self.compiled, self.prompt_multiple = model, compiled, prompt_multiple
+        self.model, self.compiled, self.prompt_multiple = model, compiled, require_multiple(prompt_multiple)
         self.window, self.proposal, self.on_pass = window, proposal, on_pass
         self.step: DecoderStep | None = None
         self.memory: CacheMemory | None = None

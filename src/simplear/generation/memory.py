@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from simplear.errors import UserError
 from simplear.generation.decoder_step import head_size
 from simplear.language_model import LanguageModel
 
@@ -16,7 +17,7 @@ USABLE = 0.7
 """Share of the free memory to fill: what was held a moment ago leaves holes."""
 
 
-class OutOfMemoryError(MemoryError):
+class OutOfMemoryError(MemoryError, UserError):
     """There is no room for so many images at once; the message gives the number that would fit."""
 
 

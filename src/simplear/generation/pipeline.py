@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from simplear.device import resolve_device
 from simplear.errors import UserError
-from simplear.generation.engine import Engine, GenerationStats, RowCallback, make_engine
-from simplear.generation.memory import is_out_of_memory, out_of_memory
+from simplear.generation.engine import Engine, GenerationStats, RowCallback, engine_class, make_engine
+from simplear.generation.memory import OutOfMemoryError, is_out_of_memory, out_of_memory
 from simplear.generation.sampling import SamplingSettings
 from simplear.generation.vllm_plugin.engine import VLLMEngine
 from simplear.language_model import CheckpointError, CheckpointSettings, LanguageModel, load_checkpoint
@@ -26,6 +28,8 @@ from simplear.sequence import encode_captions, prompt_sequence
 from simplear.visual_tokenizer import VisualTokenizer, load_visual_tokenizer, to_pixels
 
 OutputType = Literal["pil", "pt", "codes"]
+SEEDS = 2**64
+"""How many there are: the hash of a draw takes 64 bits."""
 
 
 @dataclass
@@ -97,11 +101,12 @@ class SimpleARPipeline:
 
         Raises:
             CheckpointError: missing or damaged files.
-            ValueError: an unknown engine, or one that cannot be had here.
+            ValueError: an unknown engine or device, or one that cannot be had here.
         """
         on_vllm = engine == "vllm"
+        engine_class(engine, engine_options or {})
+        place = resolve_device(device)
         checkpoint = load_checkpoint(path_or_hub_id, dtype=dtype, with_weights=not on_vllm)
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if visual_tokenizer is None:
             visual_tokenizer = checkpoint.default_visual_tokenizer
         model: LanguageModel = checkpoint.model
@@ -109,9 +114,9 @@ class SimpleARPipeline:
         if on_vllm:
             drawer = VLLMEngine(model, checkpoint.directory, **(engine_options or {}))
         else:
-            model = model.to(device)
+            model = model.to(place)
             drawer = make_engine(engine, model, **(engine_options or {}))
-        return cls(model, checkpoint.tokenizer, checkpoint.settings, visual_tokenizer, engine=drawer, device=device)
+        return cls(model, checkpoint.tokenizer, checkpoint.settings, visual_tokenizer, engine=drawer, device=place)
 
     @property
     def device(self) -> torch.device:
@@ -181,7 +186,8 @@ class SimpleARPipeline:
             top_k: keep the k most probable codes.
             top_p: keep the most probable codes up to this probability.
             num_images_per_prompt: images of each prompt, one after another in the result.
-            seed: image k of the call uses seed + k; a list gives each image its own; None draws one.
+            seed: in [0, 2**64); image k of the call uses seed + k, after the last one 0 again; a list gives each image
+                its own; None draws one.
             height: pixels, a multiple of the visual tokenizer's downsample factor.
             width: pixels, likewise.
             image: picture to keep a part of, one for all or one a prompt; height and width are its own.
@@ -196,7 +202,7 @@ class SimpleARPipeline:
 
         Raises:
             OutOfMemoryError: batch_size is too large for the memory; the message gives one that fits.
-            ValueError: an empty list, a prompt that is no valid text or too long, a size that is no whole number of
+            ValueError: an empty list, a prompt that is not valid text or too long, a size that is not a whole number of
                 codes, a picture and a mask that do not belong together, or a number outside its range; the message
                 names it.
         """
@@ -269,8 +275,7 @@ class SimpleARPipeline:
             if not is_out_of_memory(error):
                 raise
         # Outside the handler: the error that it handled held all that was allocated.
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        _release_memory()
         longest, rows = max(len(ids) for ids in (*prompt_ids, *negative_ids)), 1 + (sampling.guidance_scale != 1.0)
         width = getattr(self.engine, "tokens_a_pass", 1)
         raise out_of_memory(self.model, len(prompt_ids), longest, grid[0] * grid[1], rows, width)
@@ -313,11 +318,25 @@ class SimpleARPipeline:
 
     @torch.no_grad()
     def decode(self, codes: Tensor, batch_size: int = 32) -> Tensor:
-        """Pictures (B, 3, H, W) float32 in [0, 1], on CPU, of codes (B, h, w)."""
+        """Pictures (B, 3, H, W) float32 in [0, 1], on CPU, of codes (B, h, w).
+
+        Raises OutOfMemoryError if `batch_size` pictures are too many to decode at once.
+        """
         tokenizer: Any = self.visual_tokenizer
         device = next(tokenizer.parameters()).device if isinstance(tokenizer, nn.Module) else self.device
-        decoded = [tokenizer.decode(part.to(device)).float().cpu() for part in codes.split(batch_size)]
-        return ((torch.cat(decoded) + 1) / 2).clamp(0, 1)
+        try:
+            decoded = [tokenizer.decode(part.to(device)).float().cpu() for part in codes.split(batch_size)]
+            return ((torch.cat(decoded) + 1) / 2).clamp(0, 1)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        _release_memory()
+        count = min(batch_size, len(codes))
+        height, width = (side * self.settings.downsample for side in codes.shape[1:])
+        remedy = f"Decode fewer at once (batch_size={count // 2})." if count > 1 else "Ask for a smaller picture."
+        raise OutOfMemoryError(
+            f"decoding {count} pictures of {height} × {width} pixels at once ran out of memory on {device}. {remedy}"
+        )
 
     @torch.no_grad()
     def _kept_codes(self, pictures: Sequence[tuple[Image.Image, Image.Image]]) -> Tensor:
@@ -358,7 +377,7 @@ class SimpleARPipeline:
             try:
                 text.encode()
             except UnicodeEncodeError as error:
-                raise UserError(f"{name} is no valid text: {error}.") from error
+                raise UserError(f"{name} is not valid text: {error}.") from error
         room = min(self.settings.max_text_tokens, self._positions_left(*grid))
         # The empty caption is what condition dropout trains, and that has no prefix either.
         encoded = encode_captions(self.tokenizer, [prefix + caption if caption else "" for caption in captions])
@@ -398,14 +417,30 @@ def _pictures(
     return list(zip(images, masks, strict=True))
 
 
+def _release_memory() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
     if seed is None:
         seed = secrets.randbits(31)
     if not isinstance(seed, Sequence):
-        return [int(seed) + index for index in range(count)]
+        return seeds_from(seed, count)
     if len(seed) != count:
         raise UserError(f"{len(seed)} seeds for {count} images: give one for each, or a single number.")
-    return list(seed)
+    return [each for one in seed for each in seeds_from(one, 1)]
+
+
+def seeds_from(seed: int, count: int) -> list[int]:
+    """Seeds of images, one after another. Raises UserError for one outside [0, 2**64)."""
+    seed = operator.index(seed)
+    if not 0 <= seed < SEEDS:
+        raise UserError(
+            f"seed {seed} lies outside [0, 2**64). For a random one leave it out; simplear generate then takes 0, and "
+            "--seed $RANDOM gives others."
+        )
+    return [(seed + index) % SEEDS for index in range(count)]
 
 
 def pil_images(images: Tensor) -> list[Image.Image]:

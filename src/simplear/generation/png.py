@@ -8,10 +8,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from simplear.atomic import whole_file
+from simplear.pictures import PictureError, opened_picture
+from simplear.text_files import parse_json
 
 METADATA_KEY = "simplear"
 """Name of the PNG text chunk, an iTXt one, so that any prompt fits."""
@@ -37,13 +39,23 @@ def png_bytes(image: Image.Image, made: dict[str, Any]) -> bytes:
 
 
 def read_metadata(path: str | Path) -> dict[str, Any] | None:
-    """What `write_png` was told; None for a picture that was not written so, and for a file that is no picture."""
+    """What `write_png` was told; None for a picture that was not written so, and for another kind of file."""
     try:
-        with Image.open(path) as image:
-            made = json.loads(image.info[METADATA_KEY])
-    except (KeyError, ValueError, TypeError, UnidentifiedImageError):
+        with opened_picture(path) as image:
+            made = parse_json(image.info[METADATA_KEY])
+    except (KeyError, ValueError, TypeError):
         return None
     return made if isinstance(made, dict) else None
+
+
+def is_whole(path: str | Path) -> bool:
+    """Whether a PNG is there to its end, with the checksums that were written into it."""
+    try:
+        with opened_picture(path) as image:
+            image.verify()
+    except PictureError:
+        return False
+    return True
 
 
 def file_name(number: int, prompt: str, sample: int) -> str:

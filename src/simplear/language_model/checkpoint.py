@@ -8,12 +8,16 @@
 A directory released with the paper (architecture ``SimpARForCausalLM``, no ``simplear.json``) loads as it is: its
 layout follows from its text tokenizer and vocabulary, its generation defaults are the release's.
 Lightning's own .ckpt files are for resuming alone and are not read here.
+
+A directory may come from anywhere, and nothing in it is run: weights are safetensors, and of config.json the keys that
+name code elsewhere are dropped.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,14 +26,14 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from simplear.artefacts import is_visual_tokenizer, what_is
 from simplear.atomic import whole_directory
 from simplear.errors import UserError
 from simplear.hashing import sha256_of_all
-from simplear.hub import is_hub_id
+from simplear.hub import is_hub_id, missing_on_hub
 from simplear.language_model.model import (
     _CLASSES,
     LanguageModel,
@@ -39,6 +43,9 @@ from simplear.language_model.model import (
     load_text_tokenizer,
 )
 from simplear.sequence import MAX_TEXT_TOKENS, SPECIAL_TOKENS, START_OF_IMAGE, TEXT_TO_IMAGE, token_layout
+from simplear.text_files import read_object
+
+logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = "simplear.json"
 VISUAL_TOKENIZER_FOLDER = "visual_tokenizer"
@@ -49,6 +56,8 @@ RELEASED_ARCHITECTURE = "SimpARForCausalLM"
 RELEASED_DOWNSAMPLE = 16
 RELEASED_VISUAL_TOKENIZER = "nvidia/Cosmos-1.0-Tokenizer-DV8x16x16"
 """As the release's own instructions name it on the hub; its directories carry none."""
+RELEASED_CODEBOOK = 64_000
+"""That of its visual tokenizer."""
 RELEASED_GRID = (64, 64)
 """1024 px. With fewer positions than that needs, a model still draws the smaller grids that it is asked for."""
 RELEASED_PREFIX = "A highly realistic image of "
@@ -56,6 +65,13 @@ RELEASED_NEGATIVE_PROMPT = (
     "An image of aerial view, overexposed, low quality, deformation, a poor composition, bad hands, bad teeth, "
     "bad eyes, bad limbs, distortion"
 )
+
+
+PADDED_TO = (8, 16, 32, 64, 128, 256, 512, 1024)
+"""Multiples of rows to which other programs pad embeddings (``resize_token_embeddings(pad_to_multiple_of=…)``)."""
+NOT_READ = ("architectures", "model_type", "auto_map", "attn_implementation", "_attn_implementation")
+"""Keys of config.json: the class is this project's, and the name of an attention kernel can be that of a repository
+whose code transformers would fetch."""
 
 
 class CheckpointError(UserError):
@@ -188,6 +204,7 @@ def load_checkpoint(path: str | Path, *, dtype: torch.dtype | None = None, with_
     """
     directory = find_checkpoint(path)
     content = _read_json(directory / "config.json")
+    _require_readable(directory, content)
     tokenizer = _read_tokenizer(directory)
     settings_file = directory / SETTINGS_FILE
     if settings_file.exists():
@@ -201,38 +218,73 @@ def load_checkpoint(path: str | Path, *, dtype: torch.dtype | None = None, with_
         settings = _released_settings(tokenizer, content)
     else:
         raise CheckpointError(
-            f"{directory} has no {SETTINGS_FILE} and is not of the released architecture {RELEASED_ARCHITECTURE}: it "
-            "is no text-to-image checkpoint. A plain language model is a start for pretraining "
+            f"{directory} has no {SETTINGS_FILE} and is not of the released architecture {RELEASED_ARCHITECTURE}, so "
+            f"it is not a text-to-image checkpoint. If another program saved one, copy {SETTINGS_FILE} and "
+            f"{VISUAL_TOKENIZER_FOLDER}/ from the original. A plain language model is a start for pretraining "
             "(--model.init_args.language_model.pretrained)."
         )
     layout = token_layout(tokenizer, settings.codebook_size)
     if layout.image_token_offset != settings.image_token_offset:
+        last = tokenizer.convert_ids_to_tokens(layout.image_token_offset - 1)
         raise CheckpointError(
             f"{settings_file} says that codes begin at id {settings.image_token_offset}, but the text tokenizer beside "
-            f"it has {layout.image_token_offset} ids: the files come from different checkpoints."
+            f"it has {layout.image_token_offset} ids, the last being {last!r}: the files come from different "
+            "checkpoints, or tokens were added to it. Copy tokenizer.json and tokenizer_config.json from the original."
         )
-    if layout.vocab_size != content.get("vocab_size"):
+    rows: Any = content.get("vocab_size")
+    if rows != layout.vocab_size and not _is_padded(rows, layout.vocab_size):
         raise CheckpointError(
             f"{settings_file} says {layout.image_token_offset} text ids and {layout.codebook_size} codes, but "
-            f"config.json a vocabulary of {content.get('vocab_size')}: the files come from different checkpoints."
+            f"config.json a vocabulary of {rows}: the files come from different checkpoints."
         )
     config_class, model_class = _CLASSES[settings.rope]
-    known = {key: value for key, value in content.items() if key not in ("architectures", "model_type", "auto_map")}
-    config = config_class(**known)
+    known = {key: value for key, value in content.items() if key not in NOT_READ}
     try:
+        config = config_class(**known)
         if with_weights:
             decoder = load_decoder(model_class, directory, config, dtype or "auto")
+            if rows != layout.vocab_size:
+                logger.info("%s: %d padding rows of the vocabulary left out", directory, rows - layout.vocab_size)
+                decoder.resize_token_embeddings(layout.vocab_size, mean_resizing=False)
         else:
+            config.vocab_size = layout.vocab_size
             with torch.device("meta"):
                 decoder = model_class(config)
             decoder = decoder.type(dtype or config.dtype or torch.float32)
             keep_generation_config(decoder, directory)
-    except (SafetensorError, OSError, ValueError) as error:
+    except Exception as error:  # what damaged JSON and safetensors raise in transformers is any of a dozen kinds
         raise CheckpointError(
-            f"cannot read the weights (model.safetensors or its parts) in {directory}: {error} Export or download the "
-            "checkpoint again."
+            f"cannot read the weights (model.safetensors or its parts, config.json) in {directory}: {error} Export or "
+            "download the checkpoint again."
         ) from error
     return Checkpoint(LanguageModel(decoder, layout).eval(), tokenizer, settings, directory)
+
+
+def _is_padded(rows: Any, used: int) -> bool:
+    """Whether embeddings of so many rows are those that are used, padded to a multiple."""
+    return any(rows == -(-used // multiple) * multiple for multiple in PADDED_TO)
+
+
+def _require_readable(directory: Path, config: dict[str, Any]) -> None:
+    if is_visual_tokenizer(directory):
+        raise CheckpointError(f"{directory} is not a checkpoint directory; it is {what_is(directory)}.")
+    if config.get("quantization_config"):
+        raise CheckpointError(
+            f"{directory} is quantized (quantization_config in config.json), which this project does not read: take "
+            "the checkpoint that it was made from."
+        )
+    if any(directory.glob("*.safetensors")):
+        return
+    others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in directory.glob(pattern))
+    if others:
+        raise CheckpointError(
+            f"{directory} has its weights in {others[0]}, a pickle, which can run code; safetensors are read alone. "
+            "Convert it where you trust its source: from transformers import AutoModelForCausalLM as Model; "
+            f'Model.from_pretrained("{directory}").save_pretrained("{directory}")'
+        )
+    raise CheckpointError(
+        f"{directory} has no weights (model.safetensors or its parts): it is not complete. Export or download it again."
+    )
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -243,18 +295,21 @@ def find_checkpoint(path: str | Path) -> Path:
     directory = Path(path)
     if directory.is_dir():
         if not (directory / "config.json").exists():
-            raise CheckpointError(f"{directory} has no config.json: it is not a checkpoint directory.")
+            raise CheckpointError(
+                f"{directory} has no config.json: it is not a checkpoint directory but {what_is(directory)}."
+            )
         return directory
+    if directory.exists():
+        raise CheckpointError(f"{path} is not a checkpoint directory but {what_is(directory)}.")
     if not is_hub_id(path):
         raise CheckpointError(
-            f"no checkpoint at {path}: train one (the demo's: make pretrain, make train-sft), or give a hub id."
+            f"no checkpoint at {path}: there is no directory {directory.absolute()}. Train one (the demo's: make "
+            "pretrain, make train-sft), or give a hub id."
         )
     try:
         return Path(snapshot_download(str(path)))
     except Exception as error:
-        raise CheckpointError(
-            f"no checkpoint at {path}: no such directory, and the hub did not give it ({type(error).__name__})."
-        ) from error
+        raise CheckpointError(f"no checkpoint at {path}: {missing_on_hub(path, error)}.") from error
 
 
 def checkpoint_hash(directory: str | Path) -> str:
@@ -273,9 +328,9 @@ def checkpoint_hash(directory: str | Path) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}. Export or download the checkpoint again.") from error
+        return read_object(path)
+    except (OSError, UserError) as error:
+        raise CheckpointError(f"cannot read {path}: {error} Export or download the checkpoint again.") from error
 
 
 def _settings(content: dict[str, Any], source: Path) -> CheckpointSettings:
@@ -289,12 +344,23 @@ def _settings(content: dict[str, Any], source: Path) -> CheckpointSettings:
         raise CheckpointError(f"{source} is incomplete or has an unknown key: {error}.") from error
     if settings.rope not in _CLASSES:
         raise CheckpointError(f"{source} has rope {settings.rope!r}: it must be one of {', '.join(_CLASSES)}.")
+    numbers = {name: getattr(settings, name) for name in ("image_token_offset", "codebook_size", "downsample")}
+    numbers |= {"max_text_tokens": settings.max_text_tokens, "grid": settings.grid}
+    for name, value in numbers.items():
+        if not all(isinstance(each, int) and each > 0 for each in (value if name == "grid" else (value,))):
+            raise CheckpointError(f"{source} has {name} {value!r}: it must be made of whole numbers above 0.")
+    for name, default in dataclasses.asdict(GenerationDefaults()).items():
+        value, kind = getattr(generation, name), str if isinstance(default, str) else (int, float)
+        if not (isinstance(value, kind) or value is default is None):  # type: ignore[arg-type]
+            what = "a text" if kind is str else "a number"
+            raise CheckpointError(f"{source} has generation.{name} {value!r}: it must be {what}.")
     return settings
 
 
 def _released_settings(tokenizer: PreTrainedTokenizerBase, config: dict[str, Any]) -> CheckpointSettings:
     """Settings of a directory released with the paper, which writes none."""
-    codebook_size = config["vocab_size"] - len(tokenizer)
+    padded = _is_padded(config["vocab_size"], len(tokenizer) + RELEASED_CODEBOOK)
+    codebook_size = RELEASED_CODEBOOK if padded else config["vocab_size"] - len(tokenizer)
     return CheckpointSettings(
         image_token_offset=len(tokenizer),
         codebook_size=codebook_size,

@@ -297,7 +297,7 @@ class LanguageModelConfig:
         return tokenizer, text_rows, token_layout(tokenizer, self.codebook_size)
 
     def _pretrained_config(self, path: str) -> Qwen2Config:
-        base = AutoConfig.from_pretrained(path).to_dict()
+        base = AutoConfig.from_pretrained(path, trust_remote_code=False).to_dict()
         base.pop("model_type", None)
         return _CLASSES[self.rope][0](**{**base, **self.architecture})
 
@@ -323,7 +323,7 @@ def load_text_tokenizer(path: str) -> PreTrainedTokenizerBase:
             "own: make pretrain), or name another."
         )
     loader = PreTrainedTokenizerFast if has_file(path, "tokenizer.json") else AutoTokenizer
-    tokenizer = loader.from_pretrained(path)
+    tokenizer = loader.from_pretrained(path, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise UserError(f"the text tokenizer at {path} has no fast implementation, which plain-text captions need.")
     return tokenizer

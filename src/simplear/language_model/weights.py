@@ -61,6 +61,7 @@ def stored_weights(decoder: Qwen2ForCausalLM, directory: str | Path, text_rows: 
     Args:
         decoder: of the architecture that is stored.
         text_rows: embeddings are grown (or cut) to the decoder's rows: those from here on are the mean of those before.
+            None cuts the padding of embeddings that have more rows than the decoder.
 
     Raises ValueError naming the first one that the files lack or have in another shape.
     """
@@ -80,6 +81,8 @@ def stored_weights(decoder: Qwen2ForCausalLM, directory: str | Path, text_rows: 
         if text_rows is not None and name in EMBEDDINGS and shape is not None:
             require_rows(text_rows, shape[0])
             shape = [wanted[0], *shape[1:]]
+        elif name in EMBEDDINGS and shape is not None:
+            shape = [min(shape[0], wanted[0]), *shape[1:]]
         if shape != wanted:
             wrong.append(name)
     require_all(directory, wrong)
@@ -89,6 +92,8 @@ def stored_weights(decoder: Qwen2ForCausalLM, directory: str | Path, text_rows: 
             weight = stored[names[name]].get_tensor(names[name])
             if text_rows is not None and name in EMBEDDINGS:
                 weight = _grown(weight.float(), text_rows, wanted[0])
+            elif name in EMBEDDINGS:
+                weight = weight[: wanted[0]]
             yield name, weight
 
     return read()

@@ -16,14 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from simplear.described import Described
 from simplear.rewards.clip_model import LoadedCLIP, load_clip, preprocess, text_ids
 
 logger = logging.getLogger(__name__)
 
 
-class CLIPReward:
+class CLIPReward(Described):
     """Scores in [-1, 1]; the weights are read at the first use or at `to`."""
 
+    not_described = frozenset({"batch_size", "cached_captions"})
+    local_paths = frozenset({"model", "pretrained"})
     resize_mode: str | None = None
     """In place of the one in the model's preprocessing, see `preprocess`."""
 

@@ -3,7 +3,8 @@
 A directory is in open_clip's own format, ``open_clip_config.json`` (architecture and preprocessing) and
 ``open_clip_model.safetensors``, with the text tokenizer's files where it is not open_clip's built-in one: what
 ``open_clip.create_model("local-dir:…")`` reads, and what model repositories on the hub hold. Weights are read as
-safetensors or as tensors alone (``weights_only``), so no file can run code.
+safetensors or as tensors alone (``weights_only``), and a configuration cannot ask for code of its repository
+(``trust_remote_code``), which open_clip would hand on to transformers: no file can run code.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from simplear.atomic import whole_directory
 from simplear.errors import MissingFileError, UserError
+from simplear.text_files import read_object
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
@@ -30,6 +32,10 @@ HUB = "hf-hub:"
 DIRECTORY = "local-dir:"
 LARGEST_PIXEL = 255
 """open_clip states the colour of padding as an 8-bit value."""
+
+
+class RemoteCodeError(UserError):
+    """A model that wants code of its own to be run."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +78,14 @@ def load_clip(model: str, pretrained: str | None = None, precision: str = "fp32"
     else:
         file = _weights(model, pretrained)
     try:
+        if file is None:
+            _refuse_remote_code(source)
         with _root_logger_quiet():
             network = open_clip.create_model(source, file, precision=precision, require_pretrained=True)
             tokenizer = open_clip.get_tokenizer(source)
     except Exception as error:  # open_clip, safetensors, pickle and the hub raise a dozen kinds
+        if isinstance(error, RemoteCodeError):
+            raise
         what = " with ".join(part for part in (model, pretrained) if part)
         if source.startswith(HUB) or (file and not Path(file).is_file()):
             raise MissingFileError(
@@ -86,6 +96,19 @@ def load_clip(model: str, pretrained: str | None = None, precision: str = "fp32"
     network.eval().requires_grad_(False)
     preprocessing = PreprocessCfg(**network.visual.preprocess_cfg)
     return LoadedCLIP(network, tokenizer, preprocessing, get_input_dtype(precision) or torch.float32)
+
+
+def _refuse_remote_code(source: str) -> None:
+    """Raises RemoteCodeError where the configuration has the text tokenizer run code that comes with the model."""
+    if source.startswith(HUB):
+        file = Path(_downloaded(f"{source}/{CONFIG_FILE}"))
+    else:
+        file = Path(source.removeprefix(DIRECTORY)) / CONFIG_FILE
+    if "trust_remote_code" in json.dumps(read_object(file)):
+        raise RemoteCodeError(
+            f"{file} asks for trust_remote_code: its text tokenizer would run code that comes with the model. Remove "
+            "the key, if the tokenizer works without it, or take another model."
+        )
 
 
 def _is_directory(model: str) -> bool:

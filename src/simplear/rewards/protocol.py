@@ -1,8 +1,10 @@
 """What a reward is: pictures, their captions and what is known about them in, one score for each picture out.
 
 A reward of your own is a class with that ``__call__``, named in YAML by its class path; there is nothing to derive
-from or to register. One that is made of parts derives from `RewardOfParts`, and the parts are logged. If it has a
-method ``to(device)``, that is called once before training: the place to read weights and to fail early.
+from or to register. (In a `simplear.data.MinimumScore` its public attributes are settings of what is made with it; of a
+class that derives from `simplear.described.Described`, its arguments.) One that is made of parts derives from
+`RewardOfParts`, and the parts are logged. If it has a method ``to(device)``, that is called once before training: the
+place to read weights and to fail early.
 
 Training calls `score`, which holds what a reward returns against this contract.
 """
@@ -16,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from simplear.described import Described
 from simplear.errors import UserError
 
 
@@ -36,7 +39,7 @@ class Reward(Protocol):
         """
 
 
-class RewardOfParts(ABC):
+class RewardOfParts(Described, ABC):
     """A reward computed from named parts, which are logged beside it."""
 
     @abstractmethod

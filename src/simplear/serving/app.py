@@ -13,11 +13,12 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 import simplear
 from simplear.serving.gate import Gate, Service
 from simplear.serving.pending import EventStream, Pending
-from simplear.serving.schema import MAX_BODY, APIError, ErrorBody, ImageRequest, ImagesResponse, ModelList
+from simplear.serving.schema import REASONS, APIError, ErrorBody, ImageRequest, ImagesResponse, Model, ModelList
 from simplear.serving.served import ServedModel
 
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -33,6 +34,7 @@ EVENT = {
     },
 }
 """Of a stream, as OpenAPI 3.2 has it."""
+ROUTES = "POST /v1/images/generations, GET /v1/models and GET /v1/models/MODEL"
 PAGE = {
     "/": ("index.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
@@ -55,6 +57,11 @@ def create_app(models: Sequence[ServedModel], service: Service) -> FastAPI:
         yield
         await asyncio.gather(*(asyncio.to_thread(served.batcher.close) for served in models))
 
+    def named(name: str) -> ServedModel:
+        if name not in by_name:
+            raise APIError(404, f"No such model; there are: {', '.join(by_name)}.", "model", "model_not_found")
+        return by_name[name]
+
     app = FastAPI(
         title="SimpleAR",
         version=simplear.__version__,
@@ -62,10 +69,19 @@ def create_app(models: Sequence[ServedModel], service: Service) -> FastAPI:
         docs_url=None,  # these pages load their scripts from elsewhere
         redoc_url=None,
         lifespan=lifespan,
-        max_body_size=MAX_BODY,
+        redirect_slashes=False,
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.add_middleware(Gate, service=service)
+    if service.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=service.cors_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),  # names those that a page asks for, Authorization among them
+            allow_private_network=True,
+            expose_headers=("Retry-After",),
+        )
     secured = [Depends(HTTPBearer(auto_error=False))] if service.api_key else []  # for /openapi.json; Gate looks
 
     @app.post(
@@ -75,14 +91,13 @@ def create_app(models: Sequence[ServedModel], service: Service) -> FastAPI:
     )
     async def create_image(request: Request, asked: ImageRequest) -> ImagesResponse:
         """Draw images of a prompt, all at once or, with ``stream``, row by row as server-sent events."""
-        if asked.response_format == "url":
-            raise APIError(400, 'Images are not kept here, so they have no URL: ask for "b64_json".', "response_format")
         if asked.partial_images and not asked.stream:
-            raise APIError(400, "Images are shown while they are drawn with stream=true alone.", "partial_images")
-        served = models[0] if asked.model is None else by_name.get(asked.model)
-        if served is None:
-            raise APIError(404, f"No such model; there are: {', '.join(by_name)}.", "model", "model_not_found")
-        pending = Pending(served, asked, service.timeout)
+            raise APIError(400, "Images are shown while they are drawn only with stream=true.", "partial_images")
+        if asked.output_format in (None, "png") and asked.output_compression not in (None, 100):
+            message = "PNG files are compressed without loss: below 100, output_format must be jpeg or webp."
+            raise APIError(400, message, "output_compression", "invalid_png_output_compression")
+        served = named(asked.model) if asked.model is not None else models[0]
+        pending = Pending(served, asked, *await served.checked(asked), service.timeout)
         pending.submit()
         if asked.stream:
             return EventStream(pending)  # type: ignore[return-value]  # a response is sent as it is
@@ -96,6 +111,11 @@ def create_app(models: Sequence[ServedModel], service: Service) -> FastAPI:
     async def list_models() -> ModelList:
         """The checkpoints there are."""
         return ModelList(data=[served.description for served in models])
+
+    @app.get("/v1/models/{model}", responses=ERRORS, dependencies=secured)
+    async def retrieve_model(model: str) -> Model:
+        """One of them."""
+        return named(model).description
 
     @app.get("/healthz", responses={503: {"description": "Going down, or a model does not draw"}})
     async def health(response: Response) -> dict[str, str]:
@@ -112,7 +132,6 @@ def create_app(models: Sequence[ServedModel], service: Service) -> FastAPI:
     for path, (file, media_type) in PAGE.items():
         content = (page / file).read_bytes()
         app.add_api_route(path, _constant(content, media_type), include_in_schema=False)
-    app.add_exception_handler(APIError, _answer)
     app.add_exception_handler(HTTPException, _answer)
     app.add_exception_handler(RequestValidationError, _answer)
     return app
@@ -136,13 +155,18 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, ImagesRespons
         gone.cancel()
 
 
-async def _answer(_: Request, error: Exception) -> JSONResponse:
+async def _answer(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, RequestValidationError):
         error = _refused(error)
-    elif isinstance(error, HTTPException):
-        error = APIError(error.status_code, str(error.detail) + ".", headers=dict(error.headers or {}))
+    elif isinstance(error, HTTPException) and not isinstance(error, APIError):
+        route = f"{request.method} {request.scope['path'][:80]}"
+        message = {
+            404: f"There is no {route} here. There are {ROUTES}.",
+            405: f"There is no {route} here, only {(error.headers or {}).get('Allow')}.",
+        }.get(error.status_code, f"{error.detail}.")
+        error = APIError(error.status_code, message, headers=error.headers)
     assert isinstance(error, APIError)
-    return JSONResponse(error.body.model_dump(), error.status, error.headers)
+    return error.response
 
 
 def _refused(error: RequestValidationError) -> APIError:
@@ -150,9 +174,12 @@ def _refused(error: RequestValidationError) -> APIError:
     first = error.errors()[0]
     name = ".".join(str(part) for part in first["loc"][1:])[:80].encode(errors="replace").decode()
     if first["type"] == "json_invalid":
-        return APIError(400, "The body is no valid JSON.", code="invalid_json")
+        return APIError(400, "The body is not valid JSON.", code="invalid_json")
     if not name:
         return APIError(400, "The body must be a JSON object, with Content-Type: application/json.")
     if first["type"] == "extra_forbidden":
-        return APIError(400, f"There is no parameter {name} here.", name, "unknown_parameter")
-    return APIError(400, f"{name}: {first['msg']}.", name, "invalid_value")
+        nearest = ImageRequest.nearest(name)
+        hint = f"; did you mean {nearest}?" if nearest else "."
+        return APIError(400, f"There is no parameter {name} here{hint}", name, "unknown_parameter")
+    reason = f" {REASONS[name]}." if name in REASONS else ""
+    return APIError(400, f"{name}: {first['msg']}.{reason}", name, "invalid_value")

@@ -7,6 +7,7 @@ a batch of that shape. Knows nothing of HTTP; what it has to say it says to `Dra
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field
 from PIL import Image
 from torch import Tensor
 
-from simplear.generation import OutOfMemoryError, SamplingSettings, SimpleARPipeline, pil_images
+from simplear.generation import SamplingSettings, SimpleARPipeline, pil_images
 from simplear.serving.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,8 @@ FAILURES_IN_A_ROW = 3
 """Batches after which a model counts as broken: a device that is lost stays lost."""
 LAST_ROW_SECONDS = 5.0
 """Given to a batch that is broken off to reach the end of its row of codes."""
+GROW_AFTER = 100
+"""Batches after which those that were made smaller for want of memory may be large again: it may be free by then."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,11 @@ class Shared:
     """One for all, so that it is read once and the rows of a batch are as many each time."""
     prompt_tokens: int
     """That prompts are padded to."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels, on which memory depends most."""
+        return self.height, self.width
 
 
 @dataclass(frozen=True)
@@ -70,10 +78,13 @@ class Drawing:
     notify: Callable[[Picture | Exception], None]
     """Called with the rows that were asked for and the whole image, or with what went wrong."""
     rows: set[int] = field(default_factory=set)
-    """Numbers of finished rows after which to show the image as it is."""
+    """Numbers of finished rows after which to show the image as it is, if nobody else waits then."""
     cancelled: bool = False
     """Set by whoever does not want it any more."""
-    arrived: float = field(default_factory=time.monotonic)
+    request: object = field(default_factory=object)
+    """What it is a part of."""
+    arrived: float = 0.0
+    """When it was submitted, by the batcher's clock."""
 
 
 class QueueFullError(Exception):
@@ -102,6 +113,7 @@ class Batcher:
         capacity: images that may wait.
         wait: seconds to wait for companions before a batch that is not full is drawn.
         metrics: told what happens.
+        clock: seconds since some moment.
     """
 
     def __init__(
@@ -112,20 +124,26 @@ class Batcher:
         capacity: int,
         wait: float,
         metrics: Metrics,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name, self.pipeline, self.shapes = name, pipeline, sorted(set(shapes))
-        self.capacity, self.wait, self.metrics = capacity, wait, metrics
+        self.capacity, self.wait, self.metrics, self.clock = capacity, wait, metrics, clock
         self._waiting: list[Drawing] = []
         self._changed = threading.Condition()
         self._closed = self._abandoned = False
         self._thread: threading.Thread | None = None
-        self._largest: dict[tuple[int, int], int] = {}  # shapes that fitted into memory, by size of the picture
+        self._limits: dict[tuple[int, int], tuple[int, int]] = {}  # by size: a shape that fits, for how many batches
         self._batch_seconds, self._free_since, self._failures = 1.0, 0.0, 0
+        self._progress = 0.0  # when a row of codes, or a picture, was last finished
 
     @property
     def healthy(self) -> bool:
         """Whether it can be expected to draw."""
         return self._thread is not None and self._thread.is_alive() and self._failures < FAILURES_IN_A_ROW
+
+    def idle_seconds(self, drawing: Drawing) -> float:
+        """Seconds since this image was submitted or a row of any was drawn, whichever was later."""
+        return self.clock() - max(self._progress, drawing.arrived)
 
     def start(self, warm_up: Sequence[int] = ()) -> None:
         """Begin to draw, with a batch of each of these shapes: what fails fails before anybody asks, and what compiles
@@ -152,6 +170,8 @@ class Batcher:
             if len(self._waiting) + len(drawings) > self.capacity:
                 batches = len(self._waiting) / self.shapes[-1] + 1
                 raise QueueFullError(min(SLOWEST_RETRY, math.ceil(batches * self._batch_seconds)))
+            for drawing in drawings:
+                drawing.arrived = self.clock()
             self._waiting.extend(drawings)
             self._show_queue()
             self._changed.notify()
@@ -181,9 +201,9 @@ class Batcher:
             done.set_exception(error)
             return
         while batch := self._next():
-            began = time.monotonic()
+            self._progress = began = self.clock()
             self._draw(batch)
-            self._free_since = time.monotonic()
+            self._free_since = self.clock()
             self._batch_seconds += 0.2 * (self._free_since - began - self._batch_seconds)
 
     def _next(self) -> list[Drawing]:
@@ -197,10 +217,10 @@ class Batcher:
                     self._changed.wait()
                     continue
                 shared = self._waiting[0].shared
-                largest = self._largest.get((shared.height, shared.width), self.shapes[-1])
+                largest, _ = self._limits.get(shared.size, (self.shapes[-1], 0))
                 batch = [drawing for drawing in self._waiting if drawing.shared == shared][:largest]
                 # Counted from the end of the batch before: whoever waited for that asks again just now.
-                left = max(self._waiting[0].arrived, self._free_since) + self.wait - time.monotonic()
+                left = max(self._waiting[0].arrived, self._free_since) + self.wait - self.clock()
                 if len(batch) == largest or left <= 0 or self._closed:
                     self._waiting = [drawing for drawing in self._waiting if drawing not in batch]
                     self._show_queue()
@@ -211,16 +231,18 @@ class Batcher:
         shared = batch[0].shared
         shape = next(shape for shape in self.shapes if shape >= len(batch))
         filled = batch + [batch[-1]] * (shape - len(batch))
+        left = list(batch)  # those that do not have their image yet
         self.metrics.batch_size.labels(self.name).observe(len(batch))
 
         def on_row(_: int, codes: Tensor) -> None:
+            self._progress = self.clock()
             if self._abandoned or all(drawing.cancelled for drawing in batch):
                 raise _AbandonedError
             row = codes.shape[1]
             for drawing, so_far in zip(batch, codes, strict=False):
                 if row in drawing.rows and not drawing.cancelled:
                     drawing.rows.remove(row)  # a batch that is drawn again shows no row twice
-                    drawing.notify(self._picture(so_far, shape))
+                    self._show(drawing, so_far, shape)
 
         try:
             drawn = self.pipeline(
@@ -236,32 +258,45 @@ class Batcher:
             )
             for drawing, codes in zip(batch, drawn.codes, strict=False):
                 if not drawing.cancelled:
+                    picture = self._picture(codes, shape)
                     self.metrics.images.labels(self.name).inc()
-                    drawing.notify(self._picture(codes, shape))
+                    drawing.notify(picture)
+                left.remove(drawing)
+                self._progress = self.clock()
             self._failures = 0
+            fitting, batches = self._limits.pop(shared.size, (0, 0))
+            if batches > 1:
+                self._limits[shared.size] = (fitting, batches - 1)
         except _AbandonedError:
-            self._fail(batch, StoppedError())
-        except OutOfMemoryError as error:
-            self._out_of_memory(batch, shape, error)
+            self._fail(left, StoppedError())
+        except MemoryError as error:
+            self._out_of_memory(left, shape, error)
         except Exception as error:
             log.exception("%s: a batch of %d images failed", self.name, len(batch))
             self._failures += 1
-            self._fail(batch, error)
+            self._fail(left, error)
 
-    def _out_of_memory(self, batch: list[Drawing], shape: int, error: OutOfMemoryError) -> None:
-        """Draw the batch again in parts; from now on batches of such pictures are smaller."""
+    def _show(self, drawing: Drawing, codes: Tensor, shape: int) -> None:
+        """Give the rows that are drawn, unless others would wait longer for it or there is no memory."""
+        if all(other.cancelled or other.request is drawing.request for other in self._waiting):
+            with contextlib.suppress(MemoryError):
+                drawing.notify(self._picture(codes, shape))
+                return
+        self.metrics.dropped.labels(self.name).inc()
+
+    def _out_of_memory(self, left: list[Drawing], shape: int, error: MemoryError) -> None:
+        """Draw what is left of a batch again in parts; for a while, batches of such pictures are smaller."""
         smaller = [each for each in self.shapes if each < shape]
         if not smaller:
             log.error("%s: %s", self.name, error)
-            self._fail(batch, error)
+            self._fail(left, error)
             return
-        size = (batch[0].shared.height, batch[0].shared.width)
-        log.warning(
-            "%s: %s Pictures of %d × %d are drawn %d at once from now on.", self.name, error, *size, smaller[-1]
-        )
+        size = left[0].shared.size
+        text = "%s: %s Pictures of %d × %d are drawn %d at once for the next %d batches."
+        log.warning(text, self.name, error, *size, smaller[-1], GROW_AFTER)
+        self._limits[size] = (smaller[-1], GROW_AFTER)
         with self._changed:
-            self._largest[size] = smaller[-1]
-            self._waiting[:0] = batch
+            self._waiting[:0] = left
 
     def _picture(self, codes: Tensor, batch_size: int) -> Picture:
         """Decoded by itself, so that the visual tokenizer too has one shape."""

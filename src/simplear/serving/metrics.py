@@ -5,7 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
-SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
 class Metrics:
@@ -36,6 +36,12 @@ class Metrics:
             registry=self.registry,
         )
         self.images = Counter("simplear_images", "Images drawn", ["model"], registry=self.registry)
+        self.dropped = Counter(
+            "simplear_partial_images_dropped",
+            "Partial images that were not shown since others waited, or for want of memory",
+            ["model"],
+            registry=self.registry,
+        )
 
     def text(self) -> bytes:
         """All of them in Prometheus' text format."""

@@ -6,6 +6,9 @@ import asyncio
 import base64
 import contextlib
 import dataclasses
+import io
+import json
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -13,19 +16,30 @@ from functools import partial
 from typing import Any
 
 from fastapi.responses import StreamingResponse
-from PIL import Image
+from PIL import ExifTags, Image
 from starlette.types import Receive, Scope, Send
 
-from simplear.generation import OutOfMemoryError
 from simplear.generation.png import png_bytes
-from simplear.serving.batcher import Drawing, Picture, QueueFullError, StoppedError
-from simplear.serving.gate import RETRY_ELSEWHERE
-from simplear.serving.schema import APIError, GeneratedImage, ImageEvent, ImageRequest, ImagesResponse, Usage
+from simplear.serving.batcher import Drawing, Picture, QueueFullError, Shared, StoppedError
+from simplear.serving.gate import going_down
+from simplear.serving.schema import (
+    APIError,
+    GeneratedImage,
+    ImageEvent,
+    ImageRequest,
+    ImagesResponse,
+    OutputFormat,
+    Usage,
+)
 from simplear.serving.served import ServedModel
+
+log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 15.0
 """Between comments on a stream that has nothing to show, so that no proxy takes it for dead."""
 SEED_BITS = 31
+EXIF_BYTES = 60_000
+"""A JPEG file holds little more."""
 
 
 class Pending:
@@ -34,21 +48,23 @@ class Pending:
     Args:
         served: who draws.
         asked: the request.
-        timeout: seconds until it is given up.
+        shared: what decides about its batch.
+        usage: tokens of all images.
+        timeout: seconds without progress of the batcher until it is given up.
     """
 
-    def __init__(self, served: ServedModel, asked: ImageRequest, timeout: float) -> None:
-        self.served, self.asked = served, asked
-        self.shared, self.usage = served.shared(asked)
-        self.rows = self.shared.height // served.settings.downsample
+    def __init__(self, served: ServedModel, asked: ImageRequest, shared: Shared, usage: Usage, timeout: float) -> None:
+        self.served, self.asked, self.shared, self.usage, self.timeout = served, asked, shared, usage, timeout
+        self.rows = shared.height // served.settings.downsample
+        self.format: OutputFormat = asked.output_format or "png"
+        self.quality = 100 if asked.output_compression is None else asked.output_compression
         self._loop = asyncio.get_running_loop()
-        self._deadline = self._loop.time() + timeout
         self._events: asyncio.Queue[tuple[Drawing, Picture | Exception]] = asyncio.Queue()
         seed = secrets.randbits(SEED_BITS) if asked.seed is None else asked.seed
         parts = 1 + (asked.partial_images or 0) * bool(asked.stream)
         self.drawings: list[Drawing] = []
         for index in range(asked.n or 1):
-            drawing = Drawing(asked.prompt, seed + index, self.shared, lambda event: None)
+            drawing = Drawing(asked.prompt, seed + index, shared, lambda event: None, request=self)
             drawing.rows = {part * self.rows // parts for part in range(1, parts)} - {0}
             drawing.notify = partial(self._notify, drawing)
             self.drawings.append(drawing)
@@ -72,16 +88,17 @@ class Pending:
     async def pictures(self) -> AsyncIterator[tuple[int, Picture] | None]:
         """Pictures as they come, by number of the image, until all are whole; None after a while without.
 
-        Raises APIError when one cannot be drawn, or not in time.
+        Raises APIError when one cannot be drawn, or when the batcher makes no progress.
         """
         left = len(self.drawings)
         while left:
+            patience = self.timeout - self.served.batcher.idle_seconds(self.drawings[0])
             try:
-                async with asyncio.timeout_at(min(self._deadline, self._loop.time() + HEARTBEAT_SECONDS)):
+                async with asyncio.timeout(min(patience, HEARTBEAT_SECONDS)):
                     drawing, event = await self._events.get()
             except TimeoutError:
-                if self._loop.time() >= self._deadline:
-                    raise APIError(504, "The images were not drawn in time.", code="timeout") from None
+                if self.served.batcher.idle_seconds(self.drawings[0]) >= self.timeout:
+                    raise APIError(504, "Drawing has come to a standstill.", code="timeout") from None
                 yield None
                 continue
             if isinstance(event, Exception):
@@ -90,8 +107,8 @@ class Pending:
             yield self.drawings.index(drawing), event
 
     async def encoded(self, index: int, picture: Picture) -> dict[str, Any]:
-        """The fields of a `GeneratedImage`."""
-        shared, seed = self.shared, self.drawings[index].seed
+        """The file of an image, or of its upper rows, and how it was drawn."""
+        seed, shared = self.drawings[index].seed, self.shared
         made = {
             "prompt": self.asked.prompt,
             "seed": seed,
@@ -102,8 +119,8 @@ class Pending:
             "batch_size": picture.batch_size,
         }
         # Compressing takes long for large pictures, and the thread that draws has better things to do.
-        file = await asyncio.to_thread(png, picture.image, shared.height, made)
-        return {"b64_json": base64.b64encode(file).decode(), "seed": seed, "batch_size": picture.batch_size}
+        file = await asyncio.to_thread(encode, picture.image, shared.height, made, self.format, self.quality)
+        return {"b64_json": file, "seed": seed, "batch_size": picture.batch_size}
 
     @property
     def size(self) -> str:
@@ -120,6 +137,7 @@ class Pending:
             model=self.served.name,
             data=[made[index] for index in sorted(made)],
             size=self.size,
+            output_format=self.format,
             usage=self.usage,
         )
 
@@ -141,6 +159,7 @@ class Pending:
                     model=self.served.name,
                     index=index,
                     size=self.size,
+                    output_format=self.format,
                     rows=picture.rows,
                     partial_image_index=None if whole else shown[index],
                     usage=Usage.of(self.usage.input_tokens // images, self.usage.output_tokens // images)
@@ -148,7 +167,10 @@ class Pending:
                     else None,
                 ).text()
                 shown[index] += 1
-        except APIError as error:
+        except Exception as error:
+            if not isinstance(error, APIError):
+                log.exception("%s: a stream failed", self.served.name)
+                error = _as_answer(error)
             yield f"event: error\ndata: {error.body.model_dump_json()}\n\n"
 
 
@@ -168,13 +190,31 @@ class EventStream(StreamingResponse):
             self._pending.cancel()
 
 
-def png(image: Image.Image, height: int, made: dict[str, Any]) -> bytes:
-    """A file that says how it was made; rows up to the height are added, transparent, where some are missing."""
+def encode(image: Image.Image, height: int, made: dict[str, Any], format: OutputFormat, quality: int) -> str:
+    """Base64 of a file that says how it was made.
+
+    Args:
+        image: rows up to the height are added where some are missing: transparent, or white in a JPEG.
+        height: pixels.
+        made: for the metadata: of PNG in a text chunk, else in EXIF's ImageDescription as JSON, which a JPEG has no
+            room for where it is longer than 60,000 bytes.
+        format: of the file.
+        quality: of JPEG and WebP, from 0 to 100.
+    """
     if image.height < height:
-        whole = Image.new("RGBA", (image.width, height))
+        size = (image.width, height)
+        whole = Image.new("RGB", size, "white") if format == "jpeg" else Image.new("RGBA", size)
         whole.paste(image)
         image = whole
-    return png_bytes(image, made)
+    if format == "png":
+        content = png_bytes(image, made)
+    else:
+        file, exif, description = io.BytesIO(), Image.Exif(), json.dumps(made)
+        if format == "webp" or len(description) < EXIF_BYTES:
+            exif[ExifTags.Base.ImageDescription] = description
+        image.save(file, format, quality=quality, exif=exif)
+        content = file.getvalue()
+    return base64.b64encode(content).decode()
 
 
 def _as_answer(error: Exception) -> APIError:
@@ -184,8 +224,8 @@ def _as_answer(error: Exception) -> APIError:
             message = f"Too many images are waiting; try again in {error.retry_after} s."
             return APIError(429, message, code="queue_full", headers={"Retry-After": str(error.retry_after)})
         case StoppedError():
-            return APIError(503, "The server is going down.", code="shutting_down", headers=RETRY_ELSEWHERE)
-        case OutOfMemoryError():
+            return going_down()
+        case MemoryError():
             return APIError(503, "There is not enough memory for a picture of this size.", "size", "out_of_memory")
         case _:
             return APIError(500, "Drawing failed; the server's log says more.", code="internal_error")

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import copy
 import dataclasses
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 from simplear.generation import SamplingSettings, SimpleARPipeline
 from simplear.serving.batcher import PROMPT_MULTIPLE, Batcher, Shared
 from simplear.serving.schema import APIError, ImageRequest, Model, Usage
+
+LONGEST_SIDE = {"jpeg": 65_500, "webp": 16_383}
+"""Pixels, of these formats."""
 
 
 class ServedModel:
@@ -32,6 +37,7 @@ class ServedModel:
         # A text tokenizer of its own: the batcher's thread uses the other at the same time.
         self._checker: SimpleARPipeline = copy.copy(pipeline)
         self._checker.tokenizer = copy.deepcopy(pipeline.tokenizer)
+        self._checking = ThreadPoolExecutor(1, f"checking {name}")
 
     @property
     def description(self) -> Model:
@@ -47,6 +53,10 @@ class ServedModel:
             defaults=dataclasses.asdict(self.settings.generation),
         )
 
+    async def checked(self, asked: ImageRequest) -> tuple[Shared, Usage]:
+        """`shared`, beside the event loop: tokenizing the longest prompts takes tenths of a second."""
+        return await asyncio.get_running_loop().run_in_executor(self._checking, self.shared, asked)
+
     def shared(self, asked: ImageRequest) -> tuple[Shared, Usage]:
         """What decides about the batch, and the tokens of all images. Raises APIError for what cannot be drawn."""
         defaults, downsample = self.settings.generation, self.settings.downsample
@@ -56,7 +66,11 @@ class ServedModel:
             width, height = map(int, str(asked.size).split("x"))
         codes = (height // downsample) * (width // downsample)
         if codes > self.max_codes:
-            raise APIError(400, f"size {asked.size} takes {codes} codes; at most {self.max_codes} are drawn.", "size")
+            largest = f"at most {self.max_codes} are drawn, {self.description.size} by default"
+            raise APIError(400, f"size {asked.size} takes {codes} codes; {largest}.", "size")
+        if max(height, width) > LONGEST_SIDE.get(asked.output_format or "png", max(height, width)):
+            limit = LONGEST_SIDE[str(asked.output_format)]
+            raise APIError(400, f"size {asked.size}: {asked.output_format} has at most {limit} pixels a side.", "size")
         check = self._checker.check_prompts
         with _naming("size"):
             check([], None, height, width)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from simplear.device import resolve_device
 from simplear.errors import UserError
 from simplear.language_model import LanguageModel
 from simplear.stages.sharding import copy_shards, shard_language_model
@@ -62,7 +63,7 @@ class Reference:
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         """Take the place and the precision that the settings and the policy's own give; before the first use."""
-        self.device = torch.device(self.settings.device or device)
+        self.device = device if self.settings.device is None else resolve_device(self.settings.device)
         if not self.sharded:
             wanted = dtype if self.settings.dtype is None else getattr(torch, self.settings.dtype)
             self.model.to(device="cpu" if self.settings.offload else self.device, dtype=wanted)

@@ -9,6 +9,7 @@ from simplear.visual_tokenizer.checkpoint import (
     copy_visual_tokenizer,
     find_visual_tokenizer,
     load_visual_tokenizer,
+    register_visual_tokenizer,
     save_visual_tokenizer,
 )
 from simplear.visual_tokenizer.cosmos import CosmosTokenizer
@@ -24,6 +25,7 @@ __all__ = [
     "copy_visual_tokenizer",
     "find_visual_tokenizer",
     "load_visual_tokenizer",
+    "register_visual_tokenizer",
     "save_visual_tokenizer",
     "to_pixels",
 ]

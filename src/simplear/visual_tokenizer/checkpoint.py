@@ -6,18 +6,19 @@ that fingerprint. Any class works that is an ``nn.Module``, has the methods of `
 arguments of its constructor, as plain JSON values, in ``init_args``. One whose weights are files of another kind has
 ``save_files(directory)`` and ``from_directory(directory, **init_args)``, which take the place of ``model.safetensors``.
 
+A directory can come from anywhere, so it cannot have code imported: it names a class of this package, or one that the
+program at hand has registered (`register_visual_tokenizer`).
+
 Directories and hub ids of two pretrained tokenizers load as they are: Cosmos DV8x16x16, and Janus's in transformers'
 layout.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
-import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import snapshot_download
@@ -25,16 +26,44 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from simplear.artefacts import what_is
 from simplear.atomic import whole_directory
 from simplear.errors import MissingFileError, UserError
-from simplear.hub import is_hub_id
+from simplear.hub import is_hub_id, missing_on_hub
+from simplear.text_files import read_object
 from simplear.visual_tokenizer import cosmos, janus
+from simplear.visual_tokenizer.fsq import FSQAutoencoder
 from simplear.visual_tokenizer.protocol import VisualTokenizer
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 PRETRAINED_FILES = [CONFIG_FILE, "*.safetensors", "*.safetensors.index.json", *cosmos.FILES]
 """What is downloaded of a repository on the hub."""
+PACKAGE = __name__.rpartition(".")[0]
+
+Class = TypeVar("Class", bound=type)
+_CLASSES: dict[str, type] = {}
+"""What directories may name, by import path."""
+
+
+def register_visual_tokenizer(tokenizer_class: Class) -> Class:
+    """Let directories name this class, in this process; also a decorator.
+
+    On the command line, ``--import MODULE`` imports the module that registers it.
+    """
+    module, name = tokenizer_class.__module__, tokenizer_class.__qualname__
+    # Directories name a class by its module, or by the package that exports it.
+    _CLASSES.update(dict.fromkeys((f"{module}.{name}", f"{module.rpartition('.')[0]}.{name}"), tokenizer_class))
+    return tokenizer_class
+
+
+def _class_path(tokenizer_class: type) -> str:
+    module, name = tokenizer_class.__module__, tokenizer_class.__qualname__
+    return f"{PACKAGE if module.startswith(f'{PACKAGE}.') else module}.{name}"
+
+
+for _own in (FSQAutoencoder, cosmos.CosmosTokenizer, janus.JanusTokenizer):
+    register_visual_tokenizer(_own)
 
 
 def save_visual_tokenizer(tokenizer: VisualTokenizer, directory: str | Path) -> None:
@@ -87,8 +116,8 @@ def find_visual_tokenizer(path: str | Path) -> Path:
         return Path(snapshot_download(str(path), allow_patterns=PRETRAINED_FILES))
     except Exception as error:
         raise MissingFileError(
-            f"no visual tokenizer at {path}: no such directory, and the hub did not give it ({type(error).__name__}). "
-            "Download it where there is a network, and name its directory (visual_tokenizer=…)."
+            f"no visual tokenizer at {path}: {missing_on_hub(path, error)}. Correct the path, or download it where "
+            "there is a network and name its directory (visual_tokenizer=…)."
         ) from error
 
 
@@ -116,10 +145,9 @@ def _is_janus(directory: Path) -> bool:
 def _config_of(directory: Path) -> dict[str, Any]:
     """config.json; empty where it cannot be read, of which loading says more."""
     try:
-        content = json.loads((directory / CONFIG_FILE).read_text())
-    except (OSError, ValueError):
+        return read_object(directory / CONFIG_FILE)
+    except (OSError, UserError):
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _load_pretrained(directory: Path) -> Any:
@@ -132,12 +160,15 @@ def _load_own(directory: Path) -> Any:
     config_file, weights_file = directory / CONFIG_FILE, directory / WEIGHTS_FILE
     _require_file(config_file)
     config = _read_config(config_file)
-    tokenizer_class = _import_class(config["class_path"], config_file)
-    if hasattr(tokenizer_class, "from_directory"):
-        tokenizer = tokenizer_class.from_directory(directory, **config["init_args"])
-    else:
+    tokenizer_class = _registered_class(config["class_path"], config_file)
+    by_itself = getattr(tokenizer_class, "from_directory", None)
+    if by_itself is None:
         _require_file(weights_file)
-        tokenizer = tokenizer_class(**config["init_args"])
+    try:
+        tokenizer = by_itself(directory, **config["init_args"]) if by_itself else tokenizer_class(**config["init_args"])
+    except (TypeError, RuntimeError) as error:
+        raise UserError(f"{config_file}: {config['class_path']} cannot have these init_args ({error}).") from error
+    if by_itself is None:
         try:
             tokenizer.load_state_dict(load_file(weights_file))
         except (SafetensorError, RuntimeError) as error:
@@ -155,32 +186,25 @@ def _load_own(directory: Path) -> Any:
 def _require_file(file: Path) -> None:
     if not file.is_file():
         raise MissingFileError(
-            f"{file} is missing: {file.parent} is no visual tokenizer. Train one (the demo's: make train-tokenizer), "
-            "or give the directory that an earlier training exported."
+            f"{file} is missing, so {file.parent} is not a visual tokenizer; it is {what_is(file.parent)}. Train one "
+            "(the demo's: make train-tokenizer), or give the directory that an earlier training exported."
         )
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file} is no JSON, perhaps cut short: {error}. Export the tokenizer again.") from error
+    config = read_object(file)
     for key in ("class_path", "init_args", "fingerprint"):
         if key not in config:
-            raise UserError(f"{file} has no key {key!r}: it describes no visual tokenizer.")
+            raise UserError(f"{file} has no key {key!r}; {file.parent} is {what_is(file.parent)}.")
     return config
 
 
-def _class_path(tokenizer_class: type) -> str:
-    """Where to import the class from: its package, when that exports it, else the module that defines it."""
-    module, name = tokenizer_class.__module__, tokenizer_class.__qualname__
-    package = module.rpartition(".")[0]
-    return f"{package if getattr(sys.modules.get(package), name, None) is tokenizer_class else module}.{name}"
-
-
-def _import_class(class_path: str, file: Path) -> Any:
-    module, _, name = class_path.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{file} names the class {class_path}, which cannot be imported: {error}.") from error
+def _registered_class(class_path: Any, file: Path) -> Any:
+    """The class of this name; nothing is imported because a file names it."""
+    if isinstance(class_path, str) and class_path in _CLASSES:
+        return _CLASSES[class_path]
+    raise UserError(
+        f"{file} names the class {class_path!r}, which is neither one of this package's visual tokenizers nor "
+        "registered. No code is imported because a file names it. If the class is yours, register it "
+        "(@simplear.visual_tokenizer.register_visual_tokenizer) and import its module first (--import MODULE)."
+    )

@@ -6,6 +6,8 @@ counting fastest. The paper's release decodes its codes in the same way.
 
 TorchScript files are programs, so each is held against its SHA-256 before anything of it is loaded. What to expect
 is what the hub stated when it gave the file or what the user wrote into ``SHA256SUMS``; no hash stands in this code.
+A hash says that a file is what was sent, and not that the sender means well, so a program that names an operator with
+access to files, or anything beyond PyTorch's own operators, is not loaded either.
 
 Left out: the network as a module of our own with the weights of these files. NVIDIA's own code does that, but whether a
 second implementation gives the same codes can only be shown with the real weights.
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -27,9 +30,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simplear.errors import MissingFileError, UserError
+from simplear.errors import MissingFileError, UserError, first_line
 from simplear.hashing import sha256_of
 from simplear.hub import SHA256, stated_sha256
+from simplear.text_files import read_lines
 from simplear.visual_tokenizer import protocol
 
 ENCODER_FILE, DECODER_FILE = "encoder.jit", "decoder.jit"
@@ -37,6 +41,10 @@ FILES = (ENCODER_FILE, DECODER_FILE)
 SUMS_FILE = "SHA256SUMS"
 LEVELS = (8, 8, 8, 5, 5, 5)
 """Of the finite scalar quantiser; their product is the codebook."""
+OLD_FORMAT = "model.json"
+"""In archives whose programs may have any name."""
+FORBIDDEN = re.compile(rb"\b(save|from_file|getattr|classes)\b|\bops\b(?!\.(?:aten|prim)\.)")
+"""In a program: operators that read or write files, a way to name these in pieces, and all but PyTorch's operators."""
 
 
 class CosmosTokenizer(nn.Module):
@@ -169,19 +177,37 @@ def _expected(file: Path, given: Mapping[str, str] | None) -> str:
 
 def _read_sums(file: Path) -> dict[str, str]:
     """Hashes by file name; between the two there may be a ``*`` or ``-``."""
-    words = [line.split() for line in file.read_text().splitlines()]
+    words = [line.split() for _, line in read_lines(file)]
     return {line[-1].lstrip("*"): line[0].lower() for line in words if len(line) > 1}
+
+
+def _require_harmless(file: Path) -> None:
+    """Raises UserError for a TorchScript program that could do more than compute; nothing of it is run."""
+    # PyTorch's own reader of archives, so that what is looked at is what would be loaded.
+    reader = torch._C.PyTorchFileReader(str(file))
+    for name in reader.get_all_records():
+        # All but tensors, and the places in the original source, which are for error messages.
+        is_program = not name.startswith(("data/", "constants/")) and not name.endswith(".debug_pkl")
+        found = FORBIDDEN.search(reader.get_record(name)) if is_program else None
+        if found is not None or name.lower() == OLD_FORMAT:
+            what = f"names {found[0].decode()!r} in {name}" if found is not None else "is in an old format"
+            raise UserError(
+                f"{file} {what}: it could read or write files, which no visual tokenizer needs, and was not loaded."
+            )
 
 
 def _load(file: Path) -> Any:
     try:
+        _require_harmless(file)
         with warnings.catch_warnings():
             # PyTorch advises against TorchScript for new files; these are what was released.
             warnings.filterwarnings("ignore", ".*torch.jit.load.*", FutureWarning)
             return torch.jit.load(str(file), map_location="cpu").eval()
+    except UserError:
+        raise
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"{file} is no TorchScript module that can be read: {str(error).splitlines()[0]} Download it again."
+            f"{file} is no TorchScript module that can be read: {first_line(error)} Download it again."
         ) from error
 
 

@@ -13,7 +13,6 @@ lengths too, which picks other codes wherever the codebook's vectors are not all
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from simplear.errors import UserError
+from simplear.text_files import read_object
 from simplear.visual_tokenizer import protocol
 
 MODEL_TYPES = ("janus", "janus_vqgan")
@@ -84,7 +84,7 @@ class JanusTokenizer(nn.Module):
         from transformers import JanusVQVAE, JanusVQVAEConfig
         from transformers.utils import logging
 
-        content = json.loads((directory / "config.json").read_text())
+        content = read_object(directory / "config.json")
         fields = content.get("vq_config", {}) if content["model_type"] == "janus" else content
         with torch.device("meta"):  # the weights come with the class below
             tokenizer = cls(**{name: fields[name] for name in inspect.signature(cls).parameters if name in fields})

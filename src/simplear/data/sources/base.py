@@ -8,11 +8,13 @@ its class path in YAML.
 from __future__ import annotations
 
 import json
+import os
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,12 +23,15 @@ from PIL import Image
 
 from simplear.data.drops import drop
 from simplear.data.pictures import Drop, PictureFile, Pixels
+from simplear.described import Described
 from simplear.errors import UserError
 from simplear.text_files import NotUTF8Error, read_lines
 
 CAPTION_KEYS = ("captions", "caption", "text")
 """Where metadata holds captions when nothing is said; the first that is there counts."""
 NO_CAPTION = "no caption"
+RESERVED_NAMES = frozenset({"settings", "manifest", "drops"})
+"""Of files that a directory of shards or captions has for itself; no unit can have one."""
 
 
 @dataclass(frozen=True)
@@ -71,15 +76,24 @@ class Unit:
     """A piece of a source, as large as one token shard."""
 
     name: str
-    """Unique in the source, safe as a file name."""
+    """Unique in the source, safe as a file name, and none of `RESERVED_NAMES`."""
     part: Any
     """What the source needs to find it; picklable."""
     count: int | None = None
     """Samples in it, dropped ones included, where that is known beforehand."""
+    identity: Callable[[], str] | None = field(default=None, compare=False)
+    """What tells its content from that of another unit of the name, such as `simplear.hashing.file_identity`.
+
+    Kept in the unit's sidecar, so that work that goes on later is not mixed with that of another corpus, where the
+    source's settings do not say which units it has. Picklable.
+    """
 
 
-class Source(ABC):
-    """Pictures and captions in units of work."""
+class Source(Described, ABC):
+    """Pictures and captions in units of work, described by class and arguments.
+
+    A list of units is not a setting: name its argument in ``not_described``, and give each `Unit` an identity.
+    """
 
     @abstractmethod
     def units(self) -> list[Unit]:
@@ -95,10 +109,6 @@ class Source(ABC):
         For whoever looks at captions, metadata and sizes first.
         """
         return self.read(unit, drops)
-
-    @abstractmethod
-    def describe(self) -> dict[str, Any]:
-        """Settings that decide what the samples are; JSON values, kept in the manifest."""
 
 
 class IndexedSource(Source):
@@ -132,6 +142,21 @@ class IndexedSource(Source):
 
     def read(self, unit: Unit, drops: Counter[str]) -> Iterator[Sample]:
         return decoded(self.candidates(unit, drops), drops)
+
+
+def distinct_names(files: Sequence[Path]) -> list[str]:
+    """A name for each of the files, none of `RESERVED_NAMES`: without suffix, and with as many folders as it takes.
+
+    So a name depends neither on the number of files nor on where the folders lie.
+    """
+    whole = [Path(os.path.abspath(file)) for file in files]
+    for folders in range(max((len(file.parts) for file in whole), default=0)):
+        names = ["-".join([*file.parts[1:-1][-folders or len(file.parts) :], file.stem]) for file in whole]
+        if len(set(names)) == len(names):
+            break
+    else:  # a file that is listed twice
+        names = [f"{number:06d}-{file.stem}" for number, file in enumerate(whole)]
+    return [file.name if name in RESERVED_NAMES else name for name, file in zip(names, whole, strict=True)]
 
 
 def decoded(samples: Iterator[Sample], drops: Counter[str]) -> Iterator[Sample]:

@@ -17,6 +17,7 @@ from simplear.data.sources.base import (
     valid_text,
 )
 from simplear.errors import MissingFileError, SystemRefusedError, UserError
+from simplear.hashing import sha256_of_lines
 from simplear.pictures import PICTURE_SUFFIXES
 from simplear.text_files import read_objects
 
@@ -29,6 +30,7 @@ class ImageFolderSource(IndexedSource):
     """
 
     unit_prefix = "images"
+    local_paths = frozenset({"path"})
 
     def __init__(self, path: str, *, rows_per_unit: int = 1000, captions_required: bool = True) -> None:
         """
@@ -81,8 +83,8 @@ class ImageFolderSource(IndexedSource):
         return Sample(self.key(index), PictureFile(file), captions, metadata)
 
     def describe(self) -> dict[str, Any]:
-        names = {"path": str(self.path), "pictures": len(self), "rows_per_unit": self.rows_per_unit}
-        return {"class": "ImageFolderSource", **names}
+        """Also the pictures' names: with others a number means another picture."""
+        return {**super().describe(), "names": sha256_of_lines(name for name, _ in self._entries)}
 
 
 def files_below(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path]:

@@ -29,6 +29,8 @@ class HuggingFaceSource(IndexedSource):
     and `rows_per_unit` of them are a unit.
     """
 
+    local_paths = frozenset({"path", "data_files", "image_root"})
+
     def __init__(
         self,
         path: str,
@@ -68,17 +70,7 @@ class HuggingFaceSource(IndexedSource):
         """
         import datasets  # takes a second to import, which other sources need not pay
 
-        self.settings: dict[str, Any] = {
-            "path": path,
-            "name": name,
-            "split": split,
-            "data_files": data_files,
-            "revision": revision,
-            "image": image,
-            "captions": captions,
-            "key": key,
-            "metadata": metadata,
-        }
+        self.path = path
         self.images = [image] if isinstance(image, str) else list(image)
         self.captions = [captions] if isinstance(captions, str) else captions
         self.key_column, self.metadata = key, metadata
@@ -94,7 +86,7 @@ class HuggingFaceSource(IndexedSource):
 
     def __len__(self) -> int:
         if self.streaming:
-            raise UserError(f"{self.settings['path']} is streamed and has no numbered rows: set streaming to false.")
+            raise UserError(f"{self.path} is streamed and has no numbered rows: set streaming to false.")
         return len(self.rows)
 
     def units(self) -> list[Unit]:
@@ -126,8 +118,8 @@ class HuggingFaceSource(IndexedSource):
                 drop(drops, key, reason)
 
     def describe(self) -> dict[str, Any]:
-        by_number = {} if self.streaming else {"rows": len(self), "rows_per_unit": self.rows_per_unit}
-        return {"class": "HuggingFaceSource", **self.settings, "streaming": self.streaming, **by_number}
+        """Also the number of rows, where they are numbered."""
+        return super().describe() | ({} if self.streaming else {"rows": len(self)})
 
     def _sample(self, row: Any, key: str) -> Sample:
         """Of an Arrow table of one row, whose text may be no UTF-8."""
@@ -170,7 +162,7 @@ class HuggingFaceSource(IndexedSource):
         for name in [*wanted, *([self.key_column] if self.key_column else [])]:
             if name not in features and name.partition(".")[0] not in features:
                 raise UserError(
-                    f"{self.settings['path']} has no column {name!r}; it has {', '.join(features)}: set image, "
+                    f"{self.path} has no column {name!r}; it has {', '.join(features)}: set image, "
                     "captions, key and metadata accordingly."
                 )
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from simplear.data.sources.base import IndexedSource, Sample
 from simplear.scenes import captions, draw, metadata, sample_scene
 
@@ -43,7 +41,3 @@ class ScenesSource(IndexedSource):
         scene = sample_scene(self.seed, number, self.split)
         key = f"{self.split}-seed{self.seed}-{number:09d}"
         return Sample(key, draw(scene, self.resolution), captions(scene, self.seed, number), metadata(scene))
-
-    def describe(self) -> dict[str, Any]:
-        names = ("count", "resolution", "seed", "split", "rows_per_unit", "first")
-        return {"class": "ScenesSource", **{name: getattr(self, name) for name in names}}

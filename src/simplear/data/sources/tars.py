@@ -8,6 +8,7 @@ import os
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from simplear.data.sources.base import (
     caption_lines,
     captions_and_metadata,
     decoded,
+    distinct_names,
     valid_text,
 )
 from simplear.errors import MissingFileError, SystemRefusedError, UserError
+from simplear.hashing import file_identity
 from simplear.pictures import PICTURE_SUFFIXES
 
 
@@ -33,6 +36,8 @@ class WebDatasetSource(Source):
     Files of a sample follow each other and share their path up to the first dot of its last part: a picture, and a
     .txt (a caption a line) or a .json (``captions``, ``caption`` or ``text``; the rest becomes metadata).
     """
+
+    not_described = frozenset({"paths"})
 
     def __init__(
         self,
@@ -63,11 +68,9 @@ class WebDatasetSource(Source):
             self.tars += map(Path, found)
 
     def units(self) -> list[Unit]:
-        stems = Counter(tar.stem for tar in self.tars)
-        # Tars of one name from several folders are told apart by their number in the list.
         return [
-            Unit(tar.stem if stems[tar.stem] == 1 else f"{number:06d}-{tar.stem}", tar)
-            for number, tar in enumerate(self.tars)
+            Unit(name, tar, identity=partial(file_identity, tar))
+            for name, tar in zip(distinct_names(self.tars), self.tars, strict=True)
         ]
 
     def candidates(self, unit: Unit, drops: Counter[str]) -> Iterator[Sample]:
@@ -91,11 +94,6 @@ class WebDatasetSource(Source):
 
     def read(self, unit: Unit, drops: Counter[str]) -> Iterator[Sample]:
         return decoded(self.candidates(unit, drops), drops)
-
-    def describe(self) -> dict[str, Any]:
-        chosen = {"captions": self.captions, "metadata": self.metadata}
-        columns = {name: names for name, names in chosen.items() if names is not None}
-        return {"class": "WebDatasetSource", "tars": [str(tar) for tar in self.tars], **columns}
 
     def _sample(self, key: str, members: Mapping[str, bytes]) -> Sample:
         picture = next((content for suffix, content in members.items() if suffix in PICTURE_SUFFIXES), None)

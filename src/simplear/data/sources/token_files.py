@@ -19,6 +19,7 @@ import numpy.typing as npt
 from simplear.data.pictures import Drop, read_unchanged
 from simplear.data.sources.base import NO_CAPTION, NO_PICTURE, IndexedSource, Sample, caption_lines, valid_text
 from simplear.errors import MissingFileError, UserError
+from simplear.hashing import sha256_of_lines
 from simplear.text_files import parse_json, read_objects
 
 CODES, LABELS = "_codes", "_labels"
@@ -29,6 +30,7 @@ class TokenFilesSource(IndexedSource):
     """Codes and captions of the paper's own code, one file of each a picture."""
 
     unit_prefix = "tokens"
+    local_paths = frozenset({"path", "root"})
 
     def __init__(self, path: str, *, root: str | None = None, rows_per_unit: int = 1000) -> None:
         """
@@ -69,8 +71,9 @@ class TokenFilesSource(IndexedSource):
         return Sample(valid_text(self.key(index)), NO_PICTURE, captions, {}, _read_codes(code_file))
 
     def describe(self) -> dict[str, Any]:
-        names = {"path": str(self.path), "pictures": len(self), "rows_per_unit": self.rows_per_unit}
-        return {"class": "TokenFilesSource", **names}
+        """Also the files' names: with others a number means another picture."""
+        listed = (Path(code).name if self.path.is_dir() else f"{code}\0{label}" for code, label in self._files)
+        return {**super().describe(), "names": sha256_of_lines(listed)}
 
     def _beside(self) -> list[tuple[str, str]]:
         if not self.path.is_dir():

@@ -1,7 +1,7 @@
-// The page talks to the same API as every other client: images come as server-sent events, a few rows of codes at a time.
+// The page talks to the same API as every other client: images come as server-sent events, first the rows that are drawn.
 "use strict";
 
-const PARTIAL_IMAGES = 15;
+const PARTIAL_IMAGES = 3;
 const SMALL = 160; // pixels; below, an image is shown with its pixels as squares
 const element = (id) => document.getElementById(id);
 const make = (tag, properties = {}, ...children) => {
@@ -12,28 +12,33 @@ const make = (tag, properties = {}, ...children) => {
 
 let models = [];
 let key = sessionStorage.getItem("key");
-let running = null; // aborts what is being drawn
+let running = null; // aborts what is being done
+let asking = null; // for the key
 
 const named = (id) => models.find((model) => model.id === id);
 
 async function call(path, options = {}) {
   for (;;) {
-    const headers = { ...options.headers, ...(key ? { Authorization: `Bearer ${key}` } : {}) };
+    const bytes = String.fromCharCode(...new TextEncoder().encode(key)); // a header has no other letters
+    const headers = { ...options.headers, ...(key ? { Authorization: `Bearer ${bytes}` } : {}) };
     const answer = await fetch(path, { ...options, headers });
     if (answer.status !== 401) {
       if (answer.ok) return answer;
       const body = await answer.json().catch(() => null);
       throw new Error(body?.error?.message ?? `The server answered ${answer.status}.`);
     }
-    element("key-problem").hidden = !key;
-    await askForKey();
+    await (asking ??= askForKey().finally(() => { asking = null; }));
   }
 }
 
+// Once for all requests that need it. Fails when the dialog is closed without a key.
 function askForKey() {
   const dialog = element("key-dialog");
-  return new Promise((resolve) => {
+  element("key-problem").hidden = !key;
+  dialog.returnValue = "";
+  return new Promise((resolve, reject) => {
     dialog.addEventListener("close", () => {
+      if (!dialog.returnValue) return reject(new Error("This server asks for a key: press Draw to enter it."));
       key = element("key").value;
       sessionStorage.setItem("key", key);
       resolve();
@@ -91,7 +96,7 @@ async function draw(asked, images, signal) {
     const image = images[event.index];
     image.src = `data:image/png;base64,${event.b64_json}`;
     if (event.type !== "image_generation.completed") continue;
-    image.alt = asked.prompt;
+    image.alt = asked.prompt + (asked.n > 1 ? `, image ${event.index + 1} of ${asked.n}` : "");
     image.classList.remove("drawing");
     keep(asked, event, image);
   }
@@ -100,7 +105,8 @@ async function draw(asked, images, signal) {
 function keep(asked, event, image) {
   const guidance = asked.guidance_scale ?? named(asked.model).defaults.guidance_scale;
   const name = `${asked.prompt.toLowerCase().replace(/[^a-z0-9]+/g, "-").slice(0, 60) || "image"}-${event.seed}.png`;
-  const again = make("button", { type: "button" }, "Reuse");
+  const which = `image ${element("gallery").children.length + 1}, seed ${event.seed}: ${asked.prompt.slice(0, 80)}`;
+  const again = make("button", { type: "button", ariaLabel: `Reuse ${which}` }, "Reuse");
   again.addEventListener("click", () => {
     const values = { prompt: asked.prompt, negative: asked.negative_prompt ?? "", model: asked.model, size: asked.size,
       guidance, seed: event.seed, images: 1 };
@@ -113,47 +119,52 @@ function keep(asked, event, image) {
     make("span", { className: "asked" }, asked.prompt),
     ...(asked.negative_prompt ? [make("span", {}, `without: ${asked.negative_prompt}`), make("br")] : []),
     `${asked.model} · seed ${event.seed} · guidance ${guidance} · ${event.size}`,
-    make("div", { className: "links" }, make("a", { href: image.src, download: name }, "Download"), again)))));
+    make("div", { className: "links" }, make("a", { href: image.src, download: name, ariaLabel: `Download ${which}` }, "Download"), again)))));
   element("drawn").hidden = false;
 }
 
 function busy(value) {
-  element("draw").disabled = value;
+  // Neither button takes the focus with it when it goes.
+  if (document.activeElement === element("stop")) element("draw").focus();
+  element("draw").ariaDisabled = value;
   element("stop").hidden = !value;
   if (value) element("problem").hidden = true;
 }
 
-function complain(error) {
-  element("problem").textContent = error.message;
-  element("problem").hidden = false;
-}
-
-async function submit(event) {
-  event.preventDefault();
+// One thing at a time, until it is done or stopped.
+async function run(work) {
   if (running) return;
   running = new AbortController();
   busy(true);
+  try {
+    await work(running.signal);
+  } catch (error) {
+    const stopped = error.name === "AbortError";
+    element("status").textContent = stopped ? "Stopped" : "";
+    running.abort(); // of two columns, the other
+    if (!stopped) {
+      element("problem").textContent = error.message;
+      element("problem").hidden = false;
+    }
+    document.querySelectorAll(".drawing").forEach((image) => image.classList.remove("drawing"));
+  } finally {
+    running = null;
+    busy(false);
+  }
+}
+
+async function drawAll(signal) {
+  if (!models.length) await load();
   const begun = performance.now();
   const seed = element("seed").value === "" ? crypto.getRandomValues(new Uint32Array(1))[0] >>> 1 : Number(element("seed").value);
   const beside = element("beside").value;
   const asked = [element("model").value, ...(beside ? [beside] : [])].map((model) => request(model, seed));
   element("canvas").replaceChildren();
   element("status").textContent = "Drawing …";
-  try {
-    const columns = asked.map((each) => column(each, asked.length > 1));
-    element("now").scrollIntoView({ block: "nearest", behavior: "smooth" });
-    await Promise.all(asked.map((each, index) => draw(each, columns[index], running.signal)));
-    element("status").textContent = `Drawn in ${((performance.now() - begun) / 1000).toFixed(1)} s`;
-  } catch (error) {
-    const stopped = error.name === "AbortError";
-    element("status").textContent = stopped ? "Stopped" : "Not drawn";
-    running.abort(); // of two columns, the other
-    if (!stopped) complain(error);
-    document.querySelectorAll(".drawing").forEach((image) => image.classList.remove("drawing"));
-  } finally {
-    running = null;
-    busy(false);
-  }
+  const columns = asked.map((each) => column(each, asked.length > 1));
+  element("now").scrollIntoView({ block: "nearest", behavior: "smooth" });
+  await Promise.all(asked.map((each, index) => draw(each, columns[index], signal)));
+  element("status").textContent = `Drawn in ${((performance.now() - begun) / 1000).toFixed(1)} s`;
 }
 
 function describe() {
@@ -170,25 +181,22 @@ function describe() {
   element("sizes").textContent = `What is left empty is the checkpoint's own. Sizes are multiples of ${model.downsample} pixels.`;
 }
 
-async function start() {
-  element("ask").addEventListener("submit", submit);
-  element("stop").addEventListener("click", () => running?.abort());
-  element("prompt").addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) element("ask").requestSubmit();
-  });
-  for (const id of ["model", "beside"]) element(id).addEventListener("change", describe);
-  busy(true);
-  try {
-    models = (await (await call("v1/models")).json()).data;
-    element("model").append(...models.map((model) => make("option", { value: model.id }, `${model.id} (${model.engine})`)));
-    element("beside").append(...models.map((model) => make("option", { value: model.id }, `${model.id} (${model.engine})`)));
-    element("beside").parentElement.hidden = models.length < 2;
-    describe();
-  } catch (error) {
-    complain(error);
+async function load() {
+  models = (await (await call("v1/models")).json()).data;
+  for (const id of ["model", "beside"]) {
+    element(id).append(...models.map((model) => make("option", { value: model.id }, `${model.id} (${model.engine})`)));
   }
-  element("stop").hidden = true;
-  element("draw").disabled = models.length === 0;
+  element("beside").parentElement.hidden = models.length < 2;
+  describe();
 }
 
-start();
+element("ask").addEventListener("submit", (event) => {
+  event.preventDefault();
+  run(drawAll);
+});
+element("stop").addEventListener("click", () => running?.abort());
+element("prompt").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) element("ask").requestSubmit();
+});
+for (const id of ["model", "beside"]) element(id).addEventListener("change", describe);
+run(load);

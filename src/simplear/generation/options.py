@@ -1,0 +1,87 @@
+"""The options of drawing that `simplear generate` and the evaluations share."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from simplear.errors import UserError
+from simplear.generation.engine import engine_class
+from simplear.generation.pipeline import SimpleARPipeline
+from simplear.generation.sampling import SamplingSettings
+from simplear.language_model import CheckpointSettings
+from simplear.text_files import FreeText
+
+LOADING = ("engine", "engine_options", "visual_tokenizer")
+"""Options that decide how a checkpoint is loaded; the others are arguments of a call of the pipeline."""
+SIDES = ("height", "width")
+SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p")
+
+
+@dataclass(frozen=True)
+class DrawingOptions:
+    """How a checkpoint draws.
+
+    Args:
+        guidance_scale: classifier-free guidance; the checkpoint's default if not given.
+        do_sample: false takes the most probable code each time.
+        temperature: the checkpoint's default if not given.
+        top_k: the checkpoint's default if not given.
+        top_p: the checkpoint's default if not given.
+        negative_prompt: the checkpoint's default if not given.
+        prompt_prefix: put before every prompt; the checkpoint's default if not given.
+        height: pixels; the checkpoint's grid if not given.
+        width: pixels; the checkpoint's grid if not given.
+        engine: how codes are drawn.
+        engine_options: of the engine, as ``'{window: 7}'`` for jacobi.
+        visual_tokenizer: directory or hub id to use in place of the checkpoint's own.
+        batch_size: images drawn at once.
+
+    Raises ValueError for a batch size below 1, and for an engine or options of an engine that are unknown.
+    """
+
+    guidance_scale: float | None = None
+    do_sample: bool = True
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    negative_prompt: FreeText | None = None
+    prompt_prefix: FreeText | None = None
+    height: int | None = None
+    width: int | None = None
+    engine: str = "cached"
+    engine_options: dict[str, Any] | None = None
+    visual_tokenizer: str | None = None
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UserError(f"batch_size {self.batch_size} must be at least 1.")
+        engine_class(self.engine, self.engine_options or {})
+
+    def pipeline(self, checkpoint: str | Path, device: str | torch.device | None = None) -> SimpleARPipeline:
+        """The checkpoint's pipeline. Errors: see `SimpleARPipeline.from_pretrained`."""
+        loading = {name: getattr(self, name) for name in LOADING}
+        return SimpleARPipeline.from_pretrained(checkpoint, device=device, **loading)
+
+    def arguments(self) -> dict[str, Any]:
+        """Of a call of the pipeline."""
+        return {name: value for name, value in vars(self).items() if name not in LOADING}
+
+    def stated(self, checkpoint: CheckpointSettings) -> dict[str, Any]:
+        """What decides the pictures, the checkpoint's defaults filled in; for reports, and to compare with later.
+
+        What a report did not name before there was a choice is left out at its default. Raises ValueError for a number
+        outside its range.
+        """
+        defaults = dataclasses.asdict(checkpoint.generation)
+        defaults |= {name: side * checkpoint.downsample for name, side in zip(SIDES, checkpoint.grid, strict=True)}
+        given = {name: getattr(self, name) for name in defaults}
+        stated = {name: default if given[name] is None else given[name] for name, default in defaults.items()}
+        SamplingSettings(do_sample=self.do_sample, **{name: stated[name] for name in SAMPLING})
+        stated |= {"engine": self.engine, "engine_options": self.engine_options or {}}
+        return stated if self.do_sample else {**stated, "do_sample": False}
