@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from faults.processes import is_running
-from simplear.cli import main
+from simplear.cli import _is_running, main
 from toys import write_pretraining
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "demo"
@@ -81,6 +81,23 @@ def test_resuming_under_another_schedule_is_refused(config: list[str], tmp_path:
     assert run(*config, "--ckpt_path", "last", *schedule, total, "2")[0] == 0
 
 
+def test_a_run_that_is_refused_leaves_the_configuration_of_the_one_before(
+    config: list[str], tmp_path: Path, tiny_shards: str
+) -> None:
+    """Whenever it is refused, and so does a validation: what lies beside the curves is what was trained."""
+    log = ["--trainer.logger.init_args.name", "x", "--trainer.logger.init_args.version", "y"]
+    code, printed = run(*config, *log, "--trainer.max_steps", "2")
+    assert code == 0, printed
+    (saved,) = (tmp_path / "run" / "logs").rglob("config.yaml")
+    before = saved.read_text()
+    refused = [*config, *log, "--ckpt_path", "last", "--data.init_args.seed", "1"]
+    code, printed = run(*refused, "--trainer.max_steps", "4")
+    assert code == 2 and "seed = 0, now it is 1" in printed
+    code, printed = run("validate", *config[1:], *log, "--data.init_args.validation_paths", tiny_shards)
+    assert code == 0, printed
+    assert saved.read_text() == before
+
+
 def test_overlay_resolves_references_over_all_files(
     config: list[str], tmp_path: Path, tiny_text_tokenizer: str
 ) -> None:
@@ -115,6 +132,58 @@ def test_what_a_constructor_refuses_is_said_without_a_trace(config: list[str], t
     ):
         code, printed = run(*arguments)
         assert code == 2 and message in printed and "Traceback" not in printed and "Given value" not in printed
+
+
+SOURCES = "HuggingFaceSource, ImageFolderSource, RecaptionedSource, ScenesSource, TokenFilesSource, WebDatasetSource"
+OWN = "or the import path of one of your own"
+CLASSES = {
+    "source": (
+        ("tokenize", "--source", "FolderSource"),
+        f"--source FolderSource: there is no such class; one of {SOURCES}",
+    ),
+    "source by its path": (
+        ("recaption", "--source", "simplear.data.Folder"),
+        f"Folder: there is no such class (module 'simplear.data' has no attribute 'Folder'); one of {SOURCES}, {OWN}",
+    ),
+    "source in a source": (
+        ("tokenize", "--source", "RecaptionedSource", "--source.captions", "x", "--source.source", "FolderSource"),
+        f"FolderSource: there is no such class; one of {SOURCES}",
+    ),
+    "package": (("train-text-tokenizer", "--source", "mine.Source"), "no such class (No module named 'mine'); one of "),
+    "another kind": (
+        ("tokenize", "--source", "simplear.data.ShortEdge", "--source.minimum", "3"),
+        "is of another kind; one",
+    ),
+    "crop": (
+        ("tokenize", *SOURCE, "--crop", "Centre"),
+        "Centre: there is no such class; one of AspectBuckets, CentreCrop, ",
+    ),
+    "filter": (
+        ("tokenize", *SOURCE, "--filters+=ShortEdges", "--filters.minimum", "3"),
+        "--filters ShortEdges: there is no such class; one of AspectRatio, CaptionLength, Column, Listed, ",
+    ),
+    "scorer": (
+        ("tokenize", *SOURCE, "--filters+=MinimumScore", "--filters.minimum", "3", "--filters.scorer", "ClipReward"),
+        "ClipReward: there is no such class; one of simplear.rewards.CLIPReward, simplear.rewards.HPSv2Reward, ",
+    ),
+    "captioner": (
+        ("recaption", *SOURCE, "--captioner", "Qwen"),
+        f"--captioner Qwen: there is no such class; one of ServerCaptioner, TransformersCaptioner, {OWN}",
+    ),
+    "reward": (
+        ("fit", "--config", str(CONFIGS / "grpo-scene.yaml"), "--model.init_args.reward", "ClipReward"),
+        "ClipReward: there is no such class; one of simplear.rewards.CLIPReward, ",
+    ),
+    "list of a filter": (("tokenize", *SOURCE, "--filters+=Listed", "--filters.path", "no.txt"), "leave out at no.txt"),
+}
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_a_class_that_does_not_exist_is_answered_with_those_that_do(tmp_path: Path, kind: str) -> None:
+    arguments, message = CLASSES[kind]
+    out = ("--out", str(tmp_path)) if arguments[0] != "fit" else ()
+    code, printed = run(*arguments, *out, *(("--visual-tokenizer", "x") if arguments[0] == "tokenize" else ()))
+    assert code == 2 and message in printed and "Traceback" not in printed and "Given value" not in printed
 
 
 def test_unknown_key_in_a_file(config: list[str], tmp_path: Path) -> None:
@@ -171,6 +240,15 @@ def test_flags_are_spelled_with_dashes_or_underscores(tmp_path: Path, tiny_visua
         assert (tmp_path / str(number) / "manifest.json").exists()
 
 
+def test_a_process_that_has_ended_is_not_running() -> None:
+    """Before its parent has asked how it ended too: such a first rank would be taken for one that is alive."""
+    with subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE) as ended:
+        assert ended.stdout is not None
+        os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+        assert _is_running(os.getpid()) and not _is_running(ended.pid)
+    assert not _is_running(ended.pid)
+
+
 FIRST_RANK = """
 import os, subprocess, sys, time
 import simplear.cli
@@ -178,7 +256,7 @@ simplear.cli.main(["--version"])
 if sys.argv[1] == "by another":
     del os.environ[simplear.cli.STARTED_BY]
 subprocess.Popen([sys.executable, "-c", sys.argv[2]], env={**os.environ, "LOCAL_RANK": "1"})
-time.sleep(60)
+time.sleep(600)
 """
 NEXT_RANK = """
 import os, time
@@ -200,7 +278,7 @@ def test_a_rank_that_lightning_started_ends_with_the_first_one(started: str) -> 
         assert first.stdout is not None
         next_rank = int(next(line for line in first.stdout if line.startswith("pid")).split()[1])
         first.kill()
-        end = time.monotonic() + (30 if started == "by Lightning" else 3)
+        end = time.monotonic() + (300 if started == "by Lightning" else 3)
         while is_running(next_rank) and time.monotonic() < end:
             time.sleep(0.05)
         left = is_running(next_rank)

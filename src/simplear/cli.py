@@ -7,6 +7,7 @@ imports only what it runs, so that ``--help`` answers at once. How options are r
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import importlib.util
@@ -19,6 +20,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from simplear.command_line import errors_for_the_reader, fail, run_function
 from simplear.errors import UserError
@@ -94,6 +96,8 @@ VERBS: dict[str, Verb | Group | ConfiguredVerb] = {
 }
 STARTED_BY = "SIMPLEAR_STARTED_BY"
 """Environment variable: the process whose further ranks Lightning starts."""
+ENDED = ("Z", "X")
+"""States of a process in Linux's /proc: a zombie, and one that is about to go."""
 LAST_WORDS = 10
 """Seconds that a rank has to end by itself when the first one is gone, say with the message that explains it."""
 NO_LIGHTNING = "simplear: this environment has no Lightning, it is for drawing with vLLM: use .venv/bin/simplear."
@@ -199,6 +203,10 @@ def _end_with_first_rank() -> None:
 
 
 def _is_running(process: int) -> bool:
+    """Also False for one that has ended and only waits for its parent to ask how."""
+    with contextlib.suppress(OSError):  # no such process, or a system without /proc
+        if Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in ENDED:
+            return False
     try:
         os.kill(process, 0)
     except ProcessLookupError:

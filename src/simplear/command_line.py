@@ -24,12 +24,19 @@ import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from simplear.errors import UserError
+from simplear.errors import USER_CODE, UserError
 from simplear.text_files import FreeText
 
 PARSER_MODE = "omegaconf+"
 PARSER_OPTIONS: dict[str, Any] = {"parser_mode": PARSER_MODE, "allow_abbrev": False}
 """argparse would take ``--trainer.max_step`` for any option that begins so."""
+CLASS_MISTAKE = re.compile(
+    r"""Parser key "([\w.]+)":.*?"""
+    r"""(?:Expected a dot import path string: |given class_path '|Import path )([\w.]+)(?:':\s+([^\n]+))?""",
+    re.S,
+)
+"""What jsonargparse says of a class that an option cannot be."""
+REWARDS = "simplear.rewards"
 REPEATABLE = {"config"}
 """Options of which a later one adds to an earlier one."""
 TRACEBACK_VARIABLE = "SIMPLEAR_TRACEBACK"
@@ -48,8 +55,10 @@ class SuggestingParser:
     def error(self, message: str, *args: Any, **kwargs: Any) -> NoReturn:
         if unknown := re.search(r"(?:unrecognized arguments: --|ption '|Key ')([\w.+-]+)", message):
             message += self._suggestion(unknown[1].split("=")[0])
-        elif unknown := re.search(r'Parser key "([\w.]+)":\s+Expected a dot import path string: (.*)', message):
-            message = f"--{unknown[1]} {unknown[2]}: there is no such class{self._classes(unknown[1])}"
+        elif unknown := CLASS_MISTAKE.search(message):
+            what = "is of another kind" if "correspond to a subclass" in message else "there is no such class"
+            why = f" ({unknown[3]})" if unknown[3] else ""
+            message = f"--{unknown[1]} {unknown[2]}: {what}{why}; {self._classes(unknown[1])}"
         fail(f"error: {message}\n(all options: {self.prog} --help)")  # type: ignore[attr-defined]
 
     def _suggestion(self, unknown: str) -> str:
@@ -71,13 +80,13 @@ class SuggestingParser:
     def _classes(self, key: str) -> str:
         action = next((each for each in self._actions if each.dest == key), None)  # type: ignore[attr-defined]
         names = sorted(class_.__name__ for class_ in known_classes(getattr(action, "_typehint", None)))
-        return f"; one of {', '.join(names)}, or the import path of one of your own" if names else ""
+        names += sorted(f"{REWARDS}.{class_.__name__}" for class_ in _rewards(getattr(action, "_typehint", None)))
+        return f"one of {', '.join(names)}, or the import path of one of your own" if names else "give its import path"
 
 
 def known_classes(type_: Any) -> list[type]:
-    """The package's public classes that a value of this type may be."""
-    wanted = tuple(each for each in (type_, *typing.get_args(type_)) if inspect.isclass(each))
-    wanted = tuple(each for each in wanted if each.__module__.startswith("simplear."))
+    """The package's public classes that a value of this type may be; of a list, its items."""
+    wanted = tuple(each for each in _named_types(type_) if not getattr(each, "_is_protocol", False))
     if not wanted:
         return []
     module = importlib.import_module(".".join(wanted[0].__module__.split(".")[:2]))
@@ -85,6 +94,32 @@ def known_classes(type_: Any) -> list[type]:
     return [
         each for each in public if inspect.isclass(each) and issubclass(each, wanted) and not inspect.isabstract(each)
     ]
+
+
+def _rewards(type_: Any) -> list[type]:
+    """The public rewards, where the type is a protocol that is called as they are; only import paths name these."""
+    wanted = [each for each in _named_types(type_) if getattr(each, "_is_protocol", False)]
+    called = {tuple(inspect.signature(each.__call__).parameters) for each in wanted if "__call__" in vars(each)}
+    module = importlib.import_module(REWARDS) if called else None
+    public = [getattr(module, name) for name in module.__all__] if module else []
+    return [
+        each
+        for each in public
+        if inspect.isclass(each)
+        and "__call__" in dir(each)
+        and not getattr(each, "_is_protocol", False)
+        and not inspect.isabstract(each)
+        and tuple(inspect.signature(each.__call__).parameters) in called
+    ]
+
+
+def _named_types(type_: Any) -> Iterator[type]:
+    """The package's classes in a type, such as Filter in `list[Filter] | None`."""
+    if arguments := typing.get_args(type_):
+        for each in arguments:
+            yield from _named_types(each)
+    elif inspect.isclass(type_) and type_.__module__.startswith("simplear."):
+        yield type_
 
 
 def nearest_option(typed: str, known: set[str]) -> str | None:
@@ -258,8 +293,8 @@ def errors_for_the_reader() -> Iterator[None]:
     """The user's mistakes end in one message and exit code 2; everything else is a bug and shows where."""
     try:
         yield
-    except KeyboardInterrupt:
-        fail("stopped; run the same again to go on", STOPPED)
+    except KeyboardInterrupt as stopped:
+        fail(str(stopped) or "stopped; run the same again to go on", STOPPED)
     except Exception as error:
         message = mistake(error)
         if message is None or os.environ.get(TRACEBACK_VARIABLE):
@@ -275,6 +310,8 @@ def mistake(raised: BaseException) -> str | None:
     """
     error: BaseException | None = raised
     while error is not None:
+        if any(USER_CODE in note for note in getattr(error, "__notes__", ())):
+            return None
         if isinstance(error, UserError):
             return getattr(error, "strerror", None) or str(error)
         error = error.__cause__
@@ -287,23 +324,29 @@ def mistake(raised: BaseException) -> str | None:
 
 
 def _library_mistake(error: BaseException) -> str | None:
+    """What a library's error says, where its class stands for a mistake in a path, a package or a configuration."""
     if isinstance(error, OSError) and error.filename is not None:  # the system refused a path
         return str(error)
-    if isinstance(error, ImportError) and not _is_ours(error):
+    if isinstance(error, ImportError) and _is_missing_package(error):
         return f"{error} (a package that this needs is not installed)"
     if importlib.util.find_spec("lightning") is None:
         return None
     from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from omegaconf.errors import OmegaConfBaseException
 
-    text = str(error)
+    text = " ".join(str(error).split())
     if isinstance(error, MisconfigurationException) or text.startswith("Early stopping conditioned on metric"):
-        return " ".join(text.split())
+        return text
+    if isinstance(error, OmegaConfBaseException):
+        return f"a reference in the configuration leads nowhere (they work in files, not in options): {text}"
     return None
 
 
-def _is_ours(error: ImportError) -> bool:
-    """Whether a module of this package is missing, or a name in one: a bug, not a missing package."""
-    return (error.name or "").startswith("simplear")
+def _is_missing_package(error: ImportError) -> bool:
+    """Not a module of this package, nor a name that a module lacks: those are bugs."""
+    if isinstance(error, ModuleNotFoundError):
+        return not (error.name or "").startswith("simplear")
+    return error.name is None  # transformers' way to say it
 
 
 def fail(message: str, code: int = MISTAKE) -> NoReturn:

@@ -11,6 +11,14 @@ class UserError(ValueError):
     """Input, configuration or environment that cannot work as it is."""
 
 
+USER_CODE = "raised by the user's own"
+
+
+def note_user_code(error: Exception, what: str) -> None:
+    """Note in an error that the user's own class raised it: the command line shows its trace, which leads there."""
+    error.add_note(f"{USER_CODE} {what}")
+
+
 class MissingFileError(FileNotFoundError, UserError):
     """A file or directory that the user named, or that a verb should have written before, is missing."""
 

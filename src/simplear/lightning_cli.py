@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import enum
 import importlib
 import inspect
+import threading
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+import yaml
 from jsonargparse import set_parsing_settings
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from jsonargparse.typing import register_type
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from torch.optim import AdamW
 
+from simplear.callbacks import AtomicCheckpoint, Preemption
+from simplear.callbacks.checkpointing import require_state
 from simplear.callbacks.preemption import Preempted
 from simplear.command_line import PARSER_OPTIONS, SuggestingParser, in_home, refuse_repeated
+from simplear.errors import UserError
 from simplear.stages.sharding import leave_ranks, refuse_fsdp1
 
 STAGE_BASES = {"model": ("simplear.stages", LightningModule), "data": ("simplear.data", LightningDataModule)}
@@ -44,6 +52,16 @@ class ConfigurationCLI(LightningCLI):
         self.config = in_home(self.config)
 
 
+class ConfigurationOfTraining(SaveConfigCallback):
+    """Writes ``config.yaml`` when the first step follows: what was refused leaves the file of the run that was not."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Too early."""
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().setup(trainer, pl_module, "fit")  # once
+
+
 class CommandLine(ConfigurationCLI):
     """What runs a verb."""
 
@@ -56,6 +74,22 @@ class CommandLine(ConfigurationCLI):
         """Before Lightning's own message, which knows no remedy."""
         refuse_fsdp1(self._get(self.config, "trainer.strategy") or "auto")
 
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Lightning's, whose constructor checks the flags. A training that saves states does so on Ctrl-C too."""
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"--trainer: {error}") from error
+        if (state := self._get(self.config, "ckpt_path")) is not None:
+            places = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
+            require_state(state, [place for place in (*places, trainer.default_root_dir) if place])
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        saves = any(isinstance(callback, AtomicCheckpoint) and callback.save_last for callback in callbacks)
+        in_main_thread = threading.current_thread() is threading.main_thread()  # which alone can handle signals
+        if saves and in_main_thread and not any(isinstance(callback, Preemption) for callback in callbacks):
+            callbacks.append(Preemption())
+        return trainer
+
 
 def run(arguments: Sequence[str]) -> None:
     """Run one of Lightning's verbs.
@@ -65,6 +99,9 @@ def run(arguments: Sequence[str]) -> None:
     """
     # The verb is a level above the files' keys: ${trainer.…} in a file must still find the file's own.
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    # Defaults of Lightning's callbacks (StochasticWeightAveraging, Timer) that YAML would not hold.
+    register_type(torch.device)
+    yaml.SafeDumper.add_multi_representer(enum.Enum, lambda dumper, member: dumper.represent_data(member.value))
     try:
         CommandLine(
             LightningModule,
@@ -73,11 +110,16 @@ def run(arguments: Sequence[str]) -> None:
             subclass_mode_data=True,
             parser_class=StageParser,
             parser_kwargs={**PARSER_OPTIONS, "prog": "simplear"},
+            save_config_callback=ConfigurationOfTraining,
             save_config_kwargs={"overwrite": True},
             load_from_checkpoint_support=False,
             args=list(arguments),
         )
     except Preempted:
         leave_ranks()
+        raise
+    except SystemExit as ended:
+        if isinstance(ended.__context__, KeyboardInterrupt):  # Lightning makes it an exit without a word
+            raise KeyboardInterrupt("stopped; --ckpt_path last goes on from the last state that was saved") from None
         raise
     leave_ranks()

@@ -5,6 +5,7 @@ Only the formats in `FORMATS` are opened. Pillow knows some that hand the file t
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,10 @@ WHITE = (255, 255, 255)
 """Shows through where a picture is transparent."""
 ORIENTATION = 0x0112
 """EXIF tag."""
+STRIP_PIXELS = 1 << 20
+"""Pictures are converted to RGB in strips of about so many pixels, so that no second copy takes up memory."""
+MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
+"""What the system answers where there is no file of a name."""
 
 
 class PictureError(UserError):
@@ -39,8 +44,8 @@ class PictureError(UserError):
 def open_rgb(file: str | Path | IO[bytes], name: str = "") -> Image.Image:
     """The picture as RGB, upright as its EXIF orientation says; of an animation the first frame.
 
-    Transparent areas become white, 16-bit grey becomes 8-bit. Takes 4 bytes a pixel (Pillow's RGB), and twice that
-    while a picture is turned or converted.
+    Transparent areas become white, 16-bit grey becomes 8-bit. The picture takes 4 bytes a pixel (Pillow's RGB). While
+    it is opened, 4 to 8 are needed beside the file, 10 for progressive JPEG and AVIF, 16 for WebP, 20 for JPEG 2000.
 
     Args:
         file: path, or an open file.
@@ -76,13 +81,20 @@ def as_rgb(picture: Image.Image) -> Image.Image:
     picture = _upright(picture)
     if picture.mode in ("I", "F"):
         raise PictureError(f"picture of mode {picture.mode}, whose range is unknown")
-    if picture.mode.startswith("I;16"):
-        picture = Image.fromarray((np.asarray(picture).astype(np.uint32) // 257).astype(np.uint8))
-    if picture.has_transparency_data:
-        layer = picture.convert("RGBA")
-        picture = Image.new("RGB", layer.size, WHITE)
-        picture.paste(layer, mask=layer.getchannel("A"))
-    return picture if picture.mode == "RGB" else picture.convert("RGB")
+    if picture.mode == "RGB" and not picture.has_transparency_data:
+        return picture
+    flat = Image.new("RGB", picture.size, WHITE)
+    rows = max(1, STRIP_PIXELS // picture.width)
+    for top in range(0, picture.height, rows):
+        strip = picture.crop((0, top, picture.width, min(top + rows, picture.height)))
+        if strip.mode.startswith("I;16"):
+            strip = Image.fromarray((np.asarray(strip) // 257).astype(np.uint8))
+        if strip.has_transparency_data:
+            layer = strip.convert("RGBA")
+            flat.paste(layer, (0, top), mask=layer)
+        else:
+            flat.paste(strip.convert("RGB"), (0, top))
+    return flat
 
 
 def as_mask(picture: Image.Image) -> Image.Image:
@@ -112,11 +124,11 @@ def opened_picture(file: str | Path | IO[bytes], name: str = "") -> Iterator[Ima
     try:
         with Image.open(file, formats=formats) as opened:
             yield opened
-    except (FileNotFoundError, UnicodeEncodeError) as error:  # the latter: a name that no file can have
-        raise PictureError("picture file missing") from error
     except PictureError:
         raise
     except Exception as error:  # what decoders raise at damaged bytes is any of a dozen kinds
+        if isinstance(file, str | Path) and is_missing(error):
+            raise PictureError("picture file missing") from error
         if isinstance(error, OSError) and error.errno is not None:
             raise
         if isinstance(error, Image.DecompressionBombError) or "data too large" in str(error):
@@ -124,6 +136,13 @@ def opened_picture(file: str | Path | IO[bytes], name: str = "") -> Iterator[Ima
         if isinstance(error, UnidentifiedImageError) and not _beginning(file).startswith(SIGNATURES):
             raise PictureError("not a picture") from error
         raise PictureError("truncated or damaged picture") from error
+
+
+def is_missing(error: Exception) -> bool:
+    """Whether what opening a file raised says that there is no file of the name, or that none can have it."""
+    if isinstance(error, OSError):
+        return error.errno in MISSING
+    return isinstance(error, UnicodeEncodeError) or "null byte" in str(error)
 
 
 def _beginning(file: str | Path | IO[bytes]) -> bytes:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 from simplear.callbacks import AtomicCheckpoint, HuggingFaceCheckpoint
@@ -156,6 +159,140 @@ def test_an_export_of_a_shorter_training_is_replaced(
     fit(5)
     assert torch.load(states / "last.ckpt", weights_only=False)["global_step"] == 5
     assert_same_weights(model, states / "last.ckpt")
+
+
+class Validated(BoringModel):
+    """With a metric to monitor, which falls and rises with the steps."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        self.log("validation/loss", math.cos(self.global_step))
+        return super().validation_step(batch, batch_idx)
+
+
+BY_STEPS: dict[str, Any] = {"val_check_interval": 2, "check_val_every_n_epoch": None}
+BEST: dict[str, Any] = {"monitor": "validation/loss", "save_top_k": 2}
+
+
+LIMITS: list[dict[str, Any]] = [
+    {"max_steps": 6, **BY_STEPS},
+    {"max_steps": 6, **BY_STEPS, "accumulate_grad_batches": 2},
+    {"max_steps": 6, **BY_STEPS, "val_check_interval": 4},
+    {"max_steps": 8},
+    {"max_steps": 6},
+    {"max_steps": 8, "check_val_every_n_epoch": 2},
+    {"max_steps": 6, "limit_val_batches": 0},
+    {"max_epochs": 2},
+]
+KEPT: list[dict[str, Any]] = [
+    BEST,
+    {**BEST, "every_n_train_steps": 2},
+    {**BEST, "every_n_train_steps": 3, "save_top_k": -1},
+    {**BEST, "every_n_epochs": 2, "mode": "max", "save_top_k": 1},
+    {**BEST, "save_on_train_epoch_end": True},
+    {"save_top_k": 1, "every_n_epochs": 1, "save_on_train_epoch_end": False},
+    {"save_top_k": -1, "every_n_train_steps": 2},
+]
+PAIRS = [(LIMITS[row], KEPT[(3 * row + n) % len(KEPT)]) for row in range(len(LIMITS)) for n in range(3)]
+"""Each limit with three of the settings, and each of these with three limits or more."""
+
+
+@pytest.mark.parametrize(("limits", "kept"), PAIRS, ids=str)
+def test_lightnings_own_callback_keeps_the_same_states(
+    tmp_path: Path, make_trainer: MakeTrainer, limits: dict[str, Any], kept: dict[str, Any]
+) -> None:
+    """Saving the last step costs no other state; and that state is the last one's, and knows which are kept."""
+    found = []
+    for class_ in (ModelCheckpoint, AtomicCheckpoint):
+        seed_everything(0)
+        states = tmp_path / class_.__name__
+        callback = class_(dirpath=states, save_last=True, **kept)
+        make_trainer(callback, **{"limit_train_batches": 4, "limit_val_batches": 1, **limits}).fit(Validated())
+        files = names(states)[0] - {"last", "previous"}
+        found.append((files, sorted(Path(path).stem for path in callback.best_k_models)))
+    assert found[0] == found[1]
+    last = torch.load(states / "last.ckpt", weights_only=False)
+    (saved,) = last["callbacks"].values()
+    assert last["global_step"] == limits.get("max_steps", 8)
+    assert saved["best_k_models"] == callback.best_k_models
+
+
+class StopAt(Callback):
+    """Asks the Trainer to stop after an optimizer step, as ``max_time`` does, or a validation, as EarlyStopping."""
+
+    def __init__(self, step: int, hook: str) -> None:
+        setattr(self, hook, lambda trainer, *_: setattr(trainer, "should_stop", trainer.global_step == step))
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ({"max_steps": 3}, {"max_steps": 10}),
+        ({"max_steps": 8}, {"max_steps": 10}),
+        ({"max_epochs": 1}, {"max_epochs": 3}),
+        ({"max_epochs": 3, "max_steps": 6}, {"max_epochs": 3}),
+        ({"max_epochs": 3, "stop": StopAt(6, "on_train_batch_end")}, {"max_epochs": 3}),
+        ({"max_epochs": 3, "stop": StopAt(6, "on_validation_end")}, {"max_epochs": 3}),
+        ({"max_epochs": 3, "stop": StopAt(4, "on_train_epoch_end")}, {"max_epochs": 3}),
+    ],
+    ids=[
+        "max_steps",
+        "at an epoch's end",
+        "max_epochs",
+        "max_steps, then epochs",
+        "max_time",
+        "early stopping",
+        "after an epoch",
+    ],
+)
+def test_a_training_that_ended_early_goes_on_as_if_it_had_not(
+    tmp_path: Path, make_trainer: MakeTrainer, first: dict[str, Any], then: dict[str, Any]
+) -> None:
+    """As many steps in as many epochs, and the same states kept."""
+    found = []
+    for runs in ([then], [first, then]):
+        states = tmp_path / str(len(runs))
+        for number, limits in enumerate(runs):
+            seed_everything(0)
+            options = {"limit_train_batches": 4, "limit_val_batches": 1, **BY_STEPS, **limits}
+            callbacks = [options.pop("stop", Callback()), AtomicCheckpoint(dirpath=states, **BEST)]
+            make_trainer(*callbacks, **options).fit(Validated(), ckpt_path="last" if number else None)
+        last = torch.load(states / "last.ckpt", weights_only=False)
+        progress = last["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["completed"]
+        found.append((last["global_step"], last["epoch"], progress, sorted(path.name for path in states.glob("e*"))))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize("interval", [2, 3])
+def test_states_stay_in_order_in_a_directory_that_was_moved_and_with_another_interval(
+    tmp_path: Path, make_trainer: MakeTrainer, moved: bool, interval: int
+) -> None:
+    def fit(directory: Path, steps: int, interval: int, **resume: str) -> AtomicCheckpoint:
+        callback = AtomicCheckpoint(dirpath=directory, every_n_train_steps=interval, **BEST)
+        options = {"val_check_interval": 1, "limit_train_batches": 4, "max_steps": steps}
+        make_trainer(callback, **options).fit(Validated(), **resume)
+        return callback
+
+    before, after = tmp_path / "before", tmp_path / ("after" if moved else "before")
+    fit(before, 4, 2)
+    before.rename(after)
+    callback = fit(after, 9, interval, ckpt_path="last")
+    kept = {Path(path).stem for path in callback.best_k_models}
+    assert names(after)[0] == {"last", "previous", *kept} and len(kept) == 2
+    assert torch.load(after / "last.ckpt", weights_only=False)["global_step"] == 9
+
+
+def test_a_training_with_nothing_to_do_says_so(
+    tmp_path: Path, stage: ToyStage, make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    for limits, step in (({"max_steps": 2}, None), ({"max_steps": 2}, 2), ({"max_steps": 0}, 0)):
+        directory = tmp_path / str(limits)
+        callback = HuggingFaceCheckpoint(export_dir=str(directory / "model"), dirpath=directory / "states")
+        caplog.clear()
+        make_trainer(callback, **limits).fit(stage, batches(), ckpt_path="last")
+        assert ([record.args[0] for record in caplog.records if "nothing to train" in record.msg] or [None]) == [step]
+    assert not (directory / "model").exists(), "the weights that it began with"
 
 
 def test_any_module_has_its_last_step_saved(tmp_path: Path, make_trainer: MakeTrainer) -> None:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from simplear.data.pictures import Drop, open_rgb, resize_and_crop
+from simplear.data.pictures import Drop, PictureFile, resize_and_crop
+from simplear.pictures import open_rgb
 from simplear.visual_tokenizer import to_pixels
 
 
@@ -69,9 +70,9 @@ def test_cmyk_is_converted() -> None:
 
 def test_what_no_picture_can_be_made_of_is_dropped(tmp_path: Path) -> None:
     with pytest.raises(Drop, match="picture file missing"):
-        open_rgb(tmp_path / "none.png")
+        PictureFile(tmp_path / "none.png").open()
     with pytest.raises(Drop, match="mode F"):
-        open_rgb(saved(Image.new("F", (2, 2)), "TIFF"))
+        PictureFile(saved(Image.new("F", (2, 2)), "TIFF").getvalue()).open()
 
 
 def test_crop_takes_the_centre() -> None:

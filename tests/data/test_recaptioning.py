@@ -200,6 +200,19 @@ def test_a_picture_that_is_found_damaged_when_it_is_decoded_is_counted(tmp_path:
     assert json.loads((tmp_path / "all.json").read_text())["drops"] == {"truncated or damaged picture": 1}
 
 
+def test_nothing_to_describe_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.png").write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"no picture was kept \(1 not a picture\)"):
+        recaption(
+            source=ImageFolderSource(str(tmp_path / "in"), captions_required=False),
+            captioner=MeanCaptioner(),
+            out=str(tmp_path / "out"),
+            accelerator="cpu",
+        )
+    assert not (tmp_path / "out/manifest.json").exists()
+
+
 class Told(MeanCaptioner):
     """Always answers."""
 

@@ -91,7 +91,7 @@ def test_prompts_are_rows_with_an_empty_grid(tmp_path: Path) -> None:
     assert read.metadata == [{"n": 2}, {"tag": "colors"}]
 
 
-@pytest.mark.parametrize("line", ["not json", "[1]", '{"caption": "x"}', '{"prompt": 3}'])
+@pytest.mark.parametrize("line", ["not json", "[1]", '{"words": "x"}', '{"prompt": 3}'])
 def test_a_prompt_that_cannot_be_read_is_named(tmp_path: Path, line: str) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "fine"}\n' + line)

@@ -1,10 +1,16 @@
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
 import json
+import lzma
 import tarfile
+import zipfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from corpora import Picture, write_parquet, write_token_files
+from corpora import Picture, pictures, write_parquet, write_token_files, write_webdataset
 from simplear.data import (
     HuggingFaceSource,
     ImageDataModule,
@@ -24,6 +30,8 @@ from simplear.data import (
 )
 from simplear.data.drops import Drops
 from simplear.data.sources import Sample
+from simplear.data.sources.tars import expand_braces
+from simplear.errors import UserError
 
 
 def png(value: int) -> bytes:
@@ -105,6 +113,96 @@ class TestImageFolder:
         (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"}\n{"name": "b.png"}\n')
         with pytest.raises(ValueError, match=r"metadata.jsonl, line 2"):
             ImageFolderSource(str(tmp_path))
+
+
+DEEP = b"[" * 5000 + b"]" * 5000
+A, B = {"a.png": png(1)}, {"sub/b.png": png(2)}
+TEXT_A, TEXT_B = json.dumps({"file_name": "a.png", "text": "one"}), json.dumps({"file_name": "b.png", "text": "two"})
+ONE, BOTH = {"a.png": ["one"]}, {"a.png": ["one"], "sub/b.png": ["two"]}
+FOLDERS: dict[str, tuple[dict[str, bytes | str], dict[str, list[str]], dict[str, int]]] = {
+    "caption of another suffix": (A | {"a.caption": "one"}, ONE, {}),
+    "capitals": (A | {"a.TXT": "one"}, ONE, {}),
+    "capital letter": (A | {"a.Txt": "one"}, ONE, {}),
+    "suffix appended": (A | {"a.png.txt": "one"}, ONE, {}),
+    "another suffix appended": (A | {"a.png.CAPTION": "one"}, ONE, {}),
+    "the usual one comes first": (A | {"a.txt": "one", "a.caption": "no", "a.png.txt": "no"}, ONE, {}),
+    "dots in names": ({"img.01.png": png(1), "img.01.txt": "one"}, {"img.01.png": ["one"]}, {}),
+    "table": (A | B | {"metadata.csv": "file_name,text\na.png,one\nsub/b.png,two\n"}, BOTH, {}),
+    "table with quotes and metadata": (
+        A | {"metadata.csv": '\ufefftext,file_name,tags\r\n"one, or ""two""\nlines",a.png,"x,y"\r\n'},
+        {"a.png": ['one, or "two"\nlines']},
+        {},
+    ),
+    "table of something else": (A | {"a.txt": "one", "metadata.csv": "camera,lens\nx,y\n"}, ONE, {}),
+    "list before table": (A | {"metadata.csv": "file_name,text\na.png,no\n", "metadata.jsonl": TEXT_A}, ONE, {}),
+    "list in a sub-folder": (A | B | {"a.txt": "one", "sub/metadata.jsonl": TEXT_B}, BOTH, {}),
+    "table in a sub-folder": (A | B | {"a.txt": "one", "sub/metadata.csv": "file_name,text\nb.png,two\n"}, BOTH, {}),
+    "list at the top alone": (A | B | {"metadata.jsonl": TEXT_A, "sub/metadata.jsonl": TEXT_B}, ONE, {}),
+    "hidden": (
+        A
+        | {"a.txt": "one", "._a.png": b"\0\5\x16\7", "._a.txt": "no", ".b.png": png(2), ".b.txt": "no"}
+        | {
+            f"{folder}/c.{suffix}": png(3) if suffix == "png" else "no"
+            for folder in (".ipynb_checkpoints", "__MACOSX", ".thumbnails", "@eaDir", "sub/.git")
+            for suffix in ("png", "txt")
+        },
+        ONE,
+        {},
+    ),
+    "places that hold no picture": (
+        A
+        | {
+            "sub/x": b"",
+            "metadata.jsonl": "\n".join(
+                json.dumps({"file_name": name, "text": "one"})
+                for name in (
+                    "a.png",
+                    "gone.png",
+                    "sub",
+                    "a.png/b.png",
+                    "x" * 300 + ".png",
+                    "a\0.png",
+                    "http://example.com/a.png",
+                    "\ud800.png",
+                )
+            ),
+        },
+        ONE,
+        {
+            "picture file missing": 4,
+            "not a file": 1,
+            "text is no valid Unicode": 1,
+            "web address in place of a picture (img2dataset fetches them)": 1,
+        },
+    ),
+    "other encodings": (
+        A | B | {"a.txt": "one".encode("utf-16"), "sub/b.txt": "größe".encode("latin-1")},
+        {},
+        {"text is UTF-16, not UTF-8": 1, "text is no valid Unicode": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_folders_as_people_have_them(tmp_path: Path, kind: str) -> None:
+    files, kept, dropped = FOLDERS[kind]
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    samples, drops = read_all(ImageFolderSource(str(tmp_path)))
+    assert {sample.key: list(sample.captions) for sample in samples} == kept and drops == dropped
+
+
+def test_what_a_folder_has_beside_pictures_is_said_by_suffix(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a.png", "b.heic", "c.heic", "sub/d.pdf", "e", "f.jpg_large", ".g.pdf", "a.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(png(1))
+    source = ImageFolderSource(str(tmp_path), captions_required=False)
+    assert len(source) == 1
+    assert f"5 files passed over in {tmp_path}: 2 .heic, 1 without a suffix, 1 .jpg_large, 1 .pdf" in caplog.text
+    (tmp_path / "a.png").rename(tmp_path / "0.tar")
+    with pytest.raises(FileNotFoundError, match=r"holds no picture .* but 2 \.heic, .* WebDatasetSource reads \.tar"):
+        ImageFolderSource(str(tmp_path))
 
 
 def write_tar(path: Path, members: dict[str, bytes]) -> None:
@@ -200,6 +298,163 @@ class TestWebDataset:
         assert [(s.key, value_of(s), s.captions) for s in samples] == [("1", 1, ["one"]), ("1", 2, ["two"])]
 
 
+def suffixes(stem: str, *names: str) -> dict[str, bytes]:
+    """A picture or a caption for each suffix."""
+    return {f"{stem}{name}": png(1) if name.lower().endswith("png") else b"one" for name in names}
+
+
+APART = "files of a sample do not follow each other (pack the tar with --sort=name)"
+DOTTED = "no picture, as a sample's name ends at the first dot (rename the file)"
+TARS: dict[str, tuple[dict[str, bytes], dict[str, list[str]], dict[str, int]]] = {
+    "pictures first": (
+        suffixes("0", ".png") | suffixes("1", ".png") | suffixes("0", ".txt") | suffixes("1", ".txt"),
+        {},
+        {"no caption": 2, APART: 2},
+    ),
+    "captions first": (
+        suffixes("0", ".txt") | suffixes("1", ".txt") | suffixes("0", ".png") | suffixes("1", ".png"),
+        {},
+        {"no picture": 2, APART: 2},
+    ),
+    "one file added later": (
+        suffixes("0", ".png", ".txt") | suffixes("1", ".png", ".txt") | suffixes("0", ".cls"),
+        {"0": ["one"], "1": ["one"]},
+        {APART: 1},
+    ),
+    "dots in names": (
+        suffixes("img", ".01.png", ".01.txt", ".02.png", ".02.txt"),
+        {},
+        {DOTTED: 2},
+    ),
+    "dots in names beside a name without": (
+        suffixes("img", ".png", ".txt", ".01.png", ".01.txt"),
+        {"img": ["one"]},
+        {DOTTED: 1},
+    ),
+    "parts of a sample": (suffixes("img", ".png", ".txt", ".seg.png", ".seg.json"), {"img": ["one"]}, {}),
+    "hidden": (
+        suffixes("0", ".png", ".txt")
+        | suffixes("._0", ".png", ".txt")
+        | suffixes(".thumbs/0", ".png", ".txt")
+        | suffixes("__MACOSX/0", ".png", ".txt")
+        | suffixes("./a/.git/0", ".png", ".txt"),
+        {"0": ["one"]},
+        {},
+    ),
+    "names of captions": (
+        suffixes("0", ".png", ".caption") | suffixes("1", ".PNG", ".TXT") | suffixes("2", ".png", ".png.txt"),
+        {"0": ["one"], "1": ["one"], "2": ["one"]},
+        {},
+    ),
+    "with and without a dot in front": (suffixes("./a/0", ".png") | suffixes("a/0", ".txt"), {"a/0": ["one"]}, {}),
+    "text of other kinds": (
+        suffixes("0", ".png")
+        | {"0.txt": "one".encode("utf-16")}
+        | suffixes("1", ".png")
+        | {"1.json": DEEP}
+        | suffixes("2", ".png")
+        | {"2.json": b'\xef\xbb\xbf{"text": "one"}'},
+        {"2": ["one"]},
+        {"text is UTF-16, not UTF-8": 1, "broken JSON": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TARS)
+def test_tars_as_people_pack_them(tmp_path: Path, kind: str) -> None:
+    members, kept, dropped = TARS[kind]
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    samples, drops = read_all(WebDatasetSource(str(tmp_path / "x.tar")))
+    assert {sample.key: list(sample.captions) for sample in samples} == kept and drops == dropped
+
+
+def zstd(content: bytes) -> bytes:
+    return pa.compress(content, "zstd", asbytes=True)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress, zstd])
+def test_compressed_tars_are_read_to_their_end(tmp_path: Path, compress: Callable[[bytes], bytes]) -> None:
+    """Also if they were compressed in parts, and with an error if a byte is lost."""
+    plain = write_webdataset(tmp_path / "x.tar", pictures(4)).read_bytes()
+    packed = write_webdataset(tmp_path / "packed.tar", [])
+    for whole in (compress(plain), compress(plain[:3000]) + compress(plain[3000:])):
+        packed.write_bytes(whole)
+        assert len(read_all(WebDatasetSource(str(packed)))[0]) == 4
+        for length in (6, 30, len(whole) // 2, len(whole) - 1):
+            packed.write_bytes(whole[:length])
+            with pytest.raises(UserError, match=r"packed\.tar is damaged or cut short"):
+                read_all(WebDatasetSource(str(packed)))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("{00000..00002}", ["00000", "00001", "00002"]),
+        ("a{1..3}", ["a1", "a2", "a3"]),
+        ("{10..8}", ["10", "9", "8"]),
+        ("{0..6..3}", ["0", "3", "6"]),
+        ("{098..101}", ["098", "099", "100", "101"]),
+        ("x{a,b}y", ["xay", "xby"]),
+        ("{a,b{0..1}}", ["a", "b0", "b1"]),
+        ("{a{0..1},c}", ["a0", "c", "a1"]),
+        ("{a,b}/{0..1}", ["a/0", "a/1", "b/0", "b/1"]),
+        ("a{}b{c}{d..e}", ["a{}b{c}{d..e}"]),
+        ("plain", ["plain"]),
+    ],
+)
+def test_braces_stand_for_what_a_shell_makes_of_them(pattern: str, names: list[str]) -> None:
+    assert expand_braces(pattern) == names
+
+
+def test_braces_that_stand_for_too_many_names_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("simplear.data.sources.tars.MAX_NAMES", 1000)
+    assert len(expand_braces("{0..9}{00..99}")) == 1000
+    for pattern in ("{0..1000}", "{0..99999999999999}", "{0..99}{0..99}{0..99}"):
+        with pytest.raises(UserError, match=r"stands for more than 1000 files: name a folder"):
+            expand_braces(pattern)
+
+
+PATHS: dict[str, tuple[list[str], list[str]]] = {
+    "braces": (["a/{00000..00001}.tar"], ["a/00000.tar", "a/00001.tar"]),
+    "braces with a pattern": (["{a,b/c}/*1.tar*"], ["a/00001.tar", "b/c/00001.tar.gz"]),
+    "folder": (["."], ["a/00000.tar", "a/00001.tar", "b/c/00001.tar.gz"]),
+    "folders": (["b", "a"], ["b/c/00001.tar.gz", "a/00000.tar", "a/00001.tar"]),
+    "folders of a pattern": (["{a,b}"], ["a/00000.tar", "a/00001.tar", "b/c/00001.tar.gz"]),
+    "one": (["a/00001.tar"], ["a/00001.tar"]),
+}
+
+
+@pytest.mark.parametrize("kind", PATHS)
+def test_where_tars_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    paths, found = PATHS[kind]
+    for name in ("a/00000.tar", "a/00001.tar", "b/c/00001.tar.gz", "b/c/notes.txt", ".hidden/x.tar", "b/._x.tar"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_bytes(b"")
+    assert [str(tar) for tar in WebDatasetSource(paths).tars] == found
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("{0..3}.tar", r"no tar file at 1\.tar \(of \{0\.\.3\}\.tar; a folder or \*\.tar takes what is there\)"),
+        ("empty", r"the folder empty holds no tar \(\.tar, .*ImageFolderSource reads pictures"),
+        ("https://example.com/{0..3}.tar", r"no tar file at https://example.com/0\.tar .*: fetch it first"),
+        ("pipe:cat 0.tar", r"no tar file at pipe:cat 0\.tar: fetch it first"),
+    ],
+)
+def test_tars_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("0.tar").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=message):
+        WebDatasetSource(path)
+
+
 ROWS = [
     Picture("first", png(10), ["one"], {"score": 1.5, "info": {"source": "web", "long": "a long one"}}),
     Picture("second", png(20), ["two"], {"score": 2.5, "info": {"source": "book", "long": None}}),
@@ -268,6 +523,110 @@ class TestHuggingFace:
             HuggingFaceSource("parquet", data_files=file, metadata=["aesthetic"], streaming=streaming)
 
 
+def parquet(file: str, **columns: list[Any]) -> None:
+    pq.write_table(pa.table(columns), file)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"path": "nobody/nothing"}, "nobody/nothing cannot be read: there is no directory .* hub cannot be asked"),
+        ({"path": "parquet", "data_files": "none.parquet"}, r"cannot be read: Unable to find .*none\.parquet"),
+        ({"path": "set", "split": "validation"}, r"set cannot be read: .*validation.*train"),
+        ({"path": "set", "name": "other"}, r"set cannot be read: .*'other' not found. Available: \['default'\]"),
+        ({"path": "empty"}, r"empty cannot be read: .*doesn't contain any data files"),
+        (
+            {"path": "parquet", "data_files": "cut.parquet"},
+            r"cannot be read: cut\.parquet is damaged: .*: fetch it again",
+        ),
+        ({"path": "parquet", "data_files": ["set/a.parquet", "flipped.parquet"]}, r"flipped\.parquet is damaged"),
+        ({"path": "json", "data_files": "broken.jsonl"}, r"json of broken\.jsonl cannot be read"),
+        ({"path": "set/a.parquet"}, r"is a file: .*--source\.path parquet --source\.data_files set/a\.parquet"),
+        ({"path": "laion"}, r"laion has none of the columns captions, caption, text; it has image, TEXT, URL: name"),
+    ],
+)
+def test_what_datasets_raises_is_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], message: str, streaming: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("set", "empty", "laion"):
+        Path(folder).mkdir()
+    write_parquet(Path("set/a.parquet"), ROWS[:2])
+    parquet("laion/a.parquet", image=[png(1)], TEXT=["one"], URL=["http://example.com"])
+    content = bytearray(Path("set/a.parquet").read_bytes())
+    Path("cut.parquet").write_bytes(content[:-30])
+    content[60:260] = bytes(200)
+    Path("flipped.parquet").write_bytes(content)
+    Path("broken.jsonl").write_text('{"image": "x", "caption": "y"}\n{"image": ')
+    with pytest.raises(UserError, match=message):
+        read_all(HuggingFaceSource(**arguments, streaming=streaming))
+
+
+PLACES: dict[str, tuple[Any, Counter[str] | str]] = {
+    "path": ("0.png", Counter()),
+    "file of an archive": ("zip://in/0.png::pictures.zip", Counter()),
+    "file that an archive lacks": ("zip://in/9.png::pictures.zip", Counter({"picture file missing": 1})),
+    "archive that is missing": ("zip://in/0.png::none.zip", Counter({"picture file missing": 1})),
+    "web address": (
+        "https://example.com/0.png",
+        Counter({"web address in place of a picture (img2dataset fetches them)": 1}),
+    ),
+    "empty path": ("", Counter({"no picture": 1})),
+    "unknown protocol": ("gopher://0.png", r"gopher://0\.png could not be read \(ValueError: Protocol not known"),
+    "hub without a connection": ("hf://datasets/nobody/x/0.png", r"hf://.*0\.png could not be read \(\w+"),
+}
+
+
+@pytest.mark.parametrize("kind", PLACES)
+def test_a_column_says_where_pictures_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    place, dropped = PLACES[kind]
+    Path("0.png").write_bytes(png(7))
+    with zipfile.ZipFile("pictures.zip", "w") as archive:
+        archive.writestr("in/0.png", png(7))
+    parquet("a.parquet", image=[place], caption=["one"])
+    source = HuggingFaceSource("parquet", data_files="a.parquet")
+    if isinstance(dropped, str):
+        with pytest.raises(UserError, match=dropped):
+            read_all(source)
+        return
+    samples, drops = read_all(source)
+    assert drops == dropped and [value_of(sample) for sample in samples] == [7] * (not dropped)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_zip_of_pictures_as_the_hub_has_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with zipfile.ZipFile("pictures.zip", "w") as archive:
+        for number in range(3):
+            archive.writestr(f"in/{number}.png", png(number))
+        rows = [{"file_name": f"{number}.png", "text": str(number)} for number in range(3)]
+        archive.writestr("in/metadata.jsonl", "\n".join(map(json.dumps, rows)))
+    samples, drops = read_all(HuggingFaceSource("imagefolder", data_files="pictures.zip", streaming=streaming))
+    assert [(value_of(s), s.captions) for s in samples] == [(n, [str(n)]) for n in range(3)] and not drops
+
+
+def test_a_picture_that_only_its_name_tells_is_read_from_everywhere(tmp_path: Path) -> None:
+    """TGA has no signature."""
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4), (7, 0, 0)).save(file, "TGA")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.TGA").write_bytes(file.getvalue())
+    (tmp_path / "in/a.txt").write_text("one")
+    write_tar(tmp_path / "x.tar", {"a.tga": file.getvalue(), "a.txt": b"one"})
+    parquet(str(tmp_path / "x.parquet"), image=[{"bytes": file.getvalue(), "path": "a.tga"}], text=["one"])
+    for source in (
+        ImageFolderSource(str(tmp_path / "in")),
+        WebDatasetSource(str(tmp_path / "x.tar")),
+        HuggingFaceSource("parquet", data_files=str(tmp_path / "x.parquet")),
+    ):
+        samples, drops = read_all(source)
+        assert [value_of(sample) for sample in samples] == [7] and not drops, source
+
+
 def test_a_streamed_set_of_tars_as_the_hub_holds_them(tmp_path: Path) -> None:
     """As Synthetic-dataset-1M: the builder of `datasets` names the columns by suffix."""
     members = {}
@@ -313,7 +672,7 @@ class TestTokenFiles:
         assert [(s.key, s.captions) for s in samples] == [("512_codes/7.npy", ["seven"])]
         assert drops == {"code file missing": 1}
         (tmp_path / "meta.json").write_text('[{"code_path": "x"}]')
-        with pytest.raises(ValueError, match=r"meta.json, entry 0 is no object"):
+        with pytest.raises(ValueError, match=r"meta.json, entry 0 is not an object"):
             TokenFilesSource(str(tmp_path / "meta.json"))
 
     def test_files_that_are_broken_are_counted_and_other_arrays_are_errors(self, tmp_path: Path) -> None:

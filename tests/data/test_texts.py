@@ -63,6 +63,39 @@ def test_no_letter_is_lost_in_pieces() -> None:
     assert list(pieces("  ", 5)) == [] and list(pieces("abc", 3)) == ["abc"]
 
 
+class Counted(str):
+    """Counts the letters that are taken out of it."""
+
+    copied = 0
+
+    def __getitem__(self, place: Any) -> str:
+        part = super().__getitem__(place)
+        Counted.copied += len(part)
+        return part
+
+
+def plain_pieces(text: str, most: int) -> list[str]:
+    """What `pieces` does, with a copy of the rest for each piece."""
+    found = []
+    while len(text) > most:
+        head = text[: most + 1]
+        cut = max(head.rfind("\n"), 0) or max(head.rfind(" "), 0) or most
+        found.append(text[:cut].strip())
+        text = text[cut:].lstrip()
+    return [part for part in [*found, text.strip()] if part]
+
+
+def test_cutting_a_text_takes_each_letter_once() -> None:
+    """A line of 16 MB took minutes when what was left was copied for each piece."""
+    random = np.random.default_rng(0)
+    for kind, letters in enumerate(("ab", "ab  ", "ab\n", "ab \n", " \n\u2028\x85\xa0x")):
+        text = "".join(random.choice(list(letters), 20_000))
+        for most in (1, 7, 100):
+            Counted.copied = 0
+            assert list(pieces(Counted(text), most)) == plain_pieces(text, most), (kind, most)
+            assert Counted.copied <= len(text)
+
+
 def test_what_is_no_text_is_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = tmp_path / "texts.jsonl"
     lines = [b'{"text": "fine"}', b'{"text": ""}', b"no json", b'{"text": 3}', b'{"other": "x"}', b"[1]", b""]
@@ -81,16 +114,20 @@ def test_what_is_no_text_is_left_out_and_counted(tmp_path: Path, caplog: pytest.
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", b"fine\ncaf\xe9", r"a\.txt, line 2 is no UTF-8"),
+        ("a.txt", b"fine\ncaf\xe9", r"a\.txt is not UTF-8 \(line 2\)"),
         ("a.csv", b"x", r"a\.csv is none of \.txt, \.jsonl, \.parquet"),
         ("a.parquet", b"PAR1 no", r"a\.parquet is no readable parquet file"),
         ("a.jsonl", b"{}", r"hold no text"),
+        ("a.txt", b" \n\n", r"hold no text"),
+        ("a.jsonl", b'{"text": "x"}\n'.decode().encode("utf-16"), r"a\.jsonl is UTF-16, not UTF-8"),
+        ("a.jsonl", b'{"text": ' + b"[" * 9999 + b"]" * 9999 + b"}", r"hold no text"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         write_texts([str(tmp_path / name)], str(tmp_path / "out"))
+    assert not (tmp_path / "out" / MANIFEST_FILE).exists()
 
 
 def test_files_come_and_go_and_only_new_ones_are_written(

@@ -1,25 +1,38 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jsonargparse
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
-from corpora import pictures, write_parquet
+from corpora import (
+    Picture,
+    pictures,
+    png,
+    write_folder,
+    write_parquet,
+    write_tar,
+    write_token_files,
+    write_webdataset,
+)
 from simplear.atomic import TEMPORARY_MARK
 from simplear.data import (
     Column,
@@ -28,13 +41,17 @@ from simplear.data import (
     ImageFolderSource,
     Sample,
     ScenesSource,
+    ShortEdge,
     Source,
+    TokenFilesSource,
     TokenShards,
     Unit,
+    WebDatasetSource,
     tokenize,
 )
 from simplear.data.drops import DROPS_FILE
-from simplear.data.shards import MANIFEST_FILE
+from simplear.data.shards import MANIFEST_FILE, is_committed
+from simplear.errors import UserError
 from simplear.visual_tokenizer import FSQAutoencoder, save_visual_tokenizer, to_pixels
 
 from .conftest import MeanTokenizer
@@ -90,11 +107,123 @@ def test_pictures_of_several_sizes_keep_order_and_drops_are_counted(
 
 
 def test_a_unit_without_a_usable_picture_is_committed(tmp_path: Path) -> None:
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    Image.new("RGB", (8, 8)).save(folder / "a.png")
-    run(ImageFolderSource(str(folder)), tmp_path / "out")
-    assert len(TokenShards(tmp_path / "out")) == 0
+    folder = write_folder(tmp_path / "pictures", [Picture("a", png((1, 1, 1)), []), *pictures(2)])
+    run(ImageFolderSource(str(folder), rows_per_unit=1), tmp_path / "out")
+    assert len(TokenShards(tmp_path / "out")) == 2 and is_committed(tmp_path / "out", "images-000000000")
+
+
+def folder(directory: Path, *others: str) -> ImageFolderSource:
+    """Three pictures without captions, and an empty file of each other name."""
+    (directory / "in").mkdir()
+    for number in range(3):
+        (directory / f"in/{number}.png").write_bytes(png((number, 0, 0)))
+    for name in others:
+        (directory / "in" / name).write_text("")
+    return ImageFolderSource(str(directory / "in"))
+
+
+def listed_folder(directory: Path) -> ImageFolderSource:
+    lines = [json.dumps({"file_name": f"{number}.png", "prompt": "x", "tags": "y"}) for number in range(3)]
+    folder(directory)
+    (directory / "in/metadata.jsonl").write_text("\n".join(lines))
+    return ImageFolderSource(str(directory / "in"))
+
+
+def tar(directory: Path, *members: tuple[str, bytes]) -> WebDatasetSource:
+    return WebDatasetSource(str(write_tar(directory / "x.tar", members)))
+
+
+def table(directory: Path, image: Any, caption: Any, **options: Any) -> HuggingFaceSource:
+    pq.write_table(pa.table({"image": [image] * 3, "caption": [caption] * 3}), directory / "x.parquet")
+    return HuggingFaceSource("parquet", data_files=str(directory / "x.parquet"), **options)
+
+
+def token_files(directory: Path) -> TokenFilesSource:
+    codes = write_token_files(directory, [("0", np.ones((2, 2)), ["x"])])
+    shutil.rmtree(directory / "512_labels")
+    return TokenFilesSource(str(codes))
+
+
+PICTURE, WORDS = png((1, 1, 1)), b'{"TEXT": "a red circle", "URL": "x"}'
+NOTHING_KEPT: dict[str, tuple[Callable[[Path], Source], str]] = {
+    "no captions": (
+        folder,
+        r"\(3 no caption\)\. Note that captions are read from a \.txt or \.caption beside each pict",
+    ),
+    "captions in files that are not read": (
+        lambda directory: folder(directory, "0.json", "1.json", "captions.xml"),
+        r"metadata\.csv with a file_name and a caption in each row \(there are 2 \.json, 1 \.xml\)",
+    ),
+    "captions under another key": (
+        listed_folder,
+        r"metadata\.jsonl has file_name, prompt, tags; captions are read from cap",
+    ),
+    "captions under another key of a tar": (
+        lambda directory: tar(directory, ("0.png", PICTURE), ("0.json", WORDS)),
+        r"'0', has \.png, \.json, and the \.json has TEXT, URL; .* \(--source\.captions names others\)",
+    ),
+    "files of a sample apart": (
+        lambda directory: tar(directory, ("0.png", PICTURE), ("1.png", PICTURE), ("0.txt", b"x"), ("1.txt", b"x")),
+        r"files of a sample do not follow each other \(pack the tar with --sort=name\)",
+    ),
+    "dots in names": (
+        lambda directory: tar(directory, ("a.0.png", PICTURE), ("a.0.txt", b"x")),
+        r"1 no picture, as a sample's name ends at the first dot \(rename the file\)",
+    ),
+    "pictures of another kind": (
+        lambda directory: tar(directory, ("0.npy", b"x"), ("0.txt", b"x")),
+        r"\(1 no picture\)\. Note that the first sample of .*x\.tar, '0', has \.npy, \.txt;",
+    ),
+    "an empty tar": (tar, r"\(the source has none\)"),
+    "captions that are objects": (
+        lambda directory: table(directory, {"bytes": PICTURE}, [{"from": "human", "value": "x"}]),
+        r"3 captions are no text.*caption \(list<.*struct<from: string, value: string>>\); pictures are",
+    ),
+    "web addresses": (
+        lambda directory: table(directory, "https://example.com/a.jpg", "x", streaming=True),
+        r"3 web address in place of a picture \(img2dataset fetches them\)",
+    ),
+    "file names without their folder": (
+        lambda directory: table(directory, "a.jpg", "x"),
+        r"3 picture file missing.*columns of parquet are image \(string\), caption \(string\)",
+    ),
+    "token files without captions": (token_files, r"captions are read from files such as .*512_labels/0\.npy"),
+}
+
+
+@pytest.mark.parametrize("kind", NOTHING_KEPT)
+def test_nothing_kept_is_an_error_that_says_what_lies_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    make, message = NOTHING_KEPT[kind]
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match=rf"no picture was kept.*{message}.*run the same again; .*remove {out} first"):
+        run(make(tmp_path), out)
+    assert not (out / MANIFEST_FILE).exists()
+
+
+def test_filters_that_leave_nothing_are_named_and_the_same_is_tried_again(tmp_path: Path) -> None:
+    source = folder(tmp_path)
+    with pytest.raises(UserError, match=r"\(3 no caption\)"):
+        run(source, tmp_path / "out")
+    for number in range(3):
+        (tmp_path / f"in/{number}.txt").write_text("x")
+    assert run(source, tmp_path / "out")
+    with pytest.raises(UserError, match=r"\(3 short edge under 99 pixels\)\. Change that"):
+        run(source, tmp_path / "filtered", filters=[ShortEdge(99)])
+
+
+@pytest.mark.parametrize("captions", [0, 1, 2, 3, 4])
+def test_a_line_says_if_most_were_dropped_and_why(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, captions: int
+) -> None:
+    written = [Picture(str(n), png((n, 0, 0)), ["x"] * (n < captions)) for n in range(4)]
+    source = WebDatasetSource(str(write_webdataset(tmp_path / "x.tar", written)))
+    with contextlib.nullcontext() if captions else pytest.raises(UserError, match="no picture was kept"):
+        run(source, tmp_path / "out")
+    line = "most pictures were dropped: 3 of 4, 3 as 'no caption'. Note that the first sample"
+    assert (line in caplog.text) is (captions == 1)
 
 
 def test_a_second_run_says_that_nothing_was_done(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -135,8 +264,13 @@ class SlowSource(ScenesSource):
 
     def candidates(self, unit: Unit, drops: Counter[str]) -> Iterator[Sample]:
         for sample in super().candidates(unit, drops):
-            time.sleep(0.01)
+            while self.stalls():
+                time.sleep(0.01)
             yield sample
+
+    def stalls(self) -> bool:
+        """Whether to stop for good."""
+        return False
 
 
 def test_killed_and_resumed_gives_the_same_shards(tmp_path: Path) -> None:
@@ -144,12 +278,14 @@ def test_killed_and_resumed_gives_the_same_shards(tmp_path: Path) -> None:
     whole = run(source, tmp_path / "whole", batch_size=4)
     out = tmp_path / "killed"
 
-    def child() -> None:
+    def child(committed: int) -> None:
         torch.set_num_threads(1)
-        run(SlowSource(60, 16, rows_per_unit=10), out, batch_size=4)
+        source = SlowSource(60, 16, rows_per_unit=10)
+        source.stalls = lambda: len(list(out.glob("train-*.json"))) >= committed  # type: ignore[method-assign]
+        run(source, out, batch_size=4)
 
     for committed in (1, 3):
-        process = multiprocessing.get_context("fork").Process(target=child)
+        process = multiprocessing.get_context("fork").Process(target=child, args=(committed,))
         process.start()
         while process.is_alive() and len(list(out.glob("train-*.json"))) < committed:
             time.sleep(0.005)

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from simplear.data import TokenDataModule
+from simplear.errors import UserError
 from simplear.sequence import IGNORE_INDEX
 
 from .conftest import CODEBOOK_SIZE, make_rows, write_rows
@@ -195,9 +196,56 @@ def test_an_exception_within_a_step_repeats_that_step(make_data: Any, tmp_path: 
     assert fit(make_data(), tmp_path / "rest", EPOCH, resume=tmp_path / "broken.ckpt").seen == whole[4:]
 
 
-def test_limited_epochs_go_on_through_the_data(make_data: Any, tmp_path: Path) -> None:
-    whole = fit(make_data(), tmp_path / "whole", 9).seen
-    assert fit(make_data(), tmp_path / "short", 9, limit_train_batches=2).seen == whole
+@pytest.mark.parametrize(
+    ("limit", "accumulate", "steps_per_epoch"),
+    [
+        ({"limit_train_batches": 2}, 1, 2),
+        ({"limit_train_batches": 0.5}, 1, 3),
+        ({"limit_train_batches": 4}, 2, 2),
+        ({"limit_train_batches": 1000}, 1, EPOCH),
+        ({"overfit_batches": 2}, 1, 2),
+        ({"overfit_batches": 0.5}, 1, 3),
+        ({"overfit_batches": 4}, 2, 2),
+    ],
+    ids=str,
+)
+def test_limited_epochs(
+    make_data: Any, tmp_path: Path, limit: dict[str, Any], accumulate: int, steps_per_epoch: int
+) -> None:
+    """Epochs that are cut short go on through the data, those to overfit repeat their batches; resumed ones too."""
+    plain = fit(make_data(), tmp_path / "plain", 3 * steps_per_epoch, accumulate).seen
+    if "overfit_batches" in limit:
+        plain = plain[: steps_per_epoch * accumulate] * 3
+    limited = fit(make_data(), tmp_path / "limited", -1, accumulate, max_epochs=3, **limit)
+    assert limited.seen == plain
+    for stop in (1, steps_per_epoch, steps_per_epoch + 1):
+        state = tmp_path / f"limited/step={stop}.ckpt"
+        rest = fit(make_data(), tmp_path / f"from{stop}", -1, accumulate, state, max_epochs=3, **limit)
+        assert rest.seen == plain[stop * accumulate :]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"accumulate": 2, "limit_train_batches": 3},
+            "limit_train_batches 3 leaves 3 batches in an epoch, no multiple",
+        ),
+        ({"accumulate": 2, "overfit_batches": 3}, "overfit_batches 3 leaves 3 batches in an epoch, no multiple"),
+        ({"val_check_interval": 9}, "val_check_interval 9 exceeds the 7 batches of an epoch: .*every_n_epoch null"),
+        ({"val_check_interval": 3, "limit_train_batches": 2}, "val_check_interval 3 exceeds the 2 batches"),
+        ({"accumulate": 0}, "accumulate_grad_batches 0 must be at least 1"),
+    ],
+)
+def test_limits_that_cut_a_step_or_skip_validation_are_refused(
+    make_data: Any, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        fit(make_data(), tmp_path, 4, **options)
+
+
+def test_one_batch_to_try_things_out_need_not_fill_a_step(make_data: Any, tmp_path: Path) -> None:
+    assert len(fit(make_data(), tmp_path, 4, accumulate=2, fast_dev_run=True).seen) == 1
 
 
 def test_a_new_trainer_begins_at_the_first_batch(make_data: Any, tmp_path: Path) -> None:
@@ -209,6 +257,8 @@ def test_resuming_with_another_order_is_refused(make_data: Any, tmp_path: Path) 
     fit(make_data(seed=0), tmp_path, 2)
     with pytest.raises(ValueError, match=r"seed = 0, now it is 1"):
         fit(make_data(seed=1), tmp_path, 4, resume=tmp_path / "step=2.ckpt")
+    with pytest.raises(ValueError, match=r"overfit_batches = None, now it is 2"):
+        fit(make_data(seed=0), tmp_path, 4, resume=tmp_path / "step=2.ckpt", overfit_batches=2)
 
 
 def test_a_global_batch_that_does_not_divide_is_refused(make_data: Any, tmp_path: Path) -> None:
@@ -216,17 +266,43 @@ def test_a_global_batch_that_does_not_divide_is_refused(make_data: Any, tmp_path
         fit(make_data(), tmp_path, 1, accumulate=3)
 
 
-def test_prompts_alone(make_data: Any, tmp_path: Path) -> None:
-    file = tmp_path / "prompts.jsonl"
-    file.write_text("".join(f'{{"prompt": "short {n}", "tag": "t{n}"}}\n' for n in range(9)))
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("prompts.jsonl", "".join(f'{{"prompt": "short {n}", "tag": "t{n}"}}\n' for n in range(9))),
+        ("prompts.json", json.dumps([{"prompt": f"short {n}", "tag": f"t{n}"} for n in range(9)])),
+        ("prompts.txt", "\ufeff" + "\r\n".join(f"short {n}" for n in range(9))),
+        ("prompts", "\n".join(f"short {n}" for n in range(9))),
+    ],
+)
+def test_prompts_alone(make_data: Any, tmp_path: Path, name: str, content: str) -> None:
+    file = tmp_path / name
+    file.write_bytes(content.encode())
     with pytest.raises(ValueError, match=r"give codebook_size"):
         make_data(paths=str(file)).setup("fit")
     data = make_data(paths=str(file), codebook_size=CODEBOOK_SIZE, caption_dropout=0.0)
     data.setup("fit")
     (batch,) = list(data.train_dataloader())
     assert batch["codes"].shape == (8, 0, 0)
-    assert [m["tag"][1:] for m in batch["metadata"]] == [caption.split()[1] for caption in batch["captions"]]
+    assert len({caption for caption in batch["captions"] if caption.startswith("short ")}) == 8
+    tags = [{"tag": f"t{caption.split()[1]}"} if "json" in name else {} for caption in batch["captions"]]
+    assert batch["metadata"] == tags
     assert (batch["input_ids"][batch["attention_mask"].bool()] < data.layout.image_token_offset).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("prompts.csv", r"prompts\.csv: prompts are read from .*not from \.csv"),
+        ("gone.txt", r"no file of prompts at .*gone\.txt"),
+        ("unit.arrow", r"unit\.arrow is one shard: name its directory"),
+        ("gone", "no token shards at .*gone: make them with `simplear tokenize`"),
+    ],
+)
+def test_paths_that_hold_no_prompts(make_data: Any, tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "prompts.csv").write_text("prompt\none\n")
+    with pytest.raises(UserError, match=message):
+        make_data(paths=str(tmp_path / name)).setup("fit")
 
 
 def test_shards_of_another_tokenizer_are_refused(make_data: Any, tmp_path: Path) -> None:
@@ -269,7 +345,7 @@ def test_ranks_see_the_global_batches_of_one_process(
     script.write_text(TWO_RANKS)
     tests = Path(__file__).parent.parent
     arguments = [shard_directory, text_tokenizer_directory, tmp_path, tests, world_size, accumulate]
-    subprocess.run([sys.executable, script, *map(str, arguments)], check=True, timeout=120)
+    subprocess.run([sys.executable, script, *map(str, arguments)], check=True, timeout=600)
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(world_size)]
     data = TokenDataModule(str(shard_directory), 24, str(text_tokenizer_directory))
     data.setup("fit")

@@ -128,6 +128,14 @@ def test_a_size_resizes_and_says_what_was_enlarged(folder: Path, caplog: pytest.
     assert "20 of 20 pictures were smaller than 32 × 16 and enlarged" in caplog.text
 
 
+def test_what_programs_keep_beside_pictures_is_not_measured(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("._1.png", ".ipynb_checkpoints/01.png", "__MACOSX/01.png", "notes.pdf", "01.txt", "more/.1.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes((folder / "01.png").read_bytes())
+    assert sorted(file.name for file in picture_files(folder)) == [f"{number:02d}.png" for number in range(20)]
+    assert f"1 files passed over in {folder}: 1 .pdf" in caplog.text
+
+
 def broken(folder: Path) -> None:
     file = folder / "07.png"
     file.write_bytes(file.read_bytes()[:60])

@@ -6,6 +6,7 @@ as with torchrun, whoever kills one of them has to see to the others.
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -67,8 +68,12 @@ class Run:
         return self.log.read_text()[-3000:]
 
 
-def start(arguments: Sequence[str], log: Path, ranks: int = 1) -> Run:
-    """Begin one `simplear` command; `log` grows by what it prints."""
+def start(arguments: Sequence[str], log: Path, ranks: int = 1, dies_at: int | None = None) -> Run:
+    """Begin one `simplear` command; `log` grows by what it prints.
+
+    Args:
+        dies_at: the process kills itself after so many fsyncs and renames, whatever the machine's speed.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -77,7 +82,7 @@ def start(arguments: Sequence[str], log: Path, ranks: int = 1) -> Run:
         shared = {"WORLD_SIZE": f"{ranks}", "LOCAL_WORLD_SIZE": f"{ranks}", "GROUP_RANK": "0", "MASTER_PORT": port}
         shared |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": "1"}
         environments = [{**shared, "RANK": f"{rank}", "LOCAL_RANK": f"{rank}"} for rank in range(ranks)]
-    made = [PROCESSES.Process(target=_work, args=(list(arguments), log, extra)) for extra in environments]
+    made = [PROCESSES.Process(target=_work, args=(list(arguments), log, extra, dies_at)) for extra in environments]
     for process in made:
         process.start()
     return Run(list(made), log)
@@ -104,7 +109,7 @@ def logged_steps(root: Path) -> int:
     return sum(len(table.read_text().splitlines()) for table in tables)
 
 
-def _work(arguments: Sequence[str], log: Path, environment: dict[str, str]) -> None:
+def _work(arguments: Sequence[str], log: Path, environment: dict[str, str], dies_at: int | None) -> None:
     os.environ.update(environment)
     from simplear.cli import main
 
@@ -113,12 +118,19 @@ def _work(arguments: Sequence[str], log: Path, environment: dict[str, str]) -> N
         os.dup2(out.fileno(), 2)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
-    os.fsync = lambda descriptor: time.sleep(SLOW_SYNC)
+    numbers = itertools.count(1)
+
+    def sync_slowly(descriptor: int = 0) -> None:
+        time.sleep(SLOW_SYNC)
+        if next(numbers) == dies_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.fsync = sync_slowly
     rename = Path.rename
 
     def rename_slowly(path: Path, target: Path) -> Path:
         renamed = rename(path, target)
-        time.sleep(SLOW_SYNC)
+        sync_slowly()
         return renamed
 
     Path.rename = rename_slowly  # type: ignore[method-assign, assignment]

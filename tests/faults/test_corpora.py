@@ -6,6 +6,7 @@ undisturbed run gives. Damaged pictures are in `test_pictures`, damaged shards i
 
 from __future__ import annotations
 
+import gzip
 import io
 import multiprocessing
 import os
@@ -43,8 +44,9 @@ from simplear.data import (
     tokenize,
 )
 from simplear.data.drops import DROPS_FILE
-from simplear.data.pictures import open_rgb
 from simplear.data.shards import MANIFEST_FILE, is_committed
+from simplear.errors import UserError
+from simplear.pictures import open_rgb
 from simplear.sequence import START_OF_IMAGE, TEXT_TO_IMAGE
 
 from .conftest import FullDisk
@@ -285,6 +287,143 @@ def test_units_whose_names_cannot_be_files_are_refused(
     with pytest.raises(ValueError, match=r"a unit of .* has the name .*: rename its file"):
         run(Named(str(tmp_path / "pictures")), tmp_path / "out", tiny_visual_tokenizer)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["settings.json"]
+
+
+def found_in(tar: Path) -> tuple[list[str], Counter[str]]:
+    source, drops = WebDatasetSource(str(tar)), Counter[str]()
+    return [sample.key for unit in source.units() for sample in source.read(unit, drops)], drops
+
+
+def test_of_a_damaged_block_the_tar_is_named_or_no_picture_is_missing(tmp_path: Path) -> None:
+    """A block, or a page of eight, that reads as zeros or as noise, wherever it lies before the last one.
+
+    What is zeros from there to the end cannot be told from an archive that ends there.
+    """
+    tar = write_webdataset(tmp_path / "x.tar", pictures(6))
+    whole, random = tar.read_bytes(), np.random.default_rng(0)
+    size, errors, complete = tarfile.BLOCKSIZE, 0, 0
+    for length in (size, 8 * size):
+        for start in range(0, (len(whole.rstrip(b"\0")) - length) // size * size, size):
+            for damage in (bytes(length), random.bytes(length)):
+                tar.write_bytes((whole[:start] + damage + whole[start + length :])[: len(whole)])
+                try:
+                    keys, drops = found_in(tar)
+                except UserError as error:
+                    assert "x.tar is damaged or cut short" in str(error)
+                    errors += 1
+                else:
+                    assert len(keys) + drops.total() == 6, (start, length, damage[:1])
+                    complete += 1
+    assert errors > 20 and complete > 20
+
+
+def test_a_damaged_header_is_named_by_its_byte(tmp_path: Path) -> None:
+    tar = write_webdataset(tmp_path / "x.tar", pictures(3))
+    whole = tar.read_bytes()
+    place = whole.index(b"001.png")
+    tar.write_bytes(whole[: place + 130] + b"\xff" + whole[place + 131 :])
+    with pytest.raises(UserError, match=rf"x\.tar is damaged or cut short \(no header at byte {place}: "):
+        found_in(tar)
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+@pytest.mark.parametrize("gap", [0, 1, 20])
+def test_what_follows_the_end_of_a_tar_is_named_by_its_byte(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, compress: Callable[[bytes], bytes], gap: int
+) -> None:
+    """``cat a.tar b.tar > ab.tar``, of which tarfile reads the first alone; zeros may follow, many with a line."""
+    first = write_webdataset(tmp_path / "a.tar", pictures(2)).read_bytes()
+    second = write_webdataset(tmp_path / "b.tar", pictures(4)).read_bytes()
+    tar = tmp_path / "ab.tar"
+    tar.write_bytes(compress(first) + compress(bytes(gap * tarfile.RECORDSIZE) + second))
+    place = len(first) + gap * tarfile.RECORDSIZE
+    with pytest.raises(
+        UserError, match=rf"ab\.tar is damaged .*\(at byte {place} more follows the end .* several tars"
+    ):
+        found_in(tar)
+    tar.write_bytes(compress(first) + compress(bytes(gap * 200_000)))
+    assert found_in(tar)[0] == ["000", "001"]
+    assert ("ab.tar ends in" in caplog.text) is (gap == 20)
+
+
+def member(name: str, content: bytes = b"", size: int | None = None, **fields: Any) -> bytes:
+    """A header with its content; the size that it states may be another."""
+    info = tarfile.TarInfo(name)
+    info.size = len(content) if size is None else size
+    for field, value in fields.items():
+        setattr(info, field, value)
+    return info.tobuf(tarfile.GNU_FORMAT) + content + bytes(-len(content) % tarfile.BLOCKSIZE)
+
+
+def sparse(name: str, size: int) -> bytes:
+    """GNU's old form: no content, and a size that no disk has."""
+    header = bytearray(member(name, size=0, type=tarfile.GNUTYPE_SPARSE))
+    header[483:495] = tarfile.itn(size, 12, tarfile.GNU_FORMAT)  # type: ignore[attr-defined]
+    header[148:156] = b"%06o\0 " % (256 + sum(header[:148]) + sum(header[156:512]))
+    return bytes(header)
+
+
+def pax(name: str, **records: object) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.pax_headers = {key.replace("__", "."): str(value) for key, value in records.items()}
+    return info.tobuf(tarfile.PAX_FORMAT)
+
+
+TERABYTES, ALLOWED = 1 << 43, 10_000
+DEEP = b'{"text": ' + b"[" * 4000 + b"]" * 4000 + b"}"
+UNUSABLE, LARGE = "link or sparse file in place of a file", "file of more than 256 MiB"
+MEMBERS: dict[str, tuple[list[bytes], Counter[str] | None]] = {
+    "sparse picture": ([sparse("a.png", TERABYTES), member("a.txt", b"x")], Counter({UNUSABLE: 1})),
+    "sparse caption": ([member("a.png", png((1, 1, 1))), sparse("a.txt", TERABYTES)], Counter({UNUSABLE: 1})),
+    "sparse, as pax has it": (
+        [pax("a.png", GNU__sparse__map="0,0", GNU__sparse__size=TERABYTES), member("a.txt", b"x")],
+        Counter({UNUSABLE: 1}),
+    ),
+    "link": ([member("a.png", type=tarfile.LNKTYPE, linkname="b.png"), member("a.txt", b"x")], Counter({UNUSABLE: 1})),
+    "terabytes": ([member("a.png", size=TERABYTES)], None),
+    "terabytes by pax": ([pax("a.png", size=TERABYTES)], None),
+    "terabytes of a name": ([member("a.png", size=TERABYTES, type=tarfile.GNUTYPE_LONGNAME)], None),
+    "terabytes of pax": ([member("a.png", size=TERABYTES, type=tarfile.XHDTYPE)], None),
+    "less than nothing": ([member("a.png", size=-1024), member("a.txt", b"x")], None),
+    "many headers of one": ([member("x", type=tarfile.XHDTYPE)] * 3000, None),
+    "deep JSON": ([member("a.png", png((1, 1, 1))), member("a.json", DEEP)], Counter({"broken JSON": 1})),
+    "large": ([member("a.png", bytes(ALLOWED + 1)), member("a.txt", b"x")], Counter({LARGE: 1})),
+    "large, of another kind": ([member("a.npy", bytes(ALLOWED + 1))], Counter({"no picture": 1})),
+}
+
+
+@pytest.mark.parametrize("kind", MEMBERS)
+def test_members_that_would_fill_the_memory_are_dropped_or_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr("simplear.data.sources.tars.MAX_BYTES", ALLOWED)
+    members, dropped = MEMBERS[kind]
+    good = [member("z.png", png((1, 1, 1))), member("z.txt", b"fine")]
+    (tmp_path / "x.tar").write_bytes(b"".join([*members, *good]) + bytes(tarfile.RECORDSIZE))
+    if dropped is None:
+        with pytest.raises(UserError, match=r"x\.tar is damaged or cut short"):
+            found_in(tmp_path / "x.tar")
+    else:
+        assert found_in(tmp_path / "x.tar") == (["z"], dropped)
+
+
+def test_files_that_are_none_cost_a_picture_and_no_more(tmp_path: Path) -> None:
+    """A pipe would never end, and a file of terabytes (which takes no room where it is empty) fill the memory."""
+    root = tmp_path / "pictures"
+    root.mkdir()
+    for name, suffix in (("fine", ".png"), ("pipe", ".png"), ("huge", ".png"), ("long", ".txt")):
+        (root / f"{name}.png").write_bytes(png((1, 1, 1)))
+        (root / f"{name}.txt").write_text("x")
+        if name != "fine":
+            (root / f"{name}{suffix}").unlink()
+    os.mkfifo(root / "pipe.png")
+    for name in ("huge.png", "long.txt"):
+        with (root / name).open("wb") as file:
+            file.truncate(TERABYTES)
+    drops: Counter[str] = Counter()
+    source = ImageFolderSource(str(root))
+    assert [sample.key for sample in source.read(source.units()[0], drops)] == ["fine.png"]
+    assert drops == {"not a file": 1, LARGE: 2}
 
 
 @contextmanager

@@ -19,7 +19,8 @@ from PIL import Image
 
 from simplear.cli import main
 from simplear.data import ImageDataModule, ImageFolderSource, TokenShards, WebDatasetSource
-from simplear.data.pictures import Drop, open_rgb
+from simplear.data.pictures import Drop, PictureFile
+from simplear.pictures import open_rgb
 
 CUT, NO_PICTURE, BOMB = "truncated or damaged picture", "not a picture", "decompression bomb"
 RED, GREEN = (255, 0, 0), (0, 255, 0)
@@ -117,7 +118,7 @@ def test_every_kind_becomes_the_same_rgb(kind: str) -> None:
 def test_what_cannot_be_used_says_why(kind: str) -> None:
     content, reason = DROPPED[kind]
     with pytest.raises(Drop) as dropped:
-        open_rgb(io.BytesIO(content()))
+        PictureFile(content()).open()
     assert str(dropped.value) == reason
 
 
@@ -127,7 +128,7 @@ def test_cut_anywhere_a_picture_is_cut(form: str) -> None:
     whole = saved(noise(), form)
     for length in range(4, len(whole) - 20, 3):
         with pytest.raises(Drop, match=CUT):
-            open_rgb(io.BytesIO(whole[:length]))
+            PictureFile(whole[:length]).open()
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
@@ -145,7 +146,7 @@ def test_damage_never_escapes_as_another_error(form: str) -> None:
             for place in random.integers(0, min(len(whole), 200), 3):
                 damaged[place] = random.integers(256)
             try:
-                open_rgb(io.BytesIO(damaged))
+                PictureFile(bytes(damaged)).open()
             except Drop as reason:
                 reasons[str(reason)] += 1
     assert reasons[CUT] > 100 and set(reasons) <= {CUT, NO_PICTURE, BOMB}
@@ -212,7 +213,7 @@ def test_tars_count_each_reason_and_names_that_are_no_text(folder: Path, tmp_pat
 
 def test_a_listing_that_is_no_text_names_its_line(tmp_path: Path) -> None:
     (tmp_path / "metadata.jsonl").write_bytes(b'{"file_name": "a.png"}\n{"file_name": "caf\xe9.png"}\n')
-    with pytest.raises(ValueError, match=r"metadata\.jsonl, line 2 is no UTF-8 JSON"):
+    with pytest.raises(ValueError, match=r"metadata\.jsonl is not UTF-8 \(line 2\)"):
         ImageFolderSource(str(tmp_path))
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "\\ud800.png", "text": "x"}')
     drops: Counter[str] = Counter()

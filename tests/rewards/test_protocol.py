@@ -4,12 +4,13 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from jsonargparse import ArgumentParser
 from torch import Tensor
 
-from simplear.command_line import PARSER_MODE
+from simplear.command_line import PARSER_MODE, mistake
 from simplear.rewards import CLIPReward, HPSv2Reward, Reward, RewardOfParts, SceneReward, WeightedReward, move, score
 
 IMAGES = torch.linspace(0, 1, 3 * 3 * 4 * 4).view(3, 3, 4, 4)
@@ -91,12 +92,48 @@ def test_broken_parts_are_named_too() -> None:
     [
         (Constant(1.0), r"Constant must return one score for each of 3 images, not \(1,\)"),
         (lambda images, captions, metadata: images, r"not \(3, 3, 4, 4\)"),
-        (lambda images, captions, metadata: [1.0, 2.0, 3.0], "not list"),
+        (lambda images, captions, metadata: [1.0, 2.0], r"not \(2,\)"),
+        (lambda images, captions, metadata: [None] * 3, "not list"),
+        (lambda images, captions, metadata: None, "not NoneType"),
+        (lambda images, captions, metadata: torch.tensor(1.0), r"not \(\)"),
+        (lambda images, captions, metadata: (torch.ones(3), {"mean": 1.0}), "not tuple"),
+        (lambda images, captions, metadata: "123", "not str"),
+        (lambda images, captions, metadata: torch.ones(1, 3), r"not \(1, 3\)"),
     ],
 )
 def test_other_shapes_are_refused(reward: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         score(reward, IMAGES, CAPTIONS, METADATA)
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        torch.tensor([1.0, 0.0, 1.0]),
+        torch.tensor([[1.0], [0.0], [1.0]]),
+        torch.tensor([True, False, True]),
+        np.array([1.0, 0.0, 1.0]),
+        [1, 0.0, True],
+        [torch.tensor(1.0), torch.tensor(0.0), torch.tensor(1.0)],
+    ],
+    ids=["tensor", "column", "booleans", "array", "list", "list of tensors"],
+)
+def test_one_number_for_each_image_is_a_score(scores: Any) -> None:
+    found = score(lambda images, captions, metadata: scores, IMAGES, CAPTIONS, METADATA)[0]
+    assert found.dtype == torch.float32 and found.tolist() == [1.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("error", [KeyError("tag"), FileNotFoundError(2, "gone", "weights.pt"), ImportError("no timm")])
+def test_what_a_reward_raises_keeps_its_type_and_its_trace(error: Exception) -> None:
+    """Also where the command line would take it for a path or a package that the user gave."""
+
+    class Mine:
+        def __call__(self, images, captions, metadata):
+            raise error
+
+    with pytest.raises(type(error)) as raised:
+        score(Mine(), IMAGES, CAPTIONS, METADATA)
+    assert raised.value.__notes__ == ["raised by the user's own reward Mine"] and mistake(raised.value) is None
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from toys import CODEBOOK, DOWNSAMPLE, make_trainer, make_visual_tokenizer, mode
 
 GRID = (2, 3)
 STEPS = 4
-WAIT = 120
+WAIT = 600
 """Seconds after which processes that wait for each other are taken to hang; they need about a quarter."""
 
 

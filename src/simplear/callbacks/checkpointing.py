@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -31,8 +32,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from simplear.atomic import require_replaceable, require_writable, sync, whole_file, writing
 from simplear.errors import UserError
 from simplear.language_model import save_checkpoint
-from simplear.stages import FSDP2
-from simplear.states import DAMAGED, damage
+from simplear.stages.sharding import FSDP2, FSDP2_NAME
+from simplear.states import DAMAGED, LIGHTNING_METADATA, SHARDS_METADATA, WEIGHTS, damage
 from simplear.visual_tokenizer import copy_visual_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -57,14 +58,50 @@ class StateIO(TorchCheckpointIO):
             torch.save(checkpoint, file)
 
     def load_checkpoint(self, path: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
-        """Raises ValueError, naming the file, for one that is damaged or cut short."""
+        """Raises UserError, naming the file, for one that is damaged or cut short, or holds something else."""
         state = Path(path).absolute()
         if state.exists() and state not in self.whole:
             if (reason := damage(state)) is not None:
                 raise UserError(DAMAGED.format(path, reason))
             self.whole.add(state)
+        if state.is_dir():
+            raise UserError(
+                f"{path} is a state of sharded training: go on with it under --trainer.strategy {FSDP2_NAME}."
+            )
         # Lightning would unpickle anything from an address on the web.
-        return super().load_checkpoint(path, *arguments, **{**options, "weights_only": True})
+        loaded = super().load_checkpoint(path, *arguments, **{**options, "weights_only": True})
+        if not isinstance(loaded, dict) or not {"pytorch-lightning_version", WEIGHTS} <= loaded.keys():
+            raise UserError(f"{path} was not written by a training: it has no {WEIGHTS!r} beside Lightning's version.")
+        return loaded
+
+
+def require_state(named: str, places: Iterable[str]) -> None:
+    """Raises UserError where ``--ckpt_path`` names what is not a training state: what is there, and which states are.
+
+    Args:
+        named: a path, or one of Lightning's words: "last" is always fine, and means none before the first one.
+        places: directories to look for states in.
+    """
+    path = Path(named)
+    sharded = any((path / name).exists() for name in (LIGHTNING_METADATA, SHARDS_METADATA))
+    if named == "last" or "://" in named or sharded or (path.is_file() and _begins_as_archive(path)):
+        return
+    if (path / "config.json").exists():
+        found = f"{named} is a checkpoint of a model, which a new training starts from (--model.init_args.checkpoint)"
+    elif path.exists():
+        found = f"{named!r} is a {'directory' if path.is_dir() else 'file'}, but not a training state"
+    else:
+        found = f"there is no training state {named!r}"
+    directories = {path.parent, path, *map(Path, places)} if path.is_dir() else set(map(Path, places))
+    states = sorted({str(state) for directory in directories for state in directory.glob("[!.]*.ckpt")})
+    which = f"one of {', '.join(states)}, or" if states else "its path, or"
+    raise UserError(f"--ckpt_path: {found}. To go on with a training, give {which} last for the newest that is whole.")
+
+
+def _begins_as_archive(file: Path) -> bool:
+    """Whether a file may be a state, perhaps a damaged one: empty, or with the first bytes of a zip archive."""
+    with file.open("rb") as opened:
+        return opened.read(2) in (b"", b"PK")
 
 
 class AtomicCheckpoint(ModelCheckpoint):
@@ -88,6 +125,9 @@ class AtomicCheckpoint(ModelCheckpoint):
         super().__init__(save_last=save_last, save_top_k=save_top_k, **kwargs)
         self._whole: set[Path] = set()
         """States that this process has written or checked."""
+        self._last_state_step = 0
+        """Optimizer step of the last state that was saved as ``last.ckpt``; before the first step none is needed."""
+        self._has_trained = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Raises OSError, before any training, when states cannot be saved."""
@@ -102,6 +142,20 @@ class AtomicCheckpoint(ModelCheckpoint):
     def _check_places(self) -> None:
         assert self.dirpath is not None
         require_writable(self.dirpath, "states to resume from", "dirpath of the checkpoint callback")
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Go on with the directory of the state, also after it was moved, and with another interval.
+
+        Lightning by itself would then write ``last-v1.ckpt`` beside a ``last.ckpt`` that stays what it was.
+        """
+        assert self.dirpath is not None
+        if Path(trainer.ckpt_path or "").absolute().parent.resolve() != Path(self.dirpath).resolve():
+            return
+        states: dict[str, Any] = checkpoint["callbacks"]
+        name = type(self).__qualname__
+        alike = [key for key in states if key.startswith(name) and states[key].get("monitor") == self.monitor]
+        for key in [key for key in (self.state_key, *alike) if key in states][:1]:
+            states[self.state_key] = _moved(states[key], str(self.dirpath))
 
     def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
         """What Lightning asks for ``ckpt_path="last"``: the newest state that is whole, if there are any.
@@ -127,20 +181,46 @@ class AtomicCheckpoint(ModelCheckpoint):
             )
         return set()
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._has_trained = True
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if 0 <= trainer.max_steps <= trainer.global_step:
+        self._save_if_ending(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
+        self._save_if_ending(trainer)
+
+    def _save_if_ending(self, trainer: Trainer) -> None:
+        """Save once it is known that no step follows: later on Lightning counts the epoch as done, wherever it is."""
+        stopping = trainer.should_stop and trainer.fit_loop._can_stop_early
+        if stopping or 0 <= trainer.max_steps <= trainer.global_step:
             self.save_end(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.save_end(trainer)
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so where there was nothing to train."""
+        if not self._has_trained and trainer.is_global_zero:
+            limits = ("max_steps", "max_epochs", "limit_train_batches")
+            logger.info(
+                "nothing to train: optimizer step %d is reached with %s. Raise the limit to train longer.",
+                trainer.global_step,
+                ", ".join(f"--trainer.{name} {getattr(trainer, name)}" for name in limits),
+            )
+
     def save_end(self, trainer: Trainer) -> None:
         """Save the state of this step as the last one, unless it has been; all ranks together, between steps."""
+        # What Lightning notes as saved at this step it does not save again for the validation that follows.
+        noted, self._last_global_step_saved = self._last_global_step_saved, self._last_state_step
         if not self._should_skip_saving_checkpoint(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        self._last_global_step_saved = noted
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         final = Path(filepath)
@@ -160,14 +240,15 @@ class AtomicCheckpoint(ModelCheckpoint):
                 _remove_both(partial)
             raise
         trainer.strategy.barrier("AtomicCheckpoint.written")
+        is_last = final.name.startswith(self.CHECKPOINT_NAME_LAST)
         if trainer.is_global_zero:
-            is_last = final.name.startswith(self.CHECKPOINT_NAME_LAST)
             # What might be damaged never takes the place of a state that is whole.
             self._give_name(partial, final, keep_previous=is_last and final in self._whole)
             self._whole.add(final)
             sync(final.parent)
         trainer.strategy.barrier("AtomicCheckpoint.end")
         self._last_global_step_saved = trainer.global_step
+        self._last_state_step = trainer.global_step if is_last else self._last_state_step
         self._last_checkpoint_saved = filepath
         if trainer.is_global_zero:
             for logger in trainer.loggers:
@@ -227,7 +308,8 @@ class HuggingFaceCheckpoint(AtomicCheckpoint):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write ``export_dir``; also when a training that had only this left to do is started again."""
-        if self.export_dir is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        super().on_fit_end(trainer, pl_module)
+        if self.export_dir is None or trainer.fast_dev_run or not trainer.global_step:  # type: ignore[attr-defined]
             return
         if trainer.strategy.broadcast(not self._is_exported()):
             export(pl_module, self.export_dir, trainer.is_global_zero)
@@ -281,6 +363,17 @@ def export(module: Any, directory: str | Path, write: bool) -> None:
             state_dict=weights,
             visual_tokenizer=None if carried is None else functools.partial(copy_visual_tokenizer, carried),
         )
+
+
+def _moved(state: dict[str, Any], directory: str) -> dict[str, Any]:
+    """The state of a ModelCheckpoint whose directory has become another."""
+
+    def moved(path: str) -> str:
+        return path and os.path.join(directory, os.path.relpath(path, state["dirpath"]))
+
+    paths = {key: moved(value) for key, value in state.items() if key.endswith("_path")}
+    best = {moved(path): score for path, score in state["best_k_models"].items()}
+    return {**state, **paths, "best_k_models": best, "dirpath": directory}
 
 
 @rank_zero_only

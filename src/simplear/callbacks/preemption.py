@@ -5,6 +5,9 @@ middle of a step, into a file that goes before ``--ckpt_path`` for ever after. S
 setup of a training to its end: they set a flag, and at the next step boundary all ranks agree, save ``last.ckpt``, and
 exit. A step of GRPO is a rollout with its updates. Under SLURM the requeue signal also requeues the job, as Lightning
 would; SIGTERM does not, for `scancel` sends it too.
+
+Ctrl-C does the same while steps are taken, and a second one stops at once. `simplear fit` always has this callback
+where there is an `AtomicCheckpoint` with ``save_last``.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnv
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from simplear.callbacks.checkpointing import AtomicCheckpoint
+from simplear.command_line import STOPPED
 from simplear.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -29,8 +33,12 @@ RESUME_ME = 75
 """EX_TEMPFAIL of sysexits.h: the same command with ``--ckpt_path last`` goes on where this one stopped."""
 
 
+STANDARD_ERROR = 2
+AFTER_THIS_STEP = b"\nCtrl-C: stopping after this step, with its state saved; once more stops at once\n"
+
+
 class Preempted(SystemExit):
-    """Ends the process with `RESUME_ME`."""
+    """Ends the process with `RESUME_ME`, or after Ctrl-C with `STOPPED`."""
 
 
 class Preemption(Callback):
@@ -52,6 +60,7 @@ class Preemption(Callback):
         self.received: signal.Signals | None = None
         """The signal that this process got, if any."""
         self._handlers: dict[signal.Signals, Any] = {}
+        self._speaks = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Raises ValueError where nothing would be saved."""
@@ -71,6 +80,22 @@ class Preemption(Callback):
         requeue = _requeue_signal(trainer)
         for number in self.signals | ({requeue} if requeue else set()):
             self._handlers[number] = signal.signal(number, self._note)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From here on Ctrl-C waits for a step, unless the shell has it ignored; before there is nothing to save."""
+        self._speaks = trainer.is_global_zero
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            self._handlers[signal.SIGINT] = signal.signal(signal.SIGINT, self._note_interrupt)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let Ctrl-C stop at once again."""
+        self._restore_one(signal.SIGINT)
+
+    def _note_interrupt(self, number: int, frame: FrameType | None) -> None:
+        self._note(number, frame)
+        self._restore_one(signal.SIGINT)
+        if self._speaks:
+            os.write(STANDARD_ERROR, AFTER_THIS_STEP)  # not print, which it may have interrupted
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         # The requeue signal goes before SIGTERM, which often follows it.
@@ -97,18 +122,20 @@ class Preemption(Callback):
         self._exit(trainer)
 
     def _exit(self, trainer: Trainer) -> NoReturn:
+        code = STOPPED if self.received == signal.SIGINT else self.exit_code
         if trainer.is_global_zero:
             name = self.received.name if self.received else "a signal on another rank"
+            meaning = "" if code == STOPPED else f"; exit code {code} says resume me"
             logger.warning(
-                "%s: the state of step %d is saved; exit code %d says resume me: --ckpt_path last goes on from it",
+                "%s: the state of step %d is saved%s: --ckpt_path last goes on from it",
                 name,
                 trainer.global_step,
-                self.exit_code,
+                meaning,
             )
         # A process that Lightning itself has started would have its exit code taken for a crash, and the first process,
         # whose code counts, would be killed.
         started = isinstance(trainer._accelerator_connector.cluster_environment, LightningEnvironment)
-        raise Preempted(0 if started and trainer.local_rank > 0 else self.exit_code)
+        raise Preempted(0 if started and trainer.local_rank > 0 else code)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._restore(trainer)
@@ -119,9 +146,12 @@ class Preemption(Callback):
 
     def _restore(self, trainer: Trainer) -> None:
         vars(trainer._signal_connector).pop("register_signal_handlers", None)
-        while self._handlers:
-            number, handler = self._handlers.popitem()
-            signal.signal(number, handler)
+        for number in list(self._handlers):
+            self._restore_one(number)
+
+    def _restore_one(self, number: signal.Signals) -> None:
+        if number in self._handlers:
+            signal.signal(number, self._handlers.pop(number))
 
 
 def requeue_job() -> None:

@@ -1,4 +1,7 @@
-"""A progress bar for a whole training, with the time left; without a terminal, a line for every tenth of it."""
+"""A progress bar for a whole training, with the time left; without a terminal, a line for every tenth of it.
+
+A training without a last step (``max_time`` alone) has a line whenever the number of steps has doubled.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ class StageProgressBar(TQDMProgressBar):
         super().__init__(refresh_rate)
         self.stage = stage
         self.metric = metric
-        self._total = 0
+        self._total: int | None = None
         self._first_step = 0
         self._started = 0.0
         self._lines = 0
@@ -50,7 +53,7 @@ class StageProgressBar(TQDMProgressBar):
         self._total = _optimizer_steps(trainer)
         self._first_step = trainer.global_step
         self._started = time.monotonic()
-        self._lines = LINES * self._first_step // self._total
+        self._lines = self._lines_by(self._first_step)
         self.train_progress_bar = self.init_train_tqdm()
 
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
@@ -65,12 +68,12 @@ class StageProgressBar(TQDMProgressBar):
         step = trainer.global_step
         bar = self.train_progress_bar
         if not bar.disable:
-            if step != bar.n and (step % self.refresh_rate == 0 or step >= self._total):
+            if step != bar.n and (step % self.refresh_rate == 0 or step == self._total):
                 bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
                 bar.n = step
                 bar.refresh()
-        elif self.is_enabled and LINES * step // self._total > self._lines:
-            self._lines = LINES * step // self._total
+        elif self.is_enabled and self._lines_by(step) > self._lines:
+            self._lines = self._lines_by(step)
             print(self._text(trainer, pl_module, step), flush=True)
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:  # type: ignore[override]
@@ -78,17 +81,23 @@ class StageProgressBar(TQDMProgressBar):
         value = trainer.callback_metrics.get(self.metric)
         return {} if value is None else {self.metric.rpartition("/")[2]: f"{float(value):.3f}"}
 
+    def _lines_by(self, step: int) -> int:
+        return step.bit_length() if self._total is None else LINES * step // self._total
+
     def _text(self, trainer: Trainer, module: LightningModule, step: int) -> str:
         elapsed = time.monotonic() - self._started
+        metrics = "".join(f", {name} {value}" for name, value in self.get_metrics(trainer, module).items())
+        if self._total is None:
+            return f"{self.stage}: step {step}, {Tqdm.format_interval(elapsed)} gone{metrics}"
         left = elapsed * (self._total - step) / (step - self._first_step)
         times = f"{Tqdm.format_interval(elapsed)} gone, {Tqdm.format_interval(left)} left"
-        metrics = "".join(f", {name} {value}" for name, value in self.get_metrics(trainer, module).items())
         return f"{self.stage}: step {step} of {self._total} ({step / self._total:.0%}), {times}{metrics}"
 
 
-def _optimizer_steps(trainer: Trainer) -> int:
-    """Of the whole fit. Not `trainer.estimated_stepping_batches`, which may reload the data and lose its position."""
-    if trainer.max_steps > 0:
-        return trainer.max_steps
-    epochs = max(trainer.max_epochs or 1, 1)
-    return int(trainer.num_training_batches // trainer.accumulate_grad_batches * epochs)
+def _optimizer_steps(trainer: Trainer) -> int | None:
+    """Of the whole fit, if it has a last step. Not `trainer.estimated_stepping_batches`, which may reload the data and
+    lose its position.
+    """
+    epochs = trainer.max_epochs or -1
+    in_epochs = int(trainer.num_training_batches // trainer.accumulate_grad_batches * epochs)
+    return min((steps for steps in (trainer.max_steps, in_epochs) if steps >= 0), default=None)

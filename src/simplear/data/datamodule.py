@@ -3,7 +3,9 @@
 The position is the number of global batches consumed, and the DataModule's own state in a Lightning checkpoint. Each
 micro-batch carries its running number, noted when a training step receives it; so prefetching workers do not matter,
 and neither does `trainer.global_step`. Loaders begin at the position and never end by themselves: Lightning counts the
-micro-batches of an epoch, and after a restart it goes on counting from where it was, with a fresh iterator.
+micro-batches of an epoch, and after a restart it goes on counting from where it was, with a fresh iterator. So epochs
+that `limit_train_batches` cuts short take up the data one after another, and see all of it in turn; `overfit_batches`
+repeats the first ones.
 
 Resuming under another accumulation works too: Lightning's count of micro-batches within the epoch is put into the new
 unit. A stage must not read `trainer.estimated_stepping_batches`: under sharded strategies that builds the loaders
@@ -23,7 +25,7 @@ import torch
 from lightning.pytorch.loops.progress import _ProcessedTracker
 from torch.utils.data import DataLoader, Dataset
 
-from simplear.data.order import DataOrder, MicroBatch, MicroBatchSampler, Order
+from simplear.data.order import DataOrder, FirstBatches, MicroBatch, MicroBatchSampler, Order
 from simplear.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -59,6 +61,9 @@ class OrderedDataModule(lightning.LightningDataModule):
 
     def __init__(self, global_batch_size: int, seed: int, num_workers: int, shuffle: bool) -> None:
         super().__init__()
+        for name, value, least in (("global_batch_size", global_batch_size, 1), ("num_workers", num_workers, 0)):
+            if value < least:
+                raise UserError(f"--data.init_args.{name} {value} must be at least {least}.")
         self.global_batch_size = global_batch_size
         self.seed = seed
         self.num_workers = num_workers
@@ -84,6 +89,14 @@ class OrderedDataModule(lightning.LightningDataModule):
             in_flight = int(self.trainer.training and progress.ready > progress.processed)
         return (self._next_micro_batch - in_flight) // self._accumulation
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """Global batches of an epoch, as the Trainer limits it; after setup."""
+        assert self.training is not None and self.trainer is not None
+        order = self.training.order(self.global_batch_size, self.seed, self.shuffle, "training rows")
+        accumulation = self.trainer.accumulate_grad_batches
+        return _limited(self.trainer, order.batches_per_epoch * accumulation) // accumulation
+
     def state_dict(self) -> dict[str, Any]:
         """The position, and what it is a position in."""
         return {
@@ -107,6 +120,10 @@ class OrderedDataModule(lightning.LightningDataModule):
         assert self.training is not None, "setup() comes first."
         accumulation = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
         sampler = self._sampler(self.training, self.shuffle, accumulation, endless=self.trainer is not None)
+        if self.trainer is not None:
+            self._check_limits(self.trainer, sampler)
+            if self.trainer.overfit_batches:  # type: ignore[attr-defined]
+                sampler.order = FirstBatches(sampler.order, self.steps_per_epoch)
         sampler.start = lambda: self.global_batches_consumed
         if self._restored is not None:
             self._require_same_order(self._restored)
@@ -156,11 +173,14 @@ class OrderedDataModule(lightning.LightningDataModule):
 
     def _order_settings(self) -> dict[str, Any]:
         rows = {"rows": []} if self.training is None else self.training.order_settings()
-        return {"seed": self.seed, "global_batch_size": self.global_batch_size, "shuffle": self.shuffle, **rows}
+        settings = {"seed": self.seed, "global_batch_size": self.global_batch_size, "shuffle": self.shuffle, **rows}
+        if self.trainer is not None and (overfit := self.trainer.overfit_batches):  # type: ignore[attr-defined]
+            settings["overfit_batches"] = overfit
+        return settings
 
     def _require_same_order(self, restored: dict[str, Any]) -> None:
         settings = self._order_settings()
-        others = {key: restored.get(key) for key in (*settings, "weights")}
+        others = {key: restored.get(key) for key in (*settings, "weights", "overfit_batches")}
         for key, value in others.items():
             if value != (now := settings.get(key)):
                 raise UserError(
@@ -176,6 +196,22 @@ class OrderedDataModule(lightning.LightningDataModule):
         whole_steps = progress.processed // before * now
         progress.completed += whole_steps - progress.processed
         progress.ready = progress.started = progress.processed = whole_steps
+
+    def _check_limits(self, trainer: lightning.Trainer, sampler: MicroBatchSampler) -> None:
+        """Raises UserError for limits of an epoch that would cut an optimizer step, or leave no validation in it."""
+        batches, accumulation = _limited(trainer, len(sampler)), sampler.accumulation
+        name = "overfit_batches" if trainer.overfit_batches else "limit_train_batches"  # type: ignore[attr-defined]
+        if batches % accumulation and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            raise UserError(
+                f"--trainer.{name} {trainer.limit_train_batches} leaves {batches} batches in an epoch, no multiple of "
+                f"the {accumulation} of an optimizer step (--trainer.accumulate_grad_batches): take such a multiple."
+            )
+        interval = getattr(trainer, "val_check_interval", None)  # absent where it is a time
+        if isinstance(interval, int) and interval > batches and trainer.check_val_every_n_epoch is not None:
+            raise UserError(
+                f"--trainer.val_check_interval {interval} exceeds the {batches} batches of an epoch: count over all "
+                "epochs (--trainer.check_val_every_n_epoch null), or take a smaller one."
+            )
 
     def _sampler(self, dataset: BatchDataset, shuffle: bool, accumulation: int, endless: bool) -> MicroBatchSampler:
         noun = "training rows" if dataset is self.training else "validation rows"
@@ -198,6 +234,12 @@ class OrderedDataModule(lightning.LightningDataModule):
 def _as_made(batch: Any) -> Any:
     """In place of PyTorch's conversion, which would walk through all metadata."""
     return batch
+
+
+def _limited(trainer: lightning.Trainer, batches: int) -> int:
+    """How many of an epoch's micro-batches the Trainer takes; `overfit_batches` limits them too."""
+    limit = trainer.limit_train_batches
+    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
 
 def _progress(trainer: lightning.Trainer) -> _ProcessedTracker:

@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DistributedSampler, SequentialSampler
 
 from simplear.errors import UserError
 from simplear.hashing import UInt64, mix
@@ -188,8 +188,37 @@ class DataOrder:
         return GlobalBatch(epoch, bucket, positions)
 
 
+@dataclass(frozen=True)
+class FirstBatches:
+    """The first global batches of an order, the very same again and again."""
+
+    order: Order
+    count: int
+
+    @property
+    def global_batch_size(self) -> int:
+        """As the order's."""
+        return self.order.global_batch_size
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """As the order's: the Trainer limits it."""
+        return self.order.batches_per_epoch
+
+    @property
+    def rows_left_out(self) -> int:
+        """As the order's."""
+        return self.order.rows_left_out
+
+    def __getitem__(self, number: int) -> GlobalBatch:
+        """Global batch `number`, counted from the beginning of the first epoch."""
+        return self.order[number % self.count]
+
+
 def micro_batch_size(global_batch_size: int, world_size: int, accumulation: int) -> int:
     """Rows of one forward and backward pass on one rank. Raises ValueError when it is no whole number."""
+    if accumulation < 1:
+        raise UserError(f"--trainer.accumulate_grad_batches {accumulation} must be at least 1.")
     size, rest = divmod(global_batch_size, world_size * accumulation)
     if rest or size == 0:
         raise UserError(
@@ -209,13 +238,14 @@ class MicroBatch(NamedTuple):
     positions: Int64
 
 
-class MicroBatchSampler(DistributedSampler[MicroBatch]):
+class MicroBatchSampler(DistributedSampler[MicroBatch], SequentialSampler):  # type: ignore[misc]
     """This rank's micro-batches, from a position on.
 
     Accumulation step a of rank r takes rows ``[(a * world_size + r) * m, … + m)`` of a global batch, m the micro-batch
     size: micro-batches put together by accumulation step, then by rank, are the global batch in its order.
 
-    It is a `DistributedSampler` in name only, which is how Lightning knows that ranks are divided already.
+    It is a `DistributedSampler` and a `SequentialSampler` in name only, which is how Lightning knows that ranks are
+    divided already, and that `overfit_batches` needs no other order.
     """
 
     def __init__(
@@ -248,7 +278,7 @@ class MicroBatchSampler(DistributedSampler[MicroBatch]):
         """Micro-batches of a whole epoch, wherever iteration starts."""
         return self.order.batches_per_epoch * self.accumulation
 
-    def __iter__(self) -> Iterator[MicroBatch]:
+    def __iter__(self) -> Iterator[MicroBatch]:  # type: ignore[override]
         number = self.start()
         end = (number // self.order.batches_per_epoch + 1) * self.order.batches_per_epoch
         while self.endless or number < end:

@@ -10,24 +10,33 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
+import stat
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from simplear.errors import SystemRefusedError
-from simplear.pictures import PictureError, open_rgb, opened_picture
+from simplear.errors import SystemRefusedError, UserError
+from simplear.pictures import PictureError, is_missing, open_rgb, opened_picture
 
 logger = logging.getLogger(__name__)
 
 Pixels = npt.NDArray[np.uint8]
+
+MAX_BYTES = 1 << 28
+"""Of a file: larger ones are never pictures or captions, whatever they are called, and would fill the memory."""
+TOO_LARGE = f"file of more than {MAX_BYTES >> 20} MiB"
+MISSING_FILE = "picture file missing"
+WEB_ADDRESS = "web address in place of a picture (img2dataset fetches them)"
+ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.I)
 
 
 class Drop(Exception):
@@ -53,8 +62,8 @@ def _drops() -> Iterator[None]:
 class PictureFile:
     """A picture that is not decoded yet."""
 
-    content: bytes | Path
-    """The file, or where it is."""
+    content: bytes | Path | str
+    """The file, or where it is; a text is an address that fsspec opens, such as ``zip://a.jpg::pictures.zip``."""
     name: str = ""
     """Of the file where the content is given; its suffix counts."""
 
@@ -73,7 +82,7 @@ class PictureFile:
 
     @property
     def _name(self) -> str:
-        return self.name or (str(self.content) if isinstance(self.content, Path) else "")
+        return self.name or ("" if isinstance(self.content, bytes) else str(self.content).partition("::")[0])
 
     def _file(self) -> IO[bytes]:
         return io.BytesIO(self._bytes)
@@ -82,14 +91,56 @@ class PictureFile:
     def _bytes(self) -> bytes:
         if isinstance(self.content, bytes):
             return self.content
+        if isinstance(self.content, str):
+            return _read_address(self.content)
         try:
             return read_unchanged(self.content)
-        except (FileNotFoundError, UnicodeEncodeError) as error:
-            raise Drop("picture file missing") from error
+        except (OSError, ValueError) as error:
+            if is_missing(error):
+                raise Drop(MISSING_FILE) from error
+            raise
+
+
+def picture_at(place: str, folder: Path | None = None) -> PictureFile:
+    """The picture of which a list or a column says where it is: a path, perhaps below a folder, or an address."""
+    if ADDRESS.match(place):
+        return PictureFile(place)
+    return PictureFile(Path(place) if folder is None else folder / place)
+
+
+def _read_address(address: str) -> bytes:
+    protocol, _, path = address.partition("://")
+    if protocol.lower() in ("http", "https"):
+        raise Drop(WEB_ADDRESS)
+    path, chain, archive = path.partition("::")
+    try:
+        content = _file_system(f"{protocol}://{chain}{archive}", os.getpid()).cat_file(path)
+    except (FileNotFoundError, KeyError) as error:  # the latter: of an archive
+        raise Drop(MISSING_FILE) from error
+    except Exception as error:  # each file system has errors of its own
+        raise UserError(f"{address} could not be read ({type(error).__name__}: {error}).") from error
+    return bytes(content)
+
+
+@lru_cache(maxsize=4)
+def _file_system(address: str, process: int) -> Any:
+    """Kept, since opening an archive reads its whole list of contents; by process, since they share no open files."""
+    from fsspec.core import url_to_fs  # not needed by most sources
+
+    return url_to_fs(address)[0]
 
 
 def read_unchanged(path: Path) -> bytes:
-    """The content of a file. Raises OSError when it is written to meanwhile, for then it is neither old nor new."""
+    """The content of a file.
+
+    Raises OSError when it is written to meanwhile, for then it is neither old nor new, and `Drop` for what is not a
+    file, or too large a one.
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise Drop("not a file")
+    if status.st_size > MAX_BYTES:
+        raise Drop(TOO_LARGE)
     with open(path, "rb") as file:
         before = os.fstat(file.fileno())
         content = file.read()

@@ -7,6 +7,7 @@ number of processes.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -23,11 +24,13 @@ from tqdm import tqdm
 
 from simplear.atomic import remove_abandoned
 from simplear.data.pictures import warn_of_drops
-from simplear.data.shards import committed_sidecar, is_committed, merge_manifest
+from simplear.data.shards import MANIFEST_FILE, committed_sidecar, is_committed, merge_manifest, read_json
 from simplear.data.sources import Source, Unit
 from simplear.data.units import UnitBatch, UnitDataset, UnitEnd, checked_units
-from simplear.errors import SystemRefusedError
+from simplear.errors import SystemRefusedError, UserError
 from simplear.progress import progress_bar
+
+logger = logging.getLogger(__name__)
 
 TO_CONNECT, NO_LIMIT = timedelta(minutes=5), timedelta(days=365)
 
@@ -56,12 +59,41 @@ def make_trainer(
 
 
 def predict_units(trainer: lightning.Trainer, module: UnitModule) -> None:
-    """Do the work; returns on every rank when the manifest is merged."""
+    """Do the work; returns on every rank when the manifest is merged.
+
+    Raises UserError on the first rank if no picture was kept; a line says so if most were dropped.
+    """
     with warnings.catch_warnings():
         # Batches know their rows themselves, and processes take few units each.
         warnings.filterwarnings("ignore", "Couldn't infer the batch indices.*")
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
         trainer.predict(module, return_predictions=False)
+    if trainer.is_global_zero:
+        _look_at_drops(module.source, module.out)
+
+
+def _look_at_drops(source: Source, out: Path) -> None:
+    manifest = read_json(out / MANIFEST_FILE)
+    drops: Counter[str] = Counter()
+    for shard in manifest["shards"]:
+        drops.update(shard["drops"])
+    if drops.total() <= manifest["rows"] > 0:
+        return
+    hint = source.hint(drops)
+    hint = f" Note that {hint}" if hint else ""
+    if manifest["rows"]:
+        (reason, count), *_ = drops.most_common()
+        total = drops.total() + manifest["rows"]
+        logger.warning("most pictures were dropped: %d of %d, %d as %r.%s", drops.total(), total, count, reason, hint)
+        return
+    # Nothing is lost with what was committed, and the same command is to try again.
+    for file in [out / MANIFEST_FILE, *((out / shard["file"]).with_suffix(".json") for shard in manifest["shards"])]:
+        file.unlink(missing_ok=True)
+    reasons = ", ".join(f"{count} {reason}" for reason, count in drops.most_common()) or "the source has none"
+    raise UserError(
+        f"no picture was kept ({reasons}).{hint} Change that and run the same again; with other options, remove {out} "
+        "first."
+    )
 
 
 class RanksTogether:

@@ -172,3 +172,6 @@ class RecaptionedSource(Source):
         for row in parquet.read_table(io.BytesIO(content)).to_pylist():
             rows[row["key"]].append(row)
         return rows
+
+    def hint(self, drops: Mapping[str, int]) -> str:
+        return self.source.hint(drops)

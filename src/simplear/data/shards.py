@@ -7,7 +7,7 @@ synced and renamed, the sidecar after its shard: a shard that has its sidecar is
 
 Reading goes past `datasets`: a row is some offsets and slices of mapped bytes. Each row carries a checksum of what
 training takes from it, compared whenever it is read, so nothing damaged is trained on and no start waits until 88 GB
-are hashed. A ``.jsonl`` of prompts reads as rows with an empty grid. Nothing here knows of pictures, of text tokenizers
+are hashed. A file of prompts reads as rows with an empty grid. Nothing here knows of pictures, of text tokenizers
 or of the order of training.
 """
 
@@ -33,7 +33,7 @@ from simplear import atomic
 from simplear.atomic import temporary_name, whole_file
 from simplear.errors import MissingFileError, SystemRefusedError, UserError
 from simplear.hashing import sha256_of
-from simplear.text_files import read_prompts
+from simplear.text_files import PROMPT_SUFFIXES, read_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -438,7 +438,9 @@ class TokenShards:
         self.paths = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
         for number, path in enumerate(self.paths):
             first = len(self._shards)
-            if path.suffix == ".jsonl":
+            if path.suffix == ".arrow":
+                raise UserError(f"{path} is one shard: name its directory, {path.parent}.")
+            if path.is_file() or path.suffix.lower() in filter(None, PROMPT_SUFFIXES):
                 rows = [
                     TokenRow(str(number), np.empty((0, 0), np.uint16), [prompt], metadata, path.name)
                     for number, (prompt, metadata) in enumerate(read_prompts(path), start=1)

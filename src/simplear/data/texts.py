@@ -1,4 +1,4 @@
-"""Sets of texts without images, for a language model that shall keep its language: ``simplear data text``.
+"""Sets of texts without images, so that a language model does not forget how to write: ``simplear data text``.
 
 They are token shards like others, whose rows have no codes and one caption, the text; their settings name no visual
 tokenizer, so they go with sets of any. A long text becomes several rows, cut where a line or a word ends. Each file is
@@ -11,7 +11,6 @@ read here.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections import Counter
@@ -24,6 +23,7 @@ import pyarrow.parquet as pq
 
 from simplear.atomic import remove_abandoned
 from simplear.data.shards import (
+    MANIFEST_FILE,
     TokenRow,
     claim_directory,
     committed_sidecar,
@@ -34,6 +34,7 @@ from simplear.data.sources.base import distinct_names
 from simplear.errors import MissingFileError, UserError
 from simplear.hashing import file_identity
 from simplear.progress import progress_bar
+from simplear.text_files import encoded_lines, parse_json, read_lines, valid_unicode
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ PARQUET_ROWS = 1000
 """Rows of a parquet file in memory at once."""
 ENOUGH, MUCH = 10_000, 1_000_000
 """Bytes of a .txt after which it may be cut where a line is blank, and must be where one ends."""
+WHITE_SPACE = re.compile(r"\s*")
 NO_CODES = np.empty((0, 0), np.uint16)
 
 Texts = Iterator[tuple[str, str, int]]
@@ -68,18 +70,18 @@ def write_texts(
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: another kind of file; a parquet file that is damaged or has no such column; a .txt that is no UTF-8;
-            no text at all.
+        ValueError: another kind of file; a parquet file that is damaged or has no such column; a .txt that is not
+            UTF-8; no text at all.
     """
     if max_characters < 1 or rows_per_shard < 1:
         raise UserError(f"max_characters {max_characters} and rows_per_shard {rows_per_shard} must be above 0.")
     paths = [Path(file) for file in files]
     for path in paths:
-        if path.suffix not in READERS:
+        if path.suffix.lower() not in READERS:
             raise UserError(f"{path} is none of {', '.join(READERS)}: convert it, or take it out.")
         if not path.is_file():
             raise MissingFileError(f"no file of texts at {path}.")
-        if path.suffix == ".parquet":
+        if path.suffix.lower() == ".parquet":
             _parquet(path, column)
     target = Path(out)
     source = {
@@ -108,7 +110,8 @@ def write_texts(
         logger.warning("%d texts left out: %s", count, reason)
     manifest = merge_manifest(target, names)
     if not manifest["rows"]:
-        raise UserError(f"the files hold no text: {', '.join(files)}.")
+        (target / MANIFEST_FILE).unlink()
+        raise UserError(f"the files hold no text: {', '.join(files)}; of a .jsonl, --column names the key of the text.")
     print(f"{manifest['rows']} texts in {len(names)} shards: {target}")
 
 
@@ -118,7 +121,7 @@ def _shards(
     """Rows of one shard after another, with what was left out among them."""
     drops: Counter[str] = Counter()
     rows: list[tuple[str, str]] = []
-    for key, text, size in READERS[path.suffix](path, column, drops):
+    for key, text, size in READERS[path.suffix.lower()](path, column, drops):
         advance(size)
         parts = list(pieces(text, max_characters))
         for number, part in enumerate(parts):
@@ -133,46 +136,43 @@ def _shards(
 
 def pieces(text: str, max_characters: int) -> Iterator[str]:
     """A text in parts of at most so many characters, cut where a line ends, else a word, else anywhere."""
-    while len(text) > max_characters:
-        head = text[: max_characters + 1]
-        cut = max(head.rfind("\n"), 0) or max(head.rfind(" "), 0) or max_characters
-        if part := text[:cut].strip():
+    place = 0  # in place of copies of the rest, which would take the square of its length
+    while len(text) - place > max_characters:
+        end = place + max_characters + 1
+        found = (text.rfind(mark, place + 1, end) for mark in "\n ")
+        cut = next((cut for cut in found if cut > 0), end - 1)
+        if part := text[place:cut].strip():
             yield part
-        text = text[cut:].lstrip()
-    if text := text.strip():
-        yield text
+        place = WHITE_SPACE.match(text, cut).end()  # type: ignore[union-attr]
+    if part := text[place:].strip():
+        yield part
 
 
 def _running_text(path: Path, column: str, drops: Counter[str]) -> Texts:
     """A .txt: lines up to a blank one, some ten thousand bytes together or more, for the cutting to choose from."""
     first, held, size = 1, list[str](), 0
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                held.append(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path}, line {number} is no UTF-8 ({error}): convert the file.") from error
-            size += len(line)
-            if size >= ENOUGH and (not line.strip() or size >= MUCH):
-                yield str(first), "".join(held), size
-                first, held, size = number + 1, [], 0
+    for number, line in read_lines(path, blank=True):
+        held.append(f"{line}\n")
+        size += len(line.encode()) + 1
+        if size >= ENOUGH and (not line.strip() or size >= MUCH):
+            yield str(first), "".join(held), size
+            first, held, size = number + 1, [], 0
     if held:
         yield str(first), "".join(held), size
 
 
 def _json_lines(path: Path, column: str, drops: Counter[str]) -> Texts:
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            yield str(number), _json_text(line, column, drops) if line.strip() else "", len(line)
+    for number, line in encoded_lines(path, str(path)):
+        yield str(number), _json_text(line, column, drops) if line.strip() else "", len(line) + 1
 
 
 def _json_text(line: bytes, column: str, drops: Counter[str]) -> str:
     try:
-        entry = json.loads(line.decode())
+        entry = parse_json(line.decode())
     except UnicodeDecodeError:
         drops["no UTF-8"] += 1
         return ""
-    except json.JSONDecodeError:
+    except ValueError:
         entry = None
     if not isinstance(entry, Mapping):
         drops["no JSON object"] += 1
@@ -211,9 +211,7 @@ def _text(value: object, drops: Counter[str]) -> str:
     if not isinstance(value, str):
         drops["no string"] += 1
         return ""
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair, which no file can hold
+    if not valid_unicode(value):
         drops["no valid Unicode"] += 1
         return ""
     if not value.strip():

@@ -1,7 +1,7 @@
 """Token shards as training batches for language-model stages and for GRPO.
 
 Captions are chosen, prefixed and dropped anew each epoch by pure functions of (seed, epoch, row); sequences are built
-by `simplear.sequence`. A ``.jsonl`` of prompts among the paths gives rows with an empty grid, for GRPO; a set of texts,
+by `simplear.sequence`. A file of prompts among the paths gives rows with an empty grid, for GRPO; a set of texts,
 which `simplear data text` writes, gives rows without images, whose batches are plain text.
 """
 
@@ -180,7 +180,8 @@ class TokenDataModule(OrderedDataModule):
     ) -> None:
         """
         Args:
-            paths: Directories of token shards, of images or of texts, or .jsonl files with a "prompt" in each line.
+            paths: Directories of token shards, of images or of texts, or files of prompts: .txt with a prompt a line,
+                .jsonl or .json with objects that have a "prompt".
             global_batch_size: Images of one optimizer step, over all ranks and accumulated micro-batches.
             tokenizer: Directory or hub id of the text tokenizer; missing special tokens are appended in memory.
             weights: Share of each of the paths among the training samples, as numbers in any unit; by default all
@@ -241,14 +242,17 @@ class TokenDataModule(OrderedDataModule):
                 continue
             if shards.holds_texts and shards.holds_prompts:
                 raise UserError(
-                    "prompts (.jsonl) and texts without images cannot be in one set of paths: prompts are for GRPO, "
+                    "prompts and texts without images cannot be in one set of paths: prompts are for GRPO, "
                     "texts for pretraining and fine-tuning."
                 )
             if shards.fingerprint is not None:
                 self._require_same_tokenizer(shards)
             self._verify(shards)
         if self.codebook_size is None:
-            raise UserError("prompts or texts alone do not say the number of image codes: give codebook_size.")
+            raise UserError(
+                "prompts or texts alone do not say the number of image codes: give codebook_size "
+                "(--data.init_args.codebook_size)."
+            )
         self.text_tokenizer = load_text_tokenizer(self.tokenizer_path)
         vocabulary = self.text_tokenizer.get_vocab()
         if TEXT_TO_IMAGE in vocabulary and START_OF_IMAGE in vocabulary:

@@ -74,21 +74,22 @@ def read_questions(file: str | Path) -> dict[str, list[Question]]:
             "it (--questions)."
         )
     items: dict[str, dict[int, Question]] = {}
-    with io.StringIO(decode(Path(file).read_bytes(), str(file)), newline="") as opened:
-        rows = csv.DictReader(opened)
-        if missing := [column for column in COLUMNS if column not in (rows.fieldnames or ())]:
-            raise UserError(f"{file} has no column {missing[0]!r}: it is not DPG-Bench's question file.")
-        for row in rows:
-            try:
-                question = _question(row)
-            except (ValueError, AttributeError) as error:  # the latter: a row that is too short
-                raise UserError(f"{file}, line {rows.line_num}, item {row['item_id']!r}: {error}.") from error
-            questions = items.setdefault(row["item_id"].strip(), {})
-            if question.number in questions:
-                raise UserError(
-                    f"{file}, line {rows.line_num}: item {row['item_id']!r} has two questions {question.number}."
-                )
-            questions[question.number] = question
+    rows = csv.DictReader(io.StringIO(decode(Path(file).read_bytes(), str(file)), newline=""))
+    try:
+        table = [(rows.line_num, row) for row in rows]
+    except csv.Error as error:
+        raise UserError(f"{file}, line {rows.reader.line_num} is not CSV ({error}).") from error
+    if missing := [column for column in COLUMNS if column not in (rows.fieldnames or ())]:
+        raise UserError(f"{file} has no column {missing[0]!r}: it is not DPG-Bench's question file.")
+    for line, row in table:
+        try:
+            question = _question(row)
+        except (ValueError, AttributeError) as error:  # the latter: a row that is too short
+            raise UserError(f"{file}, line {line}, item {row['item_id']!r}: {error}.") from error
+        questions = items.setdefault(row["item_id"].strip(), {})
+        if question.number in questions:
+            raise UserError(f"{file}, line {line}: item {row['item_id']!r} has two questions {question.number}.")
+        questions[question.number] = question
     for item, questions in items.items():
         try:
             ancestry(list(questions.values()))

@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simplear.data.pictures import resize_and_crop
-from simplear.errors import MissingFileError, UserError
-from simplear.pictures import PICTURE_SUFFIXES, read_rgb
+from simplear.data.sources.folders import pictures_below
+from simplear.errors import UserError
+from simplear.pictures import read_rgb
 
 logger = logging.getLogger(__name__)
 
@@ -26,13 +27,11 @@ READERS = min(8, os.cpu_count() or 1)
 
 
 def picture_files(folder: str | Path) -> list[Path]:
-    """All pictures below a folder, in the order of their paths. Raises FileNotFoundError where there are none."""
-    if not Path(folder).is_dir():
-        raise MissingFileError(f"{folder} is no folder: give one that holds pictures.")
-    files = sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES)
-    if not files:
-        raise MissingFileError(f"{folder} holds no picture ({', '.join(sorted(PICTURE_SUFFIXES))}).")
-    return files
+    """All pictures below a folder, in the order of their paths, hidden files and folders left out.
+
+    Raises FileNotFoundError where there are none.
+    """
+    return pictures_below(Path(folder))
 
 
 def picture_batches(

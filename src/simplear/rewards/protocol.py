@@ -13,15 +13,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from simplear.described import Described
-from simplear.errors import UserError
+from simplear.errors import UserError, note_user_code
 
 
+@runtime_checkable
 class Reward(Protocol):
     """Scores pictures; frozen, without gradient, and the same for a picture whatever else is in the batch.
 
@@ -30,7 +31,7 @@ class Reward(Protocol):
     """
 
     def __call__(self, images: Any, captions: Any, metadata: Any) -> Any:
-        """Scores (B,) float32 on the images' device; higher is better.
+        """Scores (B,) float32 on the images' device; higher is better. An array or a list of B numbers will do.
 
         Args:
             images: (B, 3, H, W) float in [0, 1].
@@ -72,17 +73,23 @@ def score(
         scores (B,) float32 on the images' device, and the parts by name, each like the scores.
 
     Raises:
-        ValueError: the input is not as above; or the reward returns another shape, NaN or an infinite number: the
-            message names the reward's class and the caption.
+        UserError: the input is not as above; or the reward returns another number of scores, NaN or an infinite number:
+            the message names the reward's class and the caption.
     """
     _require_input(images, captions, metadata)
-    with torch.no_grad():
-        if isinstance(reward, RewardOfParts):
-            parts = reward.parts(images, captions, metadata)
-            scores = reward.combine(parts)
-        else:
-            parts, scores = {}, reward(images, captions, metadata)
-    name = type(reward).__name__
+    try:
+        with torch.no_grad():
+            if isinstance(reward, RewardOfParts):
+                parts = reward.parts(images, captions, metadata)
+                scores = reward.combine(parts)
+            else:
+                parts, scores = {}, reward(images, captions, metadata)
+    except UserError:
+        raise
+    except Exception as error:
+        note_user_code(error, f"reward {_name(reward)}")
+        raise
+    name = _name(reward)
     checked = {part: _checked(values, f"part {part!r} of {name}", images, captions) for part, values in parts.items()}
     return _checked(scores, name, images, captions), checked
 
@@ -105,12 +112,26 @@ def _require_input(images: Tensor, captions: Sequence[str], metadata: Sequence[M
         )
 
 
+def _name(reward: Reward) -> str:
+    """Of its class, or of the function that it is."""
+    return getattr(reward, "__name__", type(reward).__name__)
+
+
 def _checked(values: Any, name: str, images: Tensor, captions: Sequence[str]) -> Tensor:
-    if not isinstance(values, Tensor) or values.shape != (len(images),):
-        what = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+    """Scores as (B,) float32, where they are that many numbers: a tensor (B,) or (B, 1), an array, a list."""
+    scores = values
+    if not isinstance(values, Tensor):
+        try:
+            scores = torch.as_tensor(values)
+        except (TypeError, ValueError, RuntimeError):
+            scores = None
+    if isinstance(scores, Tensor) and scores.shape == (len(images), 1):
+        scores = scores[:, 0]
+    if scores is None or scores.shape != (len(images),):
+        what = type(values).__name__ if scores is None else tuple(scores.shape)
         raise UserError(f"{name} must return one score for each of {len(images)} images, not {what}.")
-    broken = ~values.isfinite()
+    broken = ~scores.isfinite()
     if broken.any():
         first = int(broken.nonzero()[0])
-        raise UserError(f"{name} returned {values[first].item()} for the caption {captions[first]!r}.")
-    return values.detach().to(images.device, torch.float32)
+        raise UserError(f"{name} returned {scores[first].item()} for the caption {captions[first]!r}.")
+    return scores.detach().to(images.device, torch.float32)

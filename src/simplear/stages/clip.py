@@ -203,7 +203,8 @@ class CLIPModule(OptimizedModule):
 
     def on_fit_end(self) -> None:
         """Export and measure; also when a training that had only this left to do is started again."""
-        if self.export_dir is None or not self.trainer.is_global_zero or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        trained = self.global_step and not self.trainer.fast_dev_run  # type: ignore[attr-defined]
+        if self.export_dir is None or not self.trainer.is_global_zero or not trained:
             return
         save_clip(self.clip, self.architecture, self.tokenizer, self.export_dir)
         reward = CLIPReward(self.export_dir)

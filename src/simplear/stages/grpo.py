@@ -165,7 +165,12 @@ class GRPOModule(LanguageModelModule):
             self._reference = Reference(model, self.reference_settings, mesh)
 
     def configure_callbacks(self) -> list[Callback]:
-        """No callback: the first place where the Trainer's flags can be refused with a remedy."""
+        """As every stage; the first place where the Trainer's flags can be refused with a remedy."""
+        if self._finder is not None:
+            raise UserError(
+                "LearningRateFinder follows a loss down, and that of GRPO says nothing about the reward: leave it out, "
+                "and begin with the configuration's rate."
+            )
         if self.trainer.gradient_clip_val is not None:
             raise UserError(
                 f"--trainer.gradient_clip_val {self.trainer.gradient_clip_val} has no effect on the inner updates of "
@@ -176,7 +181,7 @@ class GRPOModule(LanguageModelModule):
                 f"--trainer.accumulate_grad_batches {self.trainer.accumulate_grad_batches}: a training step of GRPO is "
                 "a whole rollout; divide its gradient by --model.init_args.micro_batch_size instead."
             )
-        return []
+        return super().configure_callbacks()
 
     def grids(self, data: TokenDataModule) -> list[tuple[int, int]]:
         """The grid that is drawn; what the data's rows hold besides captions does not matter."""
@@ -195,7 +200,7 @@ class GRPOModule(LanguageModelModule):
         if isinstance(data, TokenDataModule) and data.holds_texts:
             raise UserError(
                 "the paths of the data hold texts without images, which are no prompts: give token shards of images, "
-                "or a .jsonl of prompts."
+                "or a file of prompts (.txt, .jsonl or .json)."
             )
         if self.visual_tokenizer_path is None:
             raise UserError(
@@ -355,7 +360,7 @@ class GRPOModule(LanguageModelModule):
             optimizer.step()
             optimizer.zero_grad()
             if self.lr_scheduler is not None:
-                self.lr_schedulers().step()  # type: ignore[union-attr, call-arg]
+                self.lr_scheduler_step(self._schedule, None)
         self._log_updates(statistics, torch.stack(norms).mean())
 
     def _reducing(self, last: bool) -> AbstractContextManager[Any]:

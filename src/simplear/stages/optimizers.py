@@ -46,7 +46,9 @@ def group_settings(optimizer: Optimizer) -> list[dict[str, Any]]:
     return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
 
 
-def apply_settings(optimizer: Optimizer, configured: list[dict[str, Any]], scheduled: bool) -> list[str]:
+def apply_settings(
+    optimizer: Optimizer, configured: list[dict[str, Any]], scheduled: list[dict[str, Any]]
+) -> list[str]:
     """Put the configured settings back into an optimizer whose state was restored; what changed, in words.
 
     An optimizer's state holds its settings too, so a learning rate on the command line would otherwise do nothing on
@@ -54,23 +56,25 @@ def apply_settings(optimizer: Optimizer, configured: list[dict[str, Any]], sched
 
     Args:
         optimizer: after restoring.
-        configured: `group_settings` of the optimizer as it was configured, before any schedule.
-        scheduled: whether a schedule owns the learning rate.
+        configured: of each group, what the configuration says and no schedule changes.
+        scheduled: of each group, what the schedule wrote down when it was made, such as the rate that it begins with.
 
     Raises:
-        ValueError: another learning rate than the restored schedule began with.
+        UserError: a schedule that was made from other values than the restored one: a rate on the command line.
     """
     changes = []
-    for group, settings in zip(optimizer.param_groups, configured, strict=True):
-        for key, value in settings.items():
-            restored = group.get("initial_lr", group["lr"]) if key == "lr" and scheduled else group.get(key)
-            if restored == value:
-                continue
-            if key == "lr" and scheduled:
+    for group, settings, fixed in zip(optimizer.param_groups, configured, scheduled, strict=True):
+        for key, value in fixed.items():
+            if group.get(key) != value:
+                name = "learning rate" if key == "initial_lr" else key
                 raise UserError(
-                    f"the run to resume has a schedule that began at learning rate {restored}, now {value} is "
+                    f"the run to resume has a schedule that began at {name} {group.get(key)}, now {value} is "
                     "configured: set it back, or start a new run from the exported checkpoint."
                 )
+        for key, value in settings.items():
+            restored = group.get(key)
+            if restored == value:
+                continue
             group[key] = value
             if key == "fused" and value:
                 # Such an optimizer counts its steps on the device, others on CPU.
@@ -80,30 +84,6 @@ def apply_settings(optimizer: Optimizer, configured: list[dict[str, Any]], sched
                         state["step"] = state["step"].to(parameter.device)
             changes.append(f"{group.get('name', 'parameters')}: {key} {restored} → {value}")
     return changes
-
-
-SCHEDULE_PROGRESS = ("last_epoch", "_step_count", "_last_lr")
-"""What a schedule's state says of its progress, not of its configuration."""
-
-
-def schedule_settings(scheduler: Any) -> dict[str, Any]:
-    """The plain values that a schedule was configured with."""
-    return {
-        key: value
-        for key, value in scheduler.state_dict().items()
-        if key not in SCHEDULE_PROGRESS and isinstance(value, (int, float, str, type(None)))
-    }
-
-
-def require_same_schedule(scheduler: Any, configured: dict[str, Any]) -> None:
-    """Raises ValueError where a restored schedule is not the configured one: its state would silently go first."""
-    restored = schedule_settings(scheduler)
-    for key, value in configured.items():
-        if not key.startswith("_") and restored.get(key) != value:
-            raise UserError(
-                f"the run to resume has a schedule with {key} = {restored.get(key)}, now {value} is configured: set it "
-                "back, or start a new run from the exported checkpoint."
-            )
 
 
 class MuonWithAdamW(Optimizer):

@@ -156,5 +156,6 @@ class VisualTokenizerModule(OptimizedModule):
 
     def on_fit_end(self) -> None:
         """Export; also when a training that had only this left to do is started again."""
-        if self.export_dir is not None and self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        trained = self.global_step and not self.trainer.fast_dev_run  # type: ignore[attr-defined]
+        if self.export_dir is not None and self.trainer.is_global_zero and trained:
             save_visual_tokenizer(self.tokenizer, self.export_dir)  # type: ignore[arg-type]

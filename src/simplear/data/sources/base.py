@@ -25,13 +25,16 @@ from simplear.data.drops import drop
 from simplear.data.pictures import Drop, PictureFile, Pixels
 from simplear.described import Described
 from simplear.errors import UserError
-from simplear.text_files import NotUTF8Error, read_lines
+from simplear.text_files import NotUTF8Error, read_lines, utf16_encoding, valid_unicode
 
 CAPTION_KEYS = ("captions", "caption", "text")
 """Where metadata holds captions when nothing is said; the first that is there counts."""
+CAPTION_SUFFIXES = (".txt", ".caption")
+"""Of files of captions, in any case; they have the picture's name without its suffix, or with it (a.jpg.txt)."""
 NO_CAPTION = "no caption"
 RESERVED_NAMES = frozenset({"settings", "manifest", "drops"})
 """Of files that a directory of shards or captions has for itself; no unit can have one."""
+NO_TEXT = "captions are no text"
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,14 @@ class Source(Described, ABC):
         For whoever looks at captions, metadata and sizes first.
         """
         return self.read(unit, drops)
+
+    def hint(self, drops: Mapping[str, int]) -> str:
+        """A sentence on what lies there in place of what was missed, for a message that most samples were dropped.
+
+        Args:
+            drops: of all units, by reason.
+        """
+        return ""
 
 
 class IndexedSource(Source):
@@ -192,7 +203,7 @@ def captions_and_metadata(
             `CAPTION_KEYS` that is there.
         metadata: columns to keep; None: all but the captions.
 
-    Raises `Drop` for captions that are no text, and for text that is no valid Unicode.
+    Raises `Drop` if captions are not text, and for text that is not valid Unicode.
     """
     names = captions if captions is not None else [key for key in CAPTION_KEYS if key in row][:1]
     texts: list[str] = []
@@ -200,7 +211,7 @@ def captions_and_metadata(
         found = column(row, name)
         found = [found] if isinstance(found, str) else found or []
         if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
-            raise Drop("captions are no text")
+            raise Drop(NO_TEXT)
         texts += found
     if metadata is None:
         kept = {key: value for key, value in row.items() if key not in names}
@@ -213,10 +224,8 @@ def captions_and_metadata(
 
 def valid_text(text: str) -> str:
     """The text itself. Raises `Drop` for what UTF-8 cannot hold, such as file names in another encoding."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise Drop("text is no valid Unicode") from error
+    if not valid_unicode(text):
+        raise Drop("text is no valid Unicode")
     return text
 
 
@@ -225,4 +234,5 @@ def caption_lines(content: bytes) -> list[str]:
     try:
         return [line.strip() for _, line in read_lines(content)]
     except NotUTF8Error as error:
-        raise Drop("text is no valid Unicode") from error
+        encoding = utf16_encoding(content)
+        raise Drop(f"text is {encoding}, not UTF-8" if encoding else "text is no valid Unicode") from error

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import datetime
+import glob
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from simplear.data.drops import drop
-from simplear.data.pictures import Drop, PictureFile
+from simplear.data.pictures import Drop, PictureFile, picture_at
 from simplear.data.sources.base import (
+    CAPTION_KEYS,
     NO_CAPTION,
     IndexedSource,
     Sample,
@@ -20,6 +28,9 @@ from simplear.data.sources.base import (
     valid_text,
 )
 from simplear.errors import UserError
+
+TYPE_LENGTH = 80
+"""Of a column's type in a message."""
 
 
 class HuggingFaceSource(IndexedSource):
@@ -64,9 +75,8 @@ class HuggingFaceSource(IndexedSource):
             captions_required: False keeps pictures without a caption, for recaptioning.
             rows_per_unit: Rows in one token shard, when not streamed.
 
-        Raises:
-            FileNotFoundError: nothing at path or data_files.
-            ValueError: a column that the data set does not have; names those that it has.
+        Raises ValueError for a data set, configuration, split or file that is missing, cannot be reached or is damaged,
+        and for a column that the data set does not have; names those that it has.
         """
         import datasets  # takes a second to import, which other sources need not pay
 
@@ -76,10 +86,18 @@ class HuggingFaceSource(IndexedSource):
         self.key_column, self.metadata = key, metadata
         self.image_root = None if image_root is None else Path(image_root)
         self.captions_required, self.rows_per_unit, self.streaming = captions_required, rows_per_unit, streaming
+        self.path, self.data_files = path, data_files
         self.unit_prefix = split
-        opened = datasets.load_dataset(
-            path, name, split=split, data_files=data_files, revision=revision, streaming=streaming
-        )
+        # Where datasets takes a path for a name on the hub: it says only that the hub has none.
+        if os.path.isfile(path):
+            raise UserError(
+                f"{path} is a file: name its format as the path, and it as data_files (--source.path parquet "
+                f"--source.data_files {path})."
+            )
+        with self._explained():
+            opened = datasets.load_dataset(
+                path, name, split=split, data_files=data_files, revision=revision, streaming=streaming
+            )
         if opened.features is not None:
             self._require_columns(opened.features)
         self.rows = opened.with_format("arrow")
@@ -110,7 +128,12 @@ class HuggingFaceSource(IndexedSource):
         shard = self.rows.shard(self.rows.num_shards, unit.part)
         # iter(shard) would share it out among PyTorch's loader processes, and all but one get nothing; larger batches
         # fail where the columns of tars come in another order.
-        for number, row in enumerate(shard.iter(batch_size=1)):
+        rows = shard.iter(batch_size=1)
+        for number in count():
+            with self._explained():
+                row = next(rows, None)
+            if row is None:
+                return
             key = self._key(row, f"{unit.name}-{number:09d}")
             try:
                 yield self._sample(row, key)
@@ -120,6 +143,50 @@ class HuggingFaceSource(IndexedSource):
     def describe(self) -> dict[str, Any]:
         """Also the number of rows, where they are numbered."""
         return super().describe() | ({} if self.streaming else {"rows": len(self)})
+
+    def hint(self, drops: Mapping[str, int]) -> str:
+        """The columns and their types."""
+        row = next(self.rows.iter(batch_size=1), None)
+        columns = [f"{field.name} ({str(field.type)[:TYPE_LENGTH]})" for field in (row.schema if row else ())]
+        return (
+            f"the columns of {self.path} are {', '.join(columns)}; pictures are read from "
+            f"{', '.join(self.images)}, and captions, texts or lists of texts, from "
+            f"{', '.join(self.captions or CAPTION_KEYS)} (--source.image and --source.captions name others; a.b is b "
+            "of the object a)."
+        )
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """What `datasets` raises in the block becomes a UserError: its builders have errors of all kinds."""
+        try:
+            yield
+        except Exception as error:
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            path, files = self.path, self.data_files
+            said = " ".join(str(cause).split()) or type(cause).__name__
+            if isinstance(error, ConnectionError) and not os.path.exists(path):
+                said = f"there is no directory of this name, and the hub cannot be asked: {said}"
+            elif (isinstance(cause, pa.ArrowException) or type(cause) is OSError) and (damaged := self._damaged_file()):
+                said = f"{damaged} is damaged: {said.rstrip('.')}: fetch it again, or leave it out of data_files"
+            of = f" of {files}" if isinstance(files, str) else ""
+            raise UserError(f"the data set {path}{of} cannot be read: {said.rstrip('.')}.") from error
+
+    def _damaged_file(self) -> str | None:
+        """The first parquet file on this machine that cannot be read, of those that the data set may have."""
+        folder = self.path if os.path.isdir(self.path) else ""
+        files = self.data_files or (["**/*.parquet"] if folder else [])
+        patterns = [files] if isinstance(files, str) else files if isinstance(files, list) else []
+        for file in (
+            file for each in patterns for file in sorted(glob.glob(os.path.join(folder, each), recursive=True))
+        ):
+            try:
+                for _ in pq.ParquetFile(file).iter_batches() if file.endswith(".parquet") else ():
+                    pass
+            except (pa.ArrowException, OSError):
+                return file
+        return None
 
     def _sample(self, row: Any, key: str) -> Sample:
         """Of an Arrow table of one row, whose text may be no UTF-8."""
@@ -148,27 +215,33 @@ class HuggingFaceSource(IndexedSource):
         return number if found is None else str(found)
 
     def _picture_file(self, picture: Any) -> PictureFile:
+        name = ""
         if isinstance(picture, Mapping):  # how `datasets` holds pictures: their bytes, or where they are
-            picture = picture.get("bytes") or picture.get("path")
-        if isinstance(picture, str):
-            path = Path(picture) if self.image_root is None else self.image_root / picture
-            return PictureFile(path)
+            name = picture.get("path") or ""
+            picture = picture.get("bytes") or name
+        if isinstance(picture, str) and picture:
+            return picture_at(picture, self.image_root)
         if not isinstance(picture, bytes):
             raise Drop("no picture")
-        return PictureFile(picture)
+        return PictureFile(picture, name)
 
     def _require_columns(self, features: Mapping[str, Any]) -> None:
+        path, there = self.path, ", ".join(features)
         wanted = [*self.images, *(self.captions or []), *(self.metadata or [])]
         for name in [*wanted, *([self.key_column] if self.key_column else [])]:
             if name not in features and name.partition(".")[0] not in features:
                 raise UserError(
-                    f"{self.path} has no column {name!r}; it has {', '.join(features)}: set image, "
-                    "captions, key and metadata accordingly."
+                    f"{path} has no column {name!r}; it has {there}: set image, captions, key and metadata accordingly."
                 )
+        if self.captions is None and self.captions_required and not any(name in features for name in CAPTION_KEYS):
+            raise UserError(
+                f"{path} has none of the columns {', '.join(CAPTION_KEYS)}; it has {there}: name that of the captions "
+                "(--source.captions NAME), or set captions_required to false."
+            )
 
 
 def _json_value(value: Any) -> Any:
-    """Times as text; bytes, which are no metadata, as None."""
+    """Times as text; bytes, which metadata cannot hold, as None."""
     if isinstance(value, Mapping):
         return {key: _json_value(part) for key, part in value.items()}
     if isinstance(value, list):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from simplear.data.pictures import Drop, read_unchanged
 from simplear.data.sources.base import NO_CAPTION, NO_PICTURE, IndexedSource, Sample, caption_lines, valid_text
 from simplear.errors import MissingFileError, UserError
 from simplear.hashing import sha256_of_lines
-from simplear.text_files import parse_json, read_objects
+from simplear.text_files import read_json, read_objects
 
 CODES, LABELS = "_codes", "_labels"
 """How the two directories end."""
@@ -75,6 +76,9 @@ class TokenFilesSource(IndexedSource):
         listed = (Path(code).name if self.path.is_dir() else f"{code}\0{label}" for code, label in self._files)
         return {**super().describe(), "names": sha256_of_lines(listed)}
 
+    def hint(self, drops: Mapping[str, int]) -> str:
+        return f"captions are read from files such as {self._files[0][1]}." if NO_CAPTION in drops else ""
+
     def _beside(self) -> list[tuple[str, str]]:
         if not self.path.is_dir():
             raise MissingFileError(f"no directory of codes at {self.path}.")
@@ -89,14 +93,13 @@ class TokenFilesSource(IndexedSource):
         if self.path.suffix == ".jsonl":
             entries: Any = [entry for _, entry in read_objects(self.path)]
         else:
-            try:
-                entries = parse_json(self.path.read_bytes())
-            except ValueError as error:
-                raise UserError(f"{self.path} is not JSON ({error}).") from error
+            entries = read_json(self.path)
+        if not isinstance(entries, list):
+            raise UserError(f"{self.path} is not a JSON list of objects with code_path and label_path.")
         files = []
         for number, entry in enumerate(entries):
             if not isinstance(entry, dict) or not {"code_path", "label_path"} <= entry.keys():
-                raise UserError(f"{self.path}, entry {number} is no object with code_path and label_path.")
+                raise UserError(f"{self.path}, entry {number} is not an object with code_path and label_path.")
             files.append((str(entry["code_path"]), str(entry["label_path"])))
         return files
 
