@@ -14,6 +14,8 @@ SIMPLEAR := $(VENV)/bin/simplear
 VLLM_VENV := .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
 OLD_PYTHON := Python 3.11 or newer is needed; name one: make PYTHON=python3.11
+# The tests ask no network, and their models are so small that a second thread would only wait.
+OFFLINE := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 configs = $(foreach file,$(or $(CONFIG),$(1)),--config $(file))
 
 .DEFAULT_GOAL := help
@@ -44,10 +46,10 @@ demo: $(READY)  ## train everything small from nothing and look at what it draws
 	@$(SIMPLEAR) demo $(ARGS)
 
 test: $(READY)  ## the tests
-	@$(VENV)/bin/python -m pytest $(ARGS)
+	@$(OFFLINE) $(VENV)/bin/python -m pytest $(ARGS)
 
 test-long: $(READY) $(VLLM_READY)  ## the tests that take many minutes
-	@$(VENV)/bin/python -m pytest -m long $(ARGS)
+	@$(OFFLINE) $(VENV)/bin/python -m pytest -m long $(ARGS)
 
 bench: $(READY)  ## measure what README.md claims about speed and memory, and fill in its tables
 	$(VENV)/bin/python benchmarks/data.py

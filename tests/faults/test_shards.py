@@ -188,5 +188,5 @@ def test_text_that_no_file_can_hold_is_refused_by_row(tmp_path: Path) -> None:
 def test_prompts_that_are_no_text_are_refused_by_line(tmp_path: Path, line: bytes) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_bytes(b'{"prompt": "fine"}\n' + line)
-    with pytest.raises(ValueError, match=r"prompts\.jsonl, line 2"):
+    with pytest.raises(ValueError, match=r"prompts\.jsonl(, line 2| is not UTF-8 \(line 2\))"):
         TokenShards(file)

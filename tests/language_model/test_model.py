@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
+from simplear.errors import UserError
 from simplear.language_model import LanguageModel, load_text_tokenizer, train_text_tokenizer
 from simplear.sequence import TokenLayout
 from toys import ARCHITECTURE, CAPTIONS, CODEBOOK, make_batch, model_config
@@ -162,3 +163,24 @@ def test_step_by_step_with_a_cache_gives_the_hidden_states_of_the_whole(tiny_mod
     joined = torch.cat(steps, dim=1)
     for row, length in enumerate(lengths.tolist()):
         torch.testing.assert_close(joined[row, width - length :], whole[row, : length + 6], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("place", "config", "message"),
+    [
+        ("nowhere/at/all", None, r"pretrained .*nowhere/at/all: there is no such directory"),
+        ("empty", "", r"empty has no configuration of a model that can be read"),
+        ("broken", "{", r"broken has no configuration of a model that can be read"),
+        ("llama", '{"model_type": "llama"}', r"llama is a model of type 'llama'; pretraining starts from Qwen2"),
+    ],
+)
+def test_what_is_not_a_language_model_is_refused(
+    tmp_path: Path, tiny_text_tokenizer: str, place: str, config: str | None, message: str
+) -> None:
+    directory = tmp_path / place
+    if config is not None:
+        directory.mkdir()
+        (directory / "config.json").write_text(config) if config else None
+    for build in ("build", "build_empty"):
+        with pytest.raises(UserError, match=message):
+            getattr(model_config(tiny_text_tokenizer, pretrained=str(directory)), build)()

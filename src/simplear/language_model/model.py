@@ -31,8 +31,8 @@ from transformers import (
 )
 from transformers.utils import has_file
 
-from simplear.errors import MissingFileError, UserError
-from simplear.hub import is_hub_id
+from simplear.errors import MissingFileError, UserError, first_line
+from simplear.hub import is_hub_id, missing_on_hub
 from simplear.language_model.loss import Normalizer, next_token_losses, token_cross_entropy, token_entropy
 from simplear.language_model.packing import PACKED_ATTENTION, Packing
 from simplear.language_model.rope import Qwen2Rope2DConfig, Qwen2Rope2DForCausalLM, RotaryEmbedding
@@ -265,8 +265,9 @@ class LanguageModelConfig:
         if self.pretrained is None:
             decoder = self.random_decoder(layout.vocab_size)
         else:
-            config = self._pretrained_config(self.pretrained)
-            decoder = load_decoder(_CLASSES[self.rope][1], self.pretrained, config, torch.float32)
+            directory = self._pretrained_directory(self.pretrained)
+            config = self._pretrained_config(directory)
+            decoder = load_decoder(_CLASSES[self.rope][1], directory, config, torch.float32)
             grow_vocabulary(decoder, text_rows, layout.vocab_size)
         return LanguageModel(decoder, layout), tokenizer
 
@@ -278,9 +279,7 @@ class LanguageModelConfig:
                 decoder = self.random_decoder(layout.vocab_size)
             weights = random_weights(decoder)
         else:
-            directory = self.pretrained
-            if not Path(directory).is_dir():
-                directory = snapshot_download(directory, allow_patterns=["*.safetensors", "*.json"])
+            directory = self._pretrained_directory(self.pretrained)
             config = self._pretrained_config(directory)
             config.vocab_size = layout.vocab_size
             with torch.device("meta"):
@@ -296,9 +295,28 @@ class LanguageModelConfig:
         add_special_tokens(tokenizer)
         return tokenizer, text_rows, token_layout(tokenizer, self.codebook_size)
 
+    def _pretrained_directory(self, path: str) -> str:
+        """The local directory of the pretrained model; a hub id is downloaded or taken from the cache.
+
+        Raises MissingFileError where there is neither.
+        """
+        if Path(path).is_dir():
+            return path
+        problem = f"there is no such directory ({Path(path).absolute()})"
+        if is_hub_id(path):
+            try:
+                return snapshot_download(path, allow_patterns=["*.safetensors", "*.json"])
+            except Exception as error:  # the hub's client raises a dozen kinds
+                problem = missing_on_hub(path, error)
+        raise MissingFileError(f"--model.init_args.language_model.pretrained {path}: {problem}.")
+
     def _pretrained_config(self, path: str) -> Qwen2Config:
-        base = AutoConfig.from_pretrained(path, trust_remote_code=False).to_dict()
-        base.pop("model_type", None)
+        try:
+            base = AutoConfig.from_pretrained(path, trust_remote_code=False).to_dict()
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} has no configuration of a model that can be read: {first_line(error)}") from error
+        if (kind := base.pop("model_type", None)) not in (Qwen2Config.model_type, Qwen2Rope2DConfig.model_type):
+            raise UserError(f"{path} is a model of type {kind!r}; pretraining starts from Qwen2 (Qwen2.5 too).")
         return _CLASSES[self.rope][0](**{**base, **self.architecture})
 
     def random_decoder(self, vocab_size: int) -> Qwen2ForCausalLM:
