@@ -191,11 +191,11 @@ class FusedEngine:
         begin = time.perf_counter()
         images, (height, width), first = len(prompt_ids), grid, leading(given)
         device = next(self.model.parameters()).device
-        self._refresh(device)
+        self.refresh()
         with torch.inference_mode(), torch.autocast(device.type, enabled=False):
             negatives = list(negative_ids) if sampling.guidance_scale != 1.0 else []
             kept = kept_codes(given, images, height * width, device)
-            drawing, advance, read = self._prefill(prompt_ids, negatives, kept, first, grid, sampling, seeds)
+            drawing, advance, read = self.prefill(prompt_ids, negatives, kept, first, grid, sampling, seeds)
             passes = self._draw(drawing, advance, first, read, on_row)
             codes = drawing.canvas[:, : drawing.count].clone().view(images, height, width)
         if device.type == "cuda":
@@ -205,9 +205,10 @@ class FusedEngine:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _refresh(self, device: torch.device) -> None:
+    def refresh(self) -> None:
         """Have the model's present weights in the step; not in inference mode, of which training could use nothing."""
         weight = next(self.model.parameters())
+        device = weight.device
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
         if self.step is None or self.step.dtype != dtype or self.step.norm.device != device:
@@ -216,7 +217,7 @@ class FusedEngine:
             self.passes.clear()
         self.step.load(self.model)
 
-    def _prefill(
+    def prefill(
         self,
         prompts: Sequence[Tensor],
         negatives: Sequence[Tensor],
