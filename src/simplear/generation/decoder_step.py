@@ -164,7 +164,8 @@ class DecoderStep(nn.Module):
         self.register_buffer("embedding", torch.empty(config.vocab_size, width, **options), persistent=False)
         self.register_buffer("head", torch.empty(head, **options), persistent=False)
         self.register_buffer("norm", torch.empty(width, **options), persistent=False)
-        self.register_buffer("epsilons", torch.full((1, 1), self.epsilon, device=weight.device), persistent=False)
+        epsilons = torch.full((1, 1), self.epsilon, dtype=torch.float32, device=weight.device)
+        self.register_buffer("epsilons", epsilons, persistent=False)
         self.rotary = type(decoder.rotary_emb)(config=config).to(weight.device)
         self.loads = 0
         """Times that weights were copied."""

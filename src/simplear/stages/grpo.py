@@ -345,7 +345,9 @@ class GRPOModule(LanguageModelModule):
                 # Ranks add up their gradients once an update, with its last micro-batch.
                 with self._reducing(part is parts[-1]):
                     self.manual_backward(loss * share)
-                weight = torch.tensor(share / self.inner_updates)
+                weight = torch.tensor(
+                    share / self.inner_updates, dtype=torch.float32
+                )  # in bf16-true the default is bfloat16
                 statistics.append({"loss": loss.detach(), "entropy": entropies.mean(), **found, "share": weight})
             norm = torch.nn.utils.clip_grad_norm_(
                 self.language_model.parameters(), self.gradient_clip_val or float("inf")
