@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import HalfPrecision
 
-from simplear.visual_tokenizer import FSQAutoencoder
+from simplear.visual_tokenizer import FSQAutoencoder, load_visual_tokenizer
 
 
 @pytest.mark.parametrize("tf32", [True, False])
@@ -35,3 +36,10 @@ def test_pictures_are_encoded_and_decoded_in_full_precision_and_the_settings_com
         torch.backends.cudnn.allow_tf32 = before[0]
         torch.set_float32_matmul_precision(before[1])
     assert seen == [(False, "highest", False)] * 2
+
+
+def test_a_tokenizer_that_is_loaded_in_a_bfloat16_training_is_float32(tiny_visual_tokenizer: str) -> None:
+    expected = load_visual_tokenizer(tiny_visual_tokenizer)
+    with HalfPrecision("bf16-true").forward_context():
+        loaded = load_visual_tokenizer(tiny_visual_tokenizer)
+    assert loaded.fingerprint == expected.fingerprint
