@@ -45,7 +45,7 @@ from simplear.sequence import TokenLayout, encode_captions, prompt_sequence
 CHECKPOINT = "checkpoints/demo/sft"
 VLLM_PYTHON = Path(".venv-vllm/bin/python")
 SAMPLING = SamplingSettings(guidance_scale=2.0)
-NO_DRAFTS, WIDEST = "fused", "jacobi, W = 16"
+NO_DRAFTS, WIDEST = "jacobi, W = 0", "jacobi, W = 16"
 COMPILED = {f"jacobi, W = {window}, compiled": window for window in (3, 7)}
 WINDOWS = (1, 3, 7, 15, 16)
 FIXED = {NO_DRAFTS: 0, **{f"jacobi, W = {window}": window for window in WINDOWS}}

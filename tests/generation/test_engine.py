@@ -46,7 +46,7 @@ def test_options_go_to_the_engine_and_unknown_ones_are_named():
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        ("jacobi", {"window": "wide"}, "takes another kind of window than 'wide': int | None"),
+        ("jacobi", {"window": "wide"}, "takes another kind of window than 'wide': int"),
         ("jacobi", {"window": True}, "takes another kind of window than True"),
         ("jacobi", {"window": -1}, "window -1 must be 0 or more"),
         ("jacobi", {"proposal": "right"}, "takes another kind of proposal than 'right'"),
