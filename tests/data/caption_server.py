@@ -8,7 +8,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -59,7 +59,8 @@ def caption_server() -> Iterator[CaptionServer]:
                 self.send_header("Location", told.redirect[1])
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            self.wfile.write(content)
+            with suppress(ConnectionError):  # the client has stopped and closed
+                self.wfile.write(content)
 
         def do_GET(self) -> None:
             self.reply(200, json.dumps({"data": [{"id": MODEL}]}).encode())
