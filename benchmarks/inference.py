@@ -1,7 +1,7 @@
 """Tables 5 and 6 of the paper, and beyond: every engine against `kv-cache`, on the demo's checkpoint and at 0.5B.
 
     python benchmarks/inference.py               # after make demo; half an hour on two cores
-    python benchmarks/inference.py --rounds 3 --images 12 --choices 8 --shape-rounds 3    # twelve minutes
+    python benchmarks/inference.py --rounds 3 --images 12 --shape-rounds 3    # twelve minutes
     python benchmarks/inference.py --grid 64 --device cuda --dtype bfloat16 --only shape   # 1024 px on a GPU
 
 On the demo's checkpoint the captions are the evaluation's, with guidance 2 at temperature 1 and no truncation. The 0.5B
@@ -12,7 +12,6 @@ and processor allow, measured in the same run. vLLM joins in from its own enviro
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import statistics
 import subprocess
@@ -31,6 +30,7 @@ from simplear.generation import (
     CachedEngine,
     CompiledEngine,
     Engine,
+    FusedEngine,
     GenerationStats,
     JacobiEngine,
     SamplingSettings,
@@ -38,8 +38,6 @@ from simplear.generation import (
     make_engine,
     pil_images,
 )
-from simplear.generation.decoder_step import PreparedStep
-from simplear.generation.window import WINDOWS
 from simplear.language_model import LanguageModel, LanguageModelConfig
 from simplear.scenes import detect, evaluation_prompts, judge
 from simplear.sequence import TokenLayout, encode_captions, prompt_sequence
@@ -47,9 +45,10 @@ from simplear.sequence import TokenLayout, encode_captions, prompt_sequence
 CHECKPOINT = "checkpoints/demo/sft"
 VLLM_PYTHON = Path(".venv-vllm/bin/python")
 SAMPLING = SamplingSettings(guidance_scale=2.0)
-NO_DRAFTS, AUTOMATIC, WIDEST = "jacobi, W = 0", "jacobi, W chosen", "jacobi, W = 16"
+NO_DRAFTS, WIDEST = "jacobi, W = 0", "jacobi, W = 16"
 COMPILED = {f"jacobi, W = {window}, compiled": window for window in (3, 7)}
-FIXED = {f"jacobi, W = {window}": window for window in sorted({*WINDOWS, 16})}
+WINDOWS = (1, 3, 7, 15, 16)
+FIXED = {NO_DRAFTS: 0, **{f"jacobi, W = {window}": window for window in WINDOWS}}
 QWEN_05B = {
     "hidden_size": 896,
     "num_hidden_layers": 24,
@@ -61,10 +60,6 @@ QWEN_05B = {
 }
 TEXT_IDS, CODEBOOK, PROMPT_TOKENS = 151_672, 64_000, 16
 PAPER_CODES = 4096
-CHOSEN_AGAINST = 7
-"""The widest fixed window that the choice is compared with; wider ones lose at every batch."""
-GROUPS = 5
-"""Of batches, over which the comparison's seconds are added up."""
 Draw = Callable[[int, int], tuple[Tensor, GenerationStats]]
 """Codes and statistics of so many images from a first one on."""
 
@@ -74,7 +69,6 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     made.add_argument("--checkpoint", default=CHECKPOINT)
     made.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 8, 32])
     made.add_argument("--images", type=int, default=24, help="timed in each round at batch 1")
-    made.add_argument("--choices", type=int, default=24, help="images in each group that compares windows")
     made.add_argument("--judged", type=int, default=50, help="captions of each category, drawn with and without drafts")
     made.add_argument("--rounds", type=int, default=7)
     made.add_argument("--shape-rounds", type=int, default=5)
@@ -121,7 +115,6 @@ class Demo:
             made["compiled"] = CompiledEngine(self.model)
             made |= {name: JacobiEngine(self.model, window, compiled=True) for name, window in COMPILED.items()}
         made |= {name: JacobiEngine(self.model, window) for name, window in FIXED.items()}
-        made[AUTOMATIC] = JacobiEngine(self.model)
         return {name: self.draw(engine) for name, engine in made.items()}
 
 
@@ -154,7 +147,7 @@ class VLLM:
 
 
 def time_demo(demo: Demo, claims: list[dict[str, Any]], details: dict[str, Any]) -> None:
-    """Images a second by engine and batch, memory, and what the automatic window costs."""
+    """Images a second by engine and batch, and memory."""
     settings, oracle = demo.settings, demo.draw(make_engine("kv-cache", demo.model))
     draws = demo.engines()
     if VLLM_PYTHON.exists() and not settings.quick:
@@ -168,8 +161,7 @@ def time_demo(demo: Demo, claims: list[dict[str, Any]], details: dict[str, Any])
             variants["baseline"] = lambda: baseline(0, 1)
         for name, draw in draws.items():
             variants[name] = repeated(draw, size, rounds)
-            variants[name]()  # compiles, and tries the windows
-        draws[AUTOMATIC](0, size)
+            variants[name]()  # compiles
         runs = alternate(variants, settings.rounds, f"demo, batch {size}", memory=settings.device == "cpu")
         scale = {name: 1 if name in ("kv-cache", "baseline") else rounds * size for name in variants}
         speed = {
@@ -195,7 +187,7 @@ def demo_claims(size: int, runs: Runs, speed: dict[str, list[float]]) -> list[di
     if size not in (1, 8):
         return []
     fastest = max(speed, key=lambda name: statistics.median(speed[name]))
-    drafts = [name for name in speed if name.startswith("jacobi") and name not in (NO_DRAFTS, AUTOMATIC)]
+    drafts = [name for name in speed if name.startswith("jacobi") and name != NO_DRAFTS]
     best = max(drafts, key=lambda name: statistics.median(speed[name]))
     others = [name for name in speed if not name.startswith("jacobi")]
     other = max(others, key=lambda name: statistics.median(speed[name]))
@@ -207,32 +199,6 @@ def demo_claims(size: int, runs: Runs, speed: dict[str, list[float]]) -> list[di
         claim(f"demo, batch {size}: {best} over {other}", ratios(runs, other, best), (">=", 1.5) if first else None)
     )
     return found
-
-
-def compare_choice(demo: Demo, claims: list[dict[str, Any]]) -> None:
-    """The automatic window against fixed ones, in turn batch by batch, so that the machine's pace falls on all."""
-    windows = [window for window in WINDOWS if window <= CHOSEN_AGAINST]
-    for size in demo.settings.batch_sizes:
-        draws = {f"W = {window}": demo.draw(JacobiEngine(demo.model, window)) for window in windows}
-        draws[AUTOMATIC] = demo.draw(JacobiEngine(demo.model))
-        variants = {name: in_order(draw, size) for name, draw in draws.items()}
-        batches = 1 if demo.settings.quick else max(2, demo.settings.choices // size)
-        alternate(variants, batches, f"windows are tried, batch {size}")
-        runs = alternate(variants, GROUPS * batches, f"windows, batch {size}")
-        seconds = {
-            name: [sum(run.seconds for run in found[number::GROUPS]) for number in range(GROUPS)]
-            for name, found in runs.items()
-        }
-        fixed = min((name for name in draws if name != AUTOMATIC), key=lambda name: sum(seconds[name]))
-        against = [other / mine for other, mine in zip(seconds[fixed], seconds[AUTOMATIC], strict=True)]
-        words = f"demo, batch {size}: W chosen over {fixed}, the best fixed of 0 to {windows[-1]}"
-        claims.append(claim(words, against))
-
-
-def in_order(draw: Draw, size: int) -> Callable[[], object]:
-    """Draws the next batch of so many images whenever it is called."""
-    numbers = itertools.count(0, size)
-    return lambda: draw(next(numbers), size)
 
 
 def count_passes(demo: Demo, claims: list[dict[str, Any]], details: dict[str, Any]) -> None:
@@ -314,7 +280,7 @@ def time_shape(settings: argparse.Namespace, claims: list[dict[str, Any]], detai
         )
 
     machine = measured_machine(device, dtype)
-    engines: dict[str, Engine] = {"cached": CachedEngine(model), NO_DRAFTS: JacobiEngine(model, 0)}
+    engines: dict[str, Engine] = {"cached": CachedEngine(model), NO_DRAFTS: FusedEngine(model)}
     if not settings.quick:
         engines["compiled"] = CompiledEngine(model)
     plain = draw(make_engine("kv-cache", model), 1)
@@ -333,12 +299,8 @@ def time_shape(settings: argparse.Namespace, claims: list[dict[str, Any]], detai
         claims.append(claim(f"0.5B shape, batch {size}: {fastest} over kv-cache", gain, bar, note))
         if size == 1:
             claims.append(claim("the same over what bytes allow", [ratio / bound for ratio in gain]))
-    no_codes = torch.zeros(1, 0, dtype=torch.long, device=device)
-    step = PreparedStep(model, compiled=False).prefill(prompts[:1], [empty], no_codes, (8, 8), 64)
-    canvas, done = torch.zeros(1, 64, dtype=torch.long, device=device), torch.ones(1, dtype=torch.long, device=device)
-    with torch.inference_mode():
-        widths = {str(width): (lambda width=width: step.logits(canvas, done, width - 1)) for width in (1, 2, 4, 8, 16)}
-        passes = alternate(widths, settings.shape_rounds, "0.5B, tokens a pass")
+    widths = {str(width): one_pass(model, prompts[0], empty, width) for width in (1, 2, 4, 8, 16)}
+    passes = alternate(widths, settings.shape_rounds, "0.5B, tokens a pass")
     seconds = {name: median(each) for name, each in passes.items()}
     details["shape"] = {
         "seconds_an_image": found,
@@ -354,6 +316,21 @@ def time_shape(settings: argparse.Namespace, claims: list[dict[str, Any]], detai
             size: image_seconds(shape, PAPER_CODES, int(size), number_bytes, machine) for size in found
         },
     }
+
+
+def one_pass(model: LanguageModel, prompt: Tensor, negative: Tensor, width: int) -> Callable[[], object]:
+    """A pass over so many tokens of an image's two rows."""
+    engine, nothing_kept = FusedEngine(model, window=width - 1), torch.full((1, 64), -1, device=prompt.device)
+    engine.refresh()
+
+    @torch.inference_mode()
+    def draw() -> None:
+        drawing.done.fill_(1)
+        drawing.advance()
+
+    with torch.inference_mode():
+        drawing, _, _ = engine.prefill([prompt], [negative], nothing_kept, 0, (8, 8), SAMPLING, [0])
+    return draw
 
 
 def crossover(demo_passes: dict[str, float], codes: int) -> dict[str, Any]:
@@ -378,7 +355,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     details = result["details"]
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
     sizes = [int(size) for size in details["over_kv_cache"]]
-    for name in ("cached", "compiled", NO_DRAFTS, AUTOMATIC, *COMPILED, "vllm"):
+    for name in ("cached", "compiled", NO_DRAFTS, *COMPILED, "vllm"):
         values = [details["over_kv_cache"][str(size)].get(name) for size in sizes]
         if all(values):
             axes[0].plot(sizes, values, marker="o", label=name.replace("jacobi, W = 0", "step (W = 0)"))
@@ -414,7 +391,7 @@ def tables(result: dict[str, Any]) -> str:
         heads = [*(f"demo, batch {size}" for size in sizes), *(f"0.5B, batch {size}" for size in shape)]
         lines += ["Images a second over `kv-cache` (the paper's Table 5):", ""]
         lines += [f"| engine | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
-        for name in ("baseline", "kv-cache", "cached", "compiled", NO_DRAFTS, AUTOMATIC, *COMPILED, "vllm"):
+        for name in ("baseline", "kv-cache", "cached", "compiled", NO_DRAFTS, *COMPILED, "vllm"):
             cells = [1.0 if name == "kv-cache" else speed[size].get(name) for size in sizes]
             cells += [shape[size]["kv-cache"] / shape[size][name] if name in shape[size] else None for size in shape]
             if any(cells):
@@ -439,7 +416,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         demo = Demo(settings)
         count_passes(demo, claims, details)
         time_demo(demo, claims, details)
-        compare_choice(demo, claims)
         grow_grid(demo, details)
         details["crossover_0.5B_1024px_computed"] = crossover(details["passes"], demo.grid[0] * demo.grid[1])
     if settings.only != "demo":

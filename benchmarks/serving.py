@@ -144,7 +144,7 @@ def differing(answers: Sequence[Answer], load: Load, settings: argparse.Namespac
 def main(argv: Sequence[str] | None = None) -> None:
     made = parser(__doc__, "serving")
     made.add_argument("--checkpoint", default=CHECKPOINT)
-    made.add_argument("--engine", default="cached")
+    made.add_argument("--engine", default="fused")
     made.add_argument("--device")
     made.add_argument("--rounds", type=int, default=4)
     settings = made.parse_args(argv)

@@ -1,6 +1,9 @@
-"""Where to compute: the device a user names, or the GPU where there is one."""
+"""Where and how precisely to compute: the device a user names, and the dtype of what is loaded."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -26,3 +29,14 @@ def resolve_device(name: str | torch.device | None = None) -> torch.device:
     if device.type not in {each.partition(":")[0] for each in there} or (device.index and str(device) not in there):
         raise UserError(f"device {str(name)!r} is not available (or PyTorch was installed without it); {known}.")
     return device
+
+
+@contextmanager
+def float32_by_default() -> Iterator[None]:
+    """What is built inside is float32, also within a training in bf16-true, whose default dtype is bfloat16."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -157,14 +157,14 @@ def test_settings_say_all_and_others_are_refused(checkpoint: Path, tmp_path: Pat
     assert settings == json.loads((tmp_path / "settings.json").read_text())
     assert settings["checkpoint_sha256"] == checkpoint_hash(checkpoint)
     expected = {"seed": 0, "samples": 2, "guidance_scale": 3.0, "negative_prompt": "a dog", "prompt_prefix": ""}
-    expected |= {"temperature": 1.0, "top_k": None, "height": 32, "engine": "cached"}
+    expected |= {"temperature": 1.0, "top_k": None, "height": 32, "engine": "fused"}
     assert settings | expected == settings
     before = files(tmp_path)
     for change, named in [
         ({"guidance_scale": 2.0}, "guidance_scale = 3.0, not 2.0"),
         ({"seed": 1}, "seed = 0, not 1"),
         ({"negative_prompt": None}, "negative_prompt = 'a dog', not ''"),
-        ({"engine": "jacobi"}, "engine = 'cached', not 'jacobi'"),
+        ({"engine": "jacobi"}, "engine = 'fused', not 'jacobi'"),
         ({"rows": ROWS[::-1]}, "prompts_sha256"),
     ]:
         with pytest.raises(ValueError, match=f"was begun with {named}"):

@@ -166,7 +166,7 @@ def test_a_finished_run_draws_nothing_and_says_so(checkpoint, tmp_path, monkeypa
         ({"seed": 6}, r"00000-a-red-circle-0\.png .*\(seed 5, now 6\)"),
         ({"num_images_per_prompt": 3}, r"00001-one-star-0\.png .*\(seed 7, now 8\)"),
         ({"height": 8, "width": 24}, r"size \[16, 16\], now \[8, 24\]"),
-        ({"engine": "jacobi", "engine_options": {"window": 2}}, r'engine "cached", now "jacobi"; engine_options \{\}'),
+        ({"engine": "jacobi", "engine_options": {"window": 2}}, r'engine "fused", now "jacobi"; engine_options \{\}'),
         ({"prompts": ["four circles"], "temperature": 0.5}, r"00000-a-red-circle-0\.png .*temperature 1.0, now 0.5"),
         ({"prompts": ["A red circle!"]}, r'prompt "a red circle", now "A red circle!"'),
     ],

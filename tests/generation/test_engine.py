@@ -46,7 +46,7 @@ def test_options_go_to_the_engine_and_unknown_ones_are_named():
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        ("jacobi", {"window": "wide"}, "takes another kind of window than 'wide': int | None"),
+        ("jacobi", {"window": "wide"}, "takes another kind of window than 'wide': int"),
         ("jacobi", {"window": True}, "takes another kind of window than True"),
         ("jacobi", {"window": -1}, "window -1 must be 0 or more"),
         ("jacobi", {"proposal": "right"}, "takes another kind of proposal than 'right'"),
@@ -67,12 +67,16 @@ def test_an_option_of_another_kind_is_named(name, options, words):
     [(torch.float32, GREEDY), (torch.float32, SAMPLED), (torch.bfloat16, SamplingSettings(guidance_scale=2.0))],
 )
 def test_rounding_parts_engines_only_at_near_ties(rope, dtype, name, settings):
-    """Against `kv-cache`; bfloat16 rounds 65,536 times as coarsely as float32 does."""
+    """Against `kv-cache`, judged by a float64 model of the same weights; bfloat16 rounds 65,536 times as coarsely as
+    float32 does.
+    """
     model = language_model(rope, dtype)
-    images, limit = 40, {torch.float32: 1e-4, torch.bfloat16: 0.5}[dtype]
+    judge = language_model(rope)
+    judge.load_state_dict(model.state_dict())
+    images, limit = 40, {torch.float32: 1e-4, torch.bfloat16: 1.0}[dtype]
     asked = (PROMPTS * 10, NEGATIVES * 10, GRID, settings, list(range(images)))
     found = margins(
-        model, *asked, make_engine(name, model).generate(*asked)[0], make_engine("kv-cache", model).generate(*asked)[0]
+        judge, *asked, make_engine(name, model).generate(*asked)[0], make_engine("kv-cache", model).generate(*asked)[0]
     )
     assert all(margin is None or margin < limit for margin in found)
     assert found.count(None) >= (images - 1 if dtype == torch.float32 else images // 4)

@@ -9,9 +9,16 @@ import torch
 from torch import Tensor
 
 from generation.models import language_model, prompts
-from simplear.generation import CachedEngine, CompiledEngine, Engine, SamplingSettings
-from simplear.generation import cached as cached_module
-from simplear.generation import compiled as compiled_module
+from simplear.generation import (
+    CachedEngine,
+    CompiledEngine,
+    Engine,
+    FusedEngine,
+    SamplingSettings,
+    cached,
+    drafts,
+    fused,
+)
 
 GRID = (2, 3)
 SETTINGS = SamplingSettings(guidance_scale=2.0)
@@ -36,21 +43,19 @@ def drawn(engine: Engine, batch: list[Tensor], place: int, seen: list[Any]) -> T
     return torch.stack(logits)
 
 
-@pytest.fixture(params=[CachedEngine, CompiledEngine])
-def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, traced_not_compiled: None) -> Any:
-    module = cached_module if request.param is CachedEngine else compiled_module
-    plain = module.draw
+@pytest.fixture(params=[CachedEngine, FusedEngine, CompiledEngine])
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    owner, name = (cached, "draw") if request.param is CachedEngine else (drafts, "draw")
+    plain = getattr(owner, name)
+    monkeypatch.setattr(fused, "compiled_pass", lambda drawing: drawing.advance)  # as it is traced, in its fixed shape
 
     def make(prompt_multiple: int) -> Engine:
         def draw(logits: Tensor, images: int, *others: Any) -> Tensor:
             made.on_draw(logits, images)  # type: ignore[attr-defined]
             return plain(logits, images, *others)
 
-        monkeypatch.setattr(module, "draw", draw)
-        model = language_model(dtype=torch.float32)
-        made = request.param(model, prompt_multiple=prompt_multiple)
-        if request.param is CompiledEngine:
-            made._draw = draw
+        monkeypatch.setattr(owner, name, draw)
+        made = request.param(language_model(dtype=torch.float32), prompt_multiple=prompt_multiple)
         return made
 
     return make

@@ -16,11 +16,10 @@ import torch
 
 from generation.models import ARCHITECTURE, language_model
 from generation.test_cached import GRID, NEGATIVES, PROMPTS, SEEDS, SETTINGS, plainly
-from simplear.generation import JacobiEngine, SamplingSettings, guide, jacobi
+from simplear.generation import JacobiEngine, SamplingSettings, drafts, guide
 from simplear.generation import sampling as sampling_module
-from simplear.generation.decoder_step import RowCache
+from simplear.generation.fused import Drawing
 from simplear.generation.sampling import probabilities
-from simplear.generation.window import WindowChoice
 from simplear.language_model import LanguageModel, LanguageModelConfig
 from simplear.sequence import TokenLayout
 
@@ -29,7 +28,7 @@ PROPOSALS = ["left", "upper"]
 
 @pytest.mark.parametrize("rope", ["1d", "2d"])
 @pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("window", [0, 1, 2, 3, 12, 16, None])
+@pytest.mark.parametrize("window", [0, 1, 2, 3, 12, 16])
 @pytest.mark.parametrize("proposal", PROPOSALS)
 def test_codes_are_those_of_a_plain_loop(rope, settings, window, proposal):
     model = language_model(rope)
@@ -79,24 +78,6 @@ def test_rows_are_shown_when_all_images_have_them():
     assert (stats.engine, stats.images, stats.tokens) == ("jacobi", 4, 48)
     assert [row for row, _ in seen] == [1, 2, 3]
     assert all(torch.equal(so_far, codes.flatten(1)[:, : row * GRID[1]]) for row, so_far in seen)
-
-
-def test_each_number_of_rows_has_a_choice_of_its_own(monkeypatch):
-    """Drafts are free for one image and dear for three: 15 and 0 come out, whatever the order of the requests."""
-    costs = {2: lambda window: 1.0, 6: lambda window: 1.0 + 10 * window}
-    observe, asked, ticks, rows = WindowChoice.observe, {}, iter(range(1_000_000)), 0
-    monkeypatch.setattr(jacobi.time, "perf_counter", lambda: float(next(ticks)))
-    monkeypatch.setattr(
-        WindowChoice,
-        "observe",
-        lambda self, window, seconds, codes: observe(self, window, costs[rows](window), window + 1),
-    )
-    engine = JacobiEngine(language_model())
-    for rows in (2, 6) * 6:
-        images = rows // 2
-        engine.generate(PROMPTS[:images], NEGATIVES[:images], GRID, SAMPLED[1], SEEDS[:images])
-        asked[rows] = engine._choices[rows].best()
-    assert asked == {2: 15, 6: 0}
 
 
 def test_a_negative_window_is_refused():
@@ -175,25 +156,27 @@ def test_many_pictures_have_the_enumerated_distribution(settings, window, propos
 
 
 def acceptance_inverted(monkeypatch):
-    accept = jacobi.accept
+    accept = drafts.accepted
     monkeypatch.setattr(
-        jacobi, "accept", lambda drawn, drafts: accept((drawn == drafts).long(), torch.zeros_like(drafts))
+        drafts, "accepted", lambda drawn, drafted: accept((drawn == drafted).long(), torch.zeros_like(drafted))
     )
 
 
 def all_accepted(monkeypatch):
-    monkeypatch.setattr(jacobi, "accept", lambda drawn, drafts: torch.full_like(drawn[:, 0], drawn.shape[1]))
+    monkeypatch.setattr(drafts, "accepted", lambda drawn, drafted: torch.full_like(drawn[:, 0], drawn.shape[1]))
 
 
 def always_two_accepted(monkeypatch):
     """A minimum of accepted codes, as in the paper's code."""
-    accept = jacobi.accept
-    monkeypatch.setattr(jacobi, "accept", lambda drawn, drafts: accept(drawn, drafts).clamp(min=min(2, drawn.shape[1])))
+    accept = drafts.accepted
+    monkeypatch.setattr(
+        drafts, "accepted", lambda drawn, drafted: accept(drawn, drafted).clamp(min=min(2, drawn.shape[1]))
+    )
 
 
 def drafts_one_place_off(monkeypatch):
-    accept = jacobi.accept
-    monkeypatch.setattr(jacobi, "accept", lambda drawn, drafts: accept(drawn, drafts.roll(1, dims=1)))
+    accept = drafts.accepted
+    monkeypatch.setattr(drafts, "accepted", lambda drawn, drafted: accept(drawn, drafted.roll(1, dims=1)))
 
 
 def first_code_by_argmax(monkeypatch):
@@ -219,15 +202,15 @@ def numbers_that_change_with_the_pass(monkeypatch):
 
 def unconditional_rows_a_code_behind(monkeypatch):
     """Caches that are cropped unequally."""
-    places = RowCache.places
+    advance = Drawing.advance
 
-    def shortened(self, new):
-        if self.lengths.any():
-            half = len(self.lengths) // 2
-            self.lengths = torch.cat([self.lengths[:half], self.lengths[half:] - 1])
-        return places(self, new)
+    def shortened(self):
+        half, lengths = len(self.lengths) // 2, self.lengths
+        self.lengths = torch.cat([lengths[:half], lengths[half:] - 1])
+        advance(self)
+        self.lengths = lengths
 
-    monkeypatch.setattr(RowCache, "places", shortened)
+    monkeypatch.setattr(Drawing, "advance", shortened)
 
 
 WRONG = [

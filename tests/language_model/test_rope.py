@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -9,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
-from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding, apply_rotary_pos_emb
 
-from simplear.language_model import LanguageModel
-from simplear.language_model.rope import Qwen2Rope2DConfig, RotaryEmbedding2D
-from simplear.sequence import encode_captions, training_batch
+from simplear.generation.decoder_step import DecoderStep
+from simplear.language_model import LanguageModel, LanguageModelConfig
+from simplear.language_model.rope import Qwen2Rope2DConfig, RotaryEmbedding
+from simplear.sequence import TokenLayout, encode_captions, training_batch
 from toys import make_batch, model_config
 
 HEAD_DIM = 12
@@ -30,13 +32,13 @@ def models(tiny_text_tokenizer: str) -> tuple[LanguageModel, LanguageModel, Any]
     return plain, two_dimensional, tokenizer
 
 
-def rotary() -> RotaryEmbedding2D:
+def rotary() -> RotaryEmbedding:
     config = Qwen2Rope2DConfig(
         hidden_size=2 * HEAD_DIM,
         num_attention_heads=2,
         rope_parameters={"rope_type": "default", "rope_theta": THETA},
     )
-    return RotaryEmbedding2D(config=config)
+    return RotaryEmbedding(config=config)
 
 
 def rotated(vector: Tensor, row: int, column: int) -> Tensor:
@@ -117,3 +119,26 @@ def test_both_axes_have_fast_and_slow_frequencies() -> None:
     assert moved[0].sum() == moved[1].sum() == HEAD_DIM // 4
     assert {int(axis.nonzero()[0]) for axis in moved} == {0, 1}
     assert frequencies[0] > frequencies[1] > 0.4 * frequencies[0]
+
+
+@pytest.mark.parametrize("rope", ["1d", "2d"])
+@pytest.mark.parametrize("place", ["training", "reference", "fused step"])
+def test_frequencies_stay_exact_whatever_a_model_is_cast_to(rope: str, place: str) -> None:
+    """At a distance of 4,096, against angles in float64; a cast of the frequencies would lose five of 32."""
+    architecture = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 16}
+    architecture |= {"num_hidden_layers": 1, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+    layout = TokenLayout(0, 1, 20, 12)
+    config = LanguageModelConfig("", 12, architecture=architecture, rope=rope)  # type: ignore[arg-type]
+    model = LanguageModel(config.random_decoder(layout.vocab_size), layout)
+    rounded = copy.deepcopy(Qwen2RotaryEmbedding(config=model.decoder.config)).to(torch.bfloat16)
+    model = copy.deepcopy(model).to(torch.bfloat16) if place == "reference" else model.to(torch.bfloat16)
+    embedding: Any = model.decoder.model.rotary_emb
+    if place == "fused step":
+        embedding = DecoderStep(model, torch.bfloat16).rotary
+    exact = 4096 * 1e6 ** (-torch.arange(32, dtype=torch.float64) / 32)
+    positions = torch.full((2, 1, 1) if rope == "2d" else (1, 1), 4096)
+    cos, sin = (part[0, 0, :32] for part in embedding(torch.zeros(1), positions))
+    turned_too_far = torch.atan2(sin.double(), cos.double()) - exact
+    assert (torch.remainder(turned_too_far + math.pi, 2 * math.pi) - math.pi).abs().max() < 1e-3
+    lost = (4096 * rounded.inv_freq.double() - exact).abs()
+    assert (lost > 0.5).sum() >= 5

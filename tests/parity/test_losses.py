@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from simplear.language_model import LanguageModel, Normalizer, next_token_losses
+from simplear.language_model.loss import token_cross_entropy
 from simplear.sequence import IGNORE_INDEX, TokenLayout, training_batch
 from toys import make_batch, model_config
 
@@ -118,6 +119,29 @@ def test_logits_in_bfloat16_are_summed_in_float32() -> None:
         image, _ = next_token_losses(hidden.bfloat16(), weight.bfloat16(), labels, LAYOUT, chunk_rows=chunk_rows)
         assert image.dtype == torch.float32
         torch.testing.assert_close(image.double(), expected, rtol=0.03, atol=0.03)
+
+
+@pytest.mark.parametrize("precision", ["float32", "autocast", "bfloat16"])
+def test_log_probs_in_chunks_are_float32_and_equal_those_of_all_rows(precision: str) -> None:
+    """With their gradients; of equal inputs a Kullback-Leibler divergence is exactly 0."""
+    generator = torch.Generator().manual_seed(0)
+    states, weight = torch.randn(40, 32, generator=generator), torch.randn(64, 32, generator=generator)
+    targets, upstream = torch.randint(64, (40,), generator=generator), torch.randn(40, generator=generator)
+    if precision == "bfloat16":
+        states, weight = states.bfloat16(), weight.bfloat16()
+    found = []
+    for chunk_rows in (None, 16, 16):
+        inputs = states.clone().requires_grad_(), weight.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+            losses = token_cross_entropy(*inputs, targets, chunk_rows)
+        assert losses.dtype == torch.float32
+        (losses * upstream).sum().backward()
+        found.append((losses.detach(), *(part.grad for part in inputs)))
+    plain, chunked, again = found
+    torch.testing.assert_close(chunked[0], plain[0], rtol=0, atol=1e-5)
+    for one, other in zip(chunked[1:], plain[1:], strict=True):
+        torch.testing.assert_close(one, other, rtol=0.02, atol=0.02 if precision != "float32" else 1e-5)
+    assert torch.equal(chunked[0], again[0])
 
 
 @pytest.mark.parametrize("normalizer", NORMALIZERS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, Precision
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rewards.toys import ARCHITECTURE, pictures, random_weights
-from simplear.rewards import CLIPReward, HPSv2Reward, load_clip, preprocess, save_clip
+from simplear.rewards import CLIPReward, HPSv2Reward, load_clip, preprocess, save_clip, score
 
 CAPTIONS = ["a red circle", "two blue squares", "a red circle", "a photo of a cat", ""]
 NOTHING: list[dict[str, Any]] = [{}] * len(CAPTIONS)
@@ -247,3 +249,17 @@ def test_hps_pads_to_a_square_and_reads_the_authors_layout(
     torch.testing.assert_close(scores, expected, atol=2e-3, rtol=0)
     cut = CLIPReward(tiny_clip[0], str(tmp_path / "plain.pt"))(tensors, CAPTIONS, NOTHING)
     assert (cut - scores).abs().max() < 1e-6 if height == width else (cut - scores).abs().max() > 0.02
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_scores_are_float32_in_every_precision(tiny_clip: tuple[str, Path], precision: str) -> None:
+    """As a training step asks for them, under autocast or with another default dtype."""
+    images = pictures(len(CAPTIONS), 32, 32)[1]
+    expected = CLIPReward(tiny_clip[0], str(tiny_clip[1]))(images, CAPTIONS, NOTHING)
+    plugin = {"32-true": Precision, "bf16-mixed": partial(MixedPrecision, "bf16-mixed", "cpu")}.get(precision)
+    precise = HalfPrecision("bf16-true") if plugin is None else plugin()
+    reward = CLIPReward(tiny_clip[0], str(tiny_clip[1]))
+    with precise.forward_context():
+        found = score(reward, images, CAPTIONS, NOTHING)[0]
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, atol=0.02 if precision == "bf16-mixed" else 1e-5, rtol=0)

@@ -29,7 +29,7 @@ def occupied() -> Iterator[int]:
     [
         ([], "checkpoints"),
         (["a/model", "b/model"], "two checkpoints are called 'model': give one another name, as other=b/model"),
-        (["a", "--engine", "vllm"], "engine 'vllm' cannot be served; one of cached, compiled, jacobi can"),
+        (["a", "--engine", "vllm"], "engine 'vllm' cannot be served; one of fused, compiled, jacobi can"),
         (["a", "--engines", "{a: vllm}"], "engine 'vllm' cannot be served"),
         (["a", "--engines", "{b: jacobi}"], "engines: no checkpoint is called 'b'; there are: a"),
         (["a", "--batch-sizes", "[0, 2]"], "batch_sizes [0, 2]: give numbers of 1 or more"),
@@ -163,7 +163,7 @@ def test_checkpoints_are_served_under_their_names(
     ]
     main(["serve", ".", f"after={checkpoints[1]}", *options])
     assert [served.name for served in made["models"]] == ["first", "after"]
-    assert [served.description.engine for served in made["models"]] == ["cached", "jacobi"]
+    assert [served.description.engine for served in made["models"]] == ["fused", "jacobi"]
     assert made["service"].api_key == "secret" and made["shutdown_timeout"] == 3 and made["port"] > 0
     assert made["service"].allowed_hosts[-2:] == ["a.example", "*.b.example"]
     assert made["service"].cors_origins == ["*"]

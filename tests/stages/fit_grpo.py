@@ -1,4 +1,7 @@
-"""Train GRPO on two CPU processes and write the weights: fit_grpo.py CHECKPOINT PROMPTS OUT ddp|fsdp2."""
+"""Train GRPO on two CPU processes: fit_grpo.py CHECKPOINT PROMPTS OUT ddp|fsdp2.
+
+Writes the weights, how often gradients were reduced, and how often weights were gathered in each rollout.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,10 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group as collectives
+from torch.nn.parallel import DistributedDataParallel
 
 from simplear.data import TokenDataModule
 from simplear.stages import GRPOModule
@@ -33,19 +39,49 @@ class Brightness:
         return images[:, 0].mean(dim=(1, 2))
 
 
+reductions: list[int] = []
+gathers: list[int] = []
+
+
+def reduced(group, bucket):  # DDP compares the classes of annotations, which are text here
+    reductions.append(bucket.index())
+    return allreduce_hook(group, bucket)
+
+
+class Counting(GRPOModule):
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if isinstance(self.trainer.model, DistributedDataParallel):
+            self.trainer.model.register_comm_hook(None, reduced)
+
+    def _roll_out(self, *arguments: Any) -> Any:
+        gathers.append(0)
+        gather = collectives.foreach_all_gather
+
+        def counted(*gathered: Any, **options: Any) -> Any:
+            gathers[-1] += 1
+            return gather(*gathered, **options)
+
+        collectives.foreach_all_gather = counted
+        try:
+            return super()._roll_out(*arguments)
+        finally:
+            collectives.foreach_all_gather = gather
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     for name in ("checkpoint", "prompts", "out", "strategy"):
         parser.add_argument(name)
     parser.add_argument("--fail-on-rank", type=int)
     arguments = parser.parse_args()
-    module = GRPOModule(
+    module = Counting(
         arguments.checkpoint,
         Brightness(arguments.fail_on_rank),
         group_size=3,
         optimizer=lambda params: torch.optim.SGD(params, lr=0.5),
         rollout_batch_size=6,
-        micro_batch_size=6,
+        micro_batch_size=3,
         packed=arguments.strategy == "fsdp2",
     )
     data = TokenDataModule(
@@ -75,7 +111,7 @@ def main() -> None:
         module.language_model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
     )
     if trainer.is_global_zero:
-        torch.save(weights, arguments.out)
+        torch.save({"weights": weights, "reductions": reductions, "gathers": gathers}, arguments.out)
 
 
 if __name__ == "__main__":

@@ -233,28 +233,38 @@ def test_the_policy_is_drawn_from_in_evaluation_mode_and_trained_in_training_mod
             return original(self, *args, **options)
 
         monkeypatch.setattr(LanguageModel, name, noted)
-    fit(module(), data(), tmp_path, max_steps=2)
+    fit(module(engine="cached"), data(), tmp_path, max_steps=2)
     assert modes == {"image_log_probs": {True}, "image_logits": {False}}
 
 
 # The update
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize(("packed", "chunk_rows"), [(False, None), (True, 4), (False, 4)])
 @pytest.mark.parametrize("inner_updates", [1, 2])
 def test_the_first_update_has_ratio_one_and_no_distance(
-    module: Any, data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inner_updates: int, packed: bool
+    module: Any,
+    data: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    inner_updates: int,
+    packed: bool,
+    chunk_rows: int | None,
+    precision: str,
 ) -> None:
+    """Exactly, in every precision: log-probs are float32 in each."""
     found: list[dict[str, float]] = []
 
     def noted(*args: Any, **options: Any) -> Any:
+        assert all(part.dtype == torch.float32 for part in args[:3] if part is not None)
         loss, statistics = grpo_loss(*args, **options)
         found.append({name: float(value) for name, value in statistics.items()})
         return loss, statistics
 
     monkeypatch.setattr("simplear.stages.grpo.grpo_loss", noted)
-    stage = module(inner_updates=inner_updates, beta=0.1, micro_batch_size=5, packed=packed)
-    fit(stage, data(), tmp_path, max_steps=2 * inner_updates)
+    stage = module(inner_updates=inner_updates, beta=0.1, micro_batch_size=5, packed=packed, chunk_rows=chunk_rows)
+    fit(stage, data(), tmp_path, max_steps=2 * inner_updates, precision=precision)
     micro_batches = 3
     for first in found[:micro_batches]:
         assert first["kl"] == 0.0 and first["ratio_min"] == first["ratio_max"] == 1.0
@@ -427,12 +437,18 @@ def test_a_run_that_died_within_a_training_step_repeats_it(module: Any, data: An
 def test_two_processes_update_as_one(
     module: Any, data: Any, start: str, prompts: str, tmp_path: Path, strategy: str
 ) -> None:
+    """Gradients of an update's two micro-batches are reduced once; a rollout gathers each of two layers and the rest
+    once.
+    """
     script = Path(__file__).with_name("fit_grpo.py")
     command = [sys.executable, str(script), start, prompts, str(tmp_path / "out.pt"), strategy]
     subprocess.run(command, check=True, timeout=WAIT, capture_output=True)
     stage = module(optimizer=sgd, rollout_batch_size=6, micro_batch_size=6)
     fit(stage, data(), tmp_path, max_steps=3)
-    assert largest_difference(torch.load(tmp_path / "out.pt"), weights(stage)) < 1e-5
+    found = torch.load(tmp_path / "out.pt")
+    assert largest_difference(found["weights"], weights(stage)) < 1e-5
+    assert found["reductions"] == ([0] * 3 if strategy == "ddp" else [])
+    assert found["gathers"] == [0 if strategy == "ddp" else 3] * 3
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])

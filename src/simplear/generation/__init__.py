@@ -2,8 +2,8 @@
 
 from simplear.generation.cached import CachedEngine
 from simplear.generation.command import generate
-from simplear.generation.compiled import CompiledEngine
 from simplear.generation.engine import ENGINES, Engine, GenerationStats, make_engine
+from simplear.generation.fused import CompiledEngine, FusedEngine
 from simplear.generation.guidance import guide
 from simplear.generation.jacobi import JacobiEngine
 from simplear.generation.memory import OutOfMemoryError
@@ -19,6 +19,7 @@ __all__ = [
     "CompiledEngine",
     "DrawingOptions",
     "Engine",
+    "FusedEngine",
     "GenerationStats",
     "JacobiEngine",
     "KVCacheEngine",

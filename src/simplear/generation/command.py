@@ -51,7 +51,7 @@ def generate(
     width: int | None = None,
     image: str | None = None,
     mask: str | None = None,
-    engine: str = "cached",
+    engine: str = "fused",
     engine_options: dict[str, Any] | None = None,
     visual_tokenizer: str | None = None,
     batch_size: int = 32,

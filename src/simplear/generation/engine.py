@@ -69,7 +69,8 @@ ENGINES = {
     "baseline": "simplear.generation.plain.BaselineEngine",
     "kv-cache": "simplear.generation.plain.KVCacheEngine",
     "cached": "simplear.generation.cached.CachedEngine",
-    "compiled": "simplear.generation.compiled.CompiledEngine",
+    "fused": "simplear.generation.fused.FusedEngine",
+    "compiled": "simplear.generation.fused.CompiledEngine",
     "jacobi": "simplear.generation.jacobi.JacobiEngine",
     "vllm": "simplear.generation.vllm_plugin.engine.VLLMEngine",
 }

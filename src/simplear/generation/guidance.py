@@ -11,7 +11,7 @@ def log_probabilities(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
 
 
-def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
     """``unconditional + scale · (conditional − unconditional)``.
 
     Args:
@@ -22,10 +22,12 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     Returns:
         (B, C) log-weights, normalised only where scale is 0 or 1.
     """
+    if isinstance(scale, Tensor):
+        scale = scale.to(conditional.dtype)
     return unconditional + scale * (conditional - unconditional)
 
 
-def guided_log_weights(logits: Tensor, images: int, scale: float) -> Tensor:
+def guided_log_weights(logits: Tensor, images: int, scale: float | Tensor) -> Tensor:
     """(B, …, C) log-weights of B images from logits (R, …, C), over the codebook, of their rows.
 
     The conditional rows stand first; R is B where there are no others, 2 B where the unconditional ones follow.

@@ -53,7 +53,7 @@ class DrawingOptions:
     prompt_prefix: FreeText | None = None
     height: int | None = None
     width: int | None = None
-    engine: str = "cached"
+    engine: str = "fused"
     engine_options: dict[str, Any] | None = None
     visual_tokenizer: str | None = None
     batch_size: int = 32

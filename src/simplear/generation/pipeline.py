@@ -66,7 +66,7 @@ class SimpleARPipeline:
         tokenizer: PreTrainedTokenizerBase,
         settings: CheckpointSettings,
         visual_tokenizer: VisualTokenizer | str | Path | None = None,
-        engine: str | Engine = "cached",
+        engine: str | Engine = "fused",
         device: torch.device | None = None,
     ) -> None:
         self._device = device or torch.device("cpu")
@@ -81,7 +81,7 @@ class SimpleARPipeline:
     def from_pretrained(
         cls,
         path_or_hub_id: str | Path,
-        engine: str = "cached",
+        engine: str = "fused",
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         visual_tokenizer: VisualTokenizer | str | Path | None = None,

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from simplear.errors import UserError
 from simplear.generation.guidance import guided_log_weights
@@ -48,8 +48,55 @@ class SamplingSettings:
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top_p {self.top_p} must lie in (0, 1].")
 
+    @property
+    def parts(self) -> tuple[bool, bool, bool]:
+        """Whether codes are sampled, by a top-k, by a top-p: what another function must be compiled for."""
+        return self.do_sample, self.top_k is not None, self.top_p is not None and self.top_p < 1
 
-class Noise:
+
+class SamplingTensors(nn.Module):
+    """`SamplingSettings` whose numbers are tensors, so that a compiled function takes others without compiling again.
+
+    Args:
+        settings: which parts are used; the numbers may be `set` later.
+        device: of the numbers.
+    """
+
+    temperature: Tensor
+
+    def __init__(self, settings: SamplingSettings, device: torch.device) -> None:
+        super().__init__()
+        self.parts = settings.parts
+        self.do_sample, self.truncates, self.cuts = self.parts
+        for name in ("guidance_scale", "temperature", "kept_codes", "kept_share"):
+            kind = torch.long if name == "kept_codes" else torch.float64
+            # Of one dimension, since compilers read numbers without any back to look at them.
+            self.register_buffer(name, torch.ones(1, dtype=kind, device=device), persistent=False)
+        self.set(settings)
+
+    def set(self, settings: SamplingSettings) -> None:
+        """Take other numbers, of settings with the same parts."""
+        assert settings.parts == self.parts
+        numbers = (settings.guidance_scale, settings.temperature, settings.top_k or 1, settings.top_p or 1.0)
+        for name, number in zip(("guidance_scale", "temperature", "kept_codes", "kept_share"), numbers, strict=True):
+            getattr(self, name).fill_(number)
+
+    guidance_scale: Tensor
+    kept_codes: Tensor
+    kept_share: Tensor
+
+    @property
+    def top_k(self) -> Tensor | None:
+        """As of `SamplingSettings`."""
+        return self.kept_codes if self.truncates else None
+
+    @property
+    def top_p(self) -> Tensor | None:
+        """As of `SamplingSettings`."""
+        return self.kept_share if self.cuts else None
+
+
+class Noise(nn.Module):
     """The exponential numbers of B images, hashed where they are asked for and held nowhere.
 
     Code c's number comes of the c-th output of a SplitMix64 generator that starts from a hash of seed and place: so it
@@ -61,18 +108,31 @@ class Noise:
         device: of the numbers.
     """
 
+    seeds: Tensor
+    codes: Tensor
+
     def __init__(self, seeds: Sequence[int], codebook_size: int, device: torch.device | str) -> None:
-        self._seeds = mix_tensor(torch.tensor([[signed(int(seed))] for seed in seeds], device=device))
-        self._codes = torch.arange(codebook_size, device=device) * signed(INCREMENT)
+        super().__init__()
+        hashed = torch.empty(len(seeds), 1, dtype=torch.long, device=device)
+        self.register_buffer("seeds", hashed, persistent=False)
+        codes = torch.arange(codebook_size, device=device) * signed(INCREMENT)
+        self.register_buffer("codes", codes, persistent=False)
+        self.set(seeds)
+
+    def set(self, seeds: Sequence[int]) -> None:
+        """Take other seeds, as many."""
+        self.seeds.copy_(mix_tensor(torch.tensor([[signed(int(seed))] for seed in seeds])))
 
     def at(self, places: Tensor) -> Tensor:
         """(B, T, C) float64 above 0, exponential with mean 1, at places (B, T) of the images' raster order."""
-        bits = mix_tensor(mix_tensor(self._seeds ^ places)[..., None] + self._codes)
+        bits = mix_tensor(mix_tensor(self.seeds ^ places)[..., None] + self.codes)
         # The middle of one of 2**52 intervals: neither 0, which no code could win with, nor 1, which all would.
         return ((shifted(bits, 12).double() + 0.5) * 2.0**-52).log_().neg_()
 
 
-def draw(logits: Tensor, images: int, settings: SamplingSettings, noise: Noise, places: Tensor) -> Tensor:
+def draw(
+    logits: Tensor, images: int, settings: SamplingSettings | SamplingTensors, noise: Noise, places: Tensor
+) -> Tensor:
     """Codes (B, T) int64 from what a decoder says: guidance, then `choose`.
 
     Args:
@@ -85,7 +145,7 @@ def draw(logits: Tensor, images: int, settings: SamplingSettings, noise: Noise, 
     return choose(guided_log_weights(logits, images, settings.guidance_scale), settings, noise, places)
 
 
-def choose(log_weights: Tensor, settings: SamplingSettings, noise: Noise, places: Tensor) -> Tensor:
+def choose(log_weights: Tensor, settings: SamplingSettings | SamplingTensors, noise: Noise, places: Tensor) -> Tensor:
     """Codes (B, T) int64.
 
     Args:
@@ -99,17 +159,21 @@ def choose(log_weights: Tensor, settings: SamplingSettings, noise: Noise, places
     return (probabilities(log_weights, settings) / noise.at(places)).argmax(dim=-1)
 
 
-def probabilities(log_weights: Tensor, settings: SamplingSettings) -> Tensor:
+def probabilities(log_weights: Tensor, settings: SamplingSettings | SamplingTensors) -> Tensor:
     """The distribution that is drawn from, (…, C) float64: tempered, truncated and normalised."""
-    scaled = log_weights.double() / settings.temperature
-    if settings.top_k is not None and settings.top_k < scaled.shape[-1]:
-        smallest_kept = scaled.topk(settings.top_k, dim=-1).values[..., -1:]
+    scaled, top_k, top_p = log_weights.double() / settings.temperature, settings.top_k, settings.top_p
+    if isinstance(top_k, Tensor):
+        descending = scaled.sort(dim=-1, descending=True).values
+        last = (top_k - 1).clamp(max=scaled.shape[-1] - 1).expand(*scaled.shape[:-1], 1)
+        scaled = scaled.masked_fill(scaled < descending.gather(-1, last), float("-inf"))
+    elif top_k is not None and top_k < scaled.shape[-1]:
+        smallest_kept = scaled.topk(top_k, dim=-1).values[..., -1:]
         scaled = scaled.masked_fill(scaled < smallest_kept, float("-inf"))
     probability = scaled.softmax(dim=-1)
-    if settings.top_p is not None and settings.top_p < 1:
+    if isinstance(top_p, Tensor) or (top_p is not None and top_p < 1):
         descending, order = probability.sort(dim=-1, descending=True, stable=True)
         before = descending.cumsum(dim=-1) - descending
-        kept = torch.zeros_like(probability, dtype=torch.bool).scatter(-1, order, before < settings.top_p)
+        kept = torch.zeros_like(probability, dtype=torch.bool).scatter(-1, order, before < top_p)
         probability = probability.masked_fill(~kept, 0.0)
         probability = probability / probability.sum(dim=-1, keepdim=True)
     return probability

@@ -5,9 +5,11 @@
 that sample's image (or text) targets, so that averaging over samples does not depend on how a batch was split over
 ranks, micro-batches or padding.
 
-With ``chunk_rows`` the logits of a few rows are held at once, and the head's gradients are computed while they are
-there. `F.linear_cross_entropy` in chunks does the same for one scalar loss, but for a loss a row it computes all logits
-a second time in the backward pass: a third more arithmetic.
+With ``chunk_rows`` the logits of a few rows are held at once, and where a mean over samples is taken the head's
+gradients are computed while they are there. `F.linear_cross_entropy` in chunks does the same for one scalar loss, but
+for a loss a row it computes all logits a second time in the backward pass: a third more arithmetic.
+
+Losses, log-probabilities and entropies are float32 or wider in every precision: matrix products alone are narrower.
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import LinearCrossEntropyOptions
 
 from simplear.language_model.packing import Packing
 from simplear.sequence import IGNORE_INDEX, TokenLayout, image_target_mask, text_target_mask
@@ -79,10 +80,17 @@ def _cross_entropy(
     """Weighted loss of each row (N,) over the rows ``ids`` of the head, float32 or wider."""
     if chunk_rows is None or len(states) <= chunk_rows:
         return token_cross_entropy(states, weight[ids], targets, None) * row_weights
+    return _in_chunks_of(chunk_rows, states, weight, ids, targets, row_weights, early=True)
+
+
+def _in_chunks_of(
+    chunk_rows: int, states: Tensor, weight: Tensor, ids: slice, targets: Tensor, row_weights: Tensor, early: bool
+) -> Tensor:
+    """`_cross_entropy` in chunks; ``early`` computes the gradients of a mean over samples in the forward pass."""
     device = states.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
-    with_gradients = torch.is_grad_enabled() and (states.requires_grad or weight.requires_grad)
-    return _ChunkedCrossEntropy.apply(states, weight, targets, row_weights, ids, chunk_rows, dtype, with_gradients)
+    early = early and torch.is_grad_enabled() and (states.requires_grad or weight.requires_grad)
+    return _ChunkedCrossEntropy.apply(states, weight, targets, row_weights, ids, chunk_rows, dtype, early)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -102,12 +110,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ids: slice,
         chunk_rows: int,
         dtype: torch.dtype,
-        with_gradients: bool,
+        early: bool,
     ) -> Tensor:
         ctx.save_for_backward(states, weight, targets, row_weights)
         ctx.settings = ids, chunk_rows, dtype
         # In float16 they would underflow without the factor of loss scaling, which the backward pass alone knows.
-        early = with_gradients and dtype != torch.float16
+        early = early and dtype != torch.float16
         losses, ctx.gradients = _in_chunks(states, weight, targets, row_weights, ids, chunk_rows, dtype, early)
         return losses
 
@@ -176,13 +184,8 @@ def token_cross_entropy(states: Tensor, weight: Tensor, targets: Tensor, chunk_r
         chunk_rows: rows of logits held at once; None holds them all.
     """
     if chunk_rows is not None and len(states) > chunk_rows:
-        if torch.is_autocast_enabled(states.device.type):
-            # Autocast does not reach into the chunked operation.
-            reduced = torch.get_autocast_dtype(states.device.type)
-            states, weight = states.to(reduced), weight.to(reduced)
-        options = LinearCrossEntropyOptions(batch_chunk_size=chunk_rows)
-        loss = F.linear_cross_entropy(states, weight, targets, reduction="none", options=options)
-        return loss.to(torch.promote_types(loss.dtype, torch.float32))
+        ones = torch.ones(len(states), dtype=torch.promote_types(states.dtype, torch.float32), device=states.device)
+        return _in_chunks_of(chunk_rows, states, weight, slice(0, len(weight)), targets, ones, early=False)
     logits = F.linear(states, weight)
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="none")
 

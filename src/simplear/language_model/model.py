@@ -35,7 +35,7 @@ from simplear.errors import MissingFileError, UserError, first_line
 from simplear.hub import is_hub_id, missing_on_hub
 from simplear.language_model.loss import Normalizer, next_token_losses, token_cross_entropy, token_entropy
 from simplear.language_model.packing import PACKED_ATTENTION, Packing
-from simplear.language_model.rope import Qwen2Rope2DConfig, Qwen2Rope2DForCausalLM
+from simplear.language_model.rope import Qwen2Rope2DConfig, Qwen2Rope2DForCausalLM, RotaryEmbedding
 from simplear.language_model.weights import (
     NamedWeights,
     fill_new_rows,
@@ -77,6 +77,9 @@ class LanguageModel(nn.Module):
             )
         self.decoder = decoder
         self.layout = layout
+        if not isinstance(decoder.model.rotary_emb, RotaryEmbedding):
+            device = decoder.model.embed_tokens.weight.device
+            decoder.model.rotary_emb = RotaryEmbedding(config=decoder.config).to(device)
         if decoder.config._attn_implementation == "sdpa":
             decoder.set_attn_implementation(PACKED_ATTENTION)
 
@@ -153,8 +156,7 @@ class LanguageModel(nn.Module):
         places = (starts + text - 1)[:, None] + image
         states = hidden.flatten(0, 1).index_select(0, places.flatten()) / temperature
         weight = self.image_head_weight
-        log_probs = -token_cross_entropy(states, weight, codes, chunk_rows)
-        log_probs = log_probs.view(batch, count)
+        log_probs = -token_cross_entropy(states, weight, codes, chunk_rows).view(batch, count)
         if not with_entropies:
             return log_probs, None
         return log_probs, token_entropy(states, weight, chunk_rows).view_as(log_probs)

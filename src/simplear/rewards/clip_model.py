@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from simplear.atomic import whole_directory
+from simplear.device import float32_by_default
 from simplear.errors import MissingFileError, UserError
 from simplear.text_files import read_object
 
@@ -81,7 +82,8 @@ def load_clip(model: str, pretrained: str | None = None, precision: str = "fp32"
         if file is None:
             _refuse_remote_code(source)
         with _root_logger_quiet():
-            network = open_clip.create_model(source, file, precision=precision, require_pretrained=True)
+            with float32_by_default():
+                network = open_clip.create_model(source, file, precision=precision, require_pretrained=True)
             tokenizer = open_clip.get_tokenizer(source)
     except Exception as error:  # open_clip, safetensors, pickle and the hub raise a dozen kinds
         if isinstance(error, RemoteCodeError):

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 API_KEY_VARIABLE = "SIMPLEAR_API_KEY"
 ENGINES = {
-    "cached": {"prompt_multiple": PROMPT_MULTIPLE},
+    "fused": {"prompt_multiple": PROMPT_MULTIPLE},
     "compiled": {"prompt_multiple": PROMPT_MULTIPLE},
     "jacobi": {},
 }
@@ -57,7 +57,7 @@ def serve(
     api_key: str | None = None,
     allowed_hosts: list[FreeText] = [],  # noqa: B006  # never changed
     cors_origins: list[FreeText] = [],  # noqa: B006
-    engine: str = "cached",
+    engine: str = "fused",
     engine_options: dict[str, Any] | None = None,
     engines: dict[str, str] | None = None,
     visual_tokenizer: str | None = None,
@@ -82,7 +82,7 @@ def serve(
             this is given, on other addresses all names.
         cors_origins: an origin whose web pages may use the API, as https://app.example.com, or '*' for all; may be
             repeated. None if not given.
-        engine: cached, compiled (compiles each batch size at start) or jacobi (fastest for one user).
+        engine: fused, compiled (compiles each batch size at start) or jacobi (fastest for one user).
         engine_options: of the engine, as '{window: 7}' for jacobi.
         engines: other engines for some of the checkpoints by name: with sft=DIR quick=DIR '{quick: jacobi}' serves one
             checkpoint on two, for requests and the page to choose from.

@@ -28,7 +28,7 @@ class ServedModel:
         engine: the name of the pipeline's.
     """
 
-    def __init__(self, name: str, batcher: Batcher, max_codes: int | None = None, engine: str = "cached") -> None:
+    def __init__(self, name: str, batcher: Batcher, max_codes: int | None = None, engine: str = "fused") -> None:
         pipeline = batcher.pipeline
         self.name, self.batcher, self.settings, self.engine = name, batcher, pipeline.settings, engine
         rows, columns = self.settings.grid

@@ -15,20 +15,20 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from simplear.data import TokenDataModule
 from simplear.errors import UserError
-from simplear.generation import SamplingSettings, make_engine
+from simplear.generation import Engine, SamplingSettings, make_engine
 from simplear.language_model import Architecture, Checkpoint, LanguageModel, NamedWeights, StepWork
 from simplear.language_model.arithmetic import TRAINING_PASSES
 from simplear.rewards import Reward, move, score
@@ -36,7 +36,6 @@ from simplear.sequence import text_lengths, training_batch
 from simplear.stages.grpo_objective import group_advantages, grpo_loss
 from simplear.stages.language_model_module import LanguageModelModule
 from simplear.stages.reference import Reference, ReferenceSettings
-from simplear.stages.sharding import gathered
 from simplear.stages.token_weights import TokenWeights
 
 ROLLOUT_SEEDS = 2**48
@@ -80,7 +79,8 @@ class GRPOModule(LanguageModelModule):
         gradient_clip_val: largest norm of the gradient; None does not clip. In place of the Trainer's own flag.
         micro_batch_size: images in one forward and backward pass; None takes a rank's whole rollout.
         rollout_batch_size: images drawn at once; None takes a rank's whole rollout.
-        engine: one of `simplear.generation.ENGINES` that runs in this process.
+        engine: one of `simplear.generation.ENGINES` that runs in this process; None takes `compiled` on a GPU, else
+            `fused`, whose copy of the weights is refreshed once a rollout.
         reference: where the reference lives.
         grid: rows and columns of codes to draw; None takes the checkpoint's.
         chunk_rows: rows of logits held in memory at once; None holds them all.
@@ -107,7 +107,7 @@ class GRPOModule(LanguageModelModule):
         gradient_clip_val: float | None = 1.0,
         micro_batch_size: int | None = None,
         rollout_batch_size: int | None = None,
-        engine: str = "cached",
+        engine: str | None = None,
         reference: ReferenceSettings = ReferenceSettings(),
         grid: tuple[int, int] | None = None,
         chunk_rows: int | None = None,
@@ -139,6 +139,7 @@ class GRPOModule(LanguageModelModule):
         self.last_rollout: Rollout | None = None
         """Of the training step that ended last, for callbacks to show."""
         self._reference: Reference | None = None
+        self._engine: Engine | None = None
 
     def load_checkpoint(self, checkpoint: str, with_weights: bool = True) -> Checkpoint:
         """As every stage; the grid to draw is the checkpoint's where none is given."""
@@ -267,13 +268,15 @@ class GRPOModule(LanguageModelModule):
         metadata = [row for row in batch["metadata"] for _ in range(group_size)]
         images = len(prompts)
         seeds = [ROLLOUT_SEEDS * (self.seed + 1) + first + number for number in range(images)]
-        engine = make_engine(self.engine_name, self.language_model)
+        if self._engine is None:
+            name = self.engine_name or ("compiled" if self.device.type == "cuda" else "fused")
+            self._engine = make_engine(name, self.language_model)
         training = self.language_model.training
         self.language_model.eval()
         parts = _parts(images, self.rollout_batch_size)
-        with _timed(seconds, "rollout", self.device), gathered(self.language_model):
+        with _timed(seconds, "rollout", self.device):
             drawn = [
-                engine.generate(prompts[part], prompts[part], self.grid, self.sampling, seeds[part])[0].clone()
+                self._engine.generate(prompts[part], prompts[part], self.grid, self.sampling, seeds[part])[0].clone()
                 for part in parts
             ]
         self.language_model.train(training)
@@ -339,8 +342,12 @@ class GRPOModule(LanguageModelModule):
                     token_weights=None if weights is None else weights[part],
                 )
                 share = len(ids) / images
-                self.manual_backward(loss * share)
-                weight = torch.tensor(share / self.inner_updates)
+                # Ranks add up their gradients once an update, with its last micro-batch.
+                with self._reducing(part is parts[-1]):
+                    self.manual_backward(loss * share)
+                weight = torch.tensor(
+                    share / self.inner_updates, dtype=torch.float32
+                )  # in bf16-true the default is bfloat16
                 statistics.append({"loss": loss.detach(), "entropy": entropies.mean(), **found, "share": weight})
             norm = torch.nn.utils.clip_grad_norm_(
                 self.language_model.parameters(), self.gradient_clip_val or float("inf")
@@ -357,6 +364,10 @@ class GRPOModule(LanguageModelModule):
             if self.lr_scheduler is not None:
                 self.lr_scheduler_step(self._schedule, None)
         self._log_updates(statistics, torch.stack(norms).mean())
+
+    def _reducing(self, last: bool) -> AbstractContextManager[Any]:
+        strategy = self.trainer.strategy
+        return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) and not last else nullcontext()
 
     def _sequences(self, prompts: list[Tensor], codes: Tensor) -> Tensor:
         """Right-padded sequences (B, L) of prompts and the codes (B, h, w) that they were continued with."""

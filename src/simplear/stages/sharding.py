@@ -1,4 +1,4 @@
-"""FSDP2 for a language model: the strategy, a function that every stage's ``configure_model`` calls, one for drawing.
+"""FSDP2 for a language model: the strategy, and what every stage's ``configure_model`` calls.
 
 Lightning's own ``fsdp`` is FSDP1, which the stages do not shard for: it refuses CPUs, so that no test runs it here, and
 cannot clip gradients by norm.
@@ -7,15 +7,13 @@ cannot clip gradients by norm.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from simplear.errors import UserError
 from simplear.language_model import LanguageModel, NamedWeights
@@ -125,25 +123,3 @@ def _give_memory(model: LanguageModel, device: torch.device) -> None:
     decoder = model.decoder
     # Its frequencies are in no state: they are computed where the module is made.
     decoder.model.rotary_emb = type(decoder.model.rotary_emb)(config=decoder.config).to(device)
-
-
-@contextmanager
-def gathered(model: LanguageModel) -> Iterator[None]:
-    """Keep a sharded model's weights whole inside, so that drawing gathers them once and not once a code.
-
-    All ranks enter and leave together. A model that is not sharded is left as it is.
-    """
-    parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
-    layers = [part for part in parts if part is not model]
-    for part in parts:
-        # Not in inference mode: what is gathered there could not be trained with afterwards.
-        part.unshard()
-    for layer in layers:
-        layer.set_reshard_after_forward(False, recurse=False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.set_reshard_after_forward(True, recurse=False)
-        for part in parts:
-            part.reshard()

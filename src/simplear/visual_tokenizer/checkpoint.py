@@ -28,6 +28,7 @@ from torch import nn
 
 from simplear.artefacts import what_is
 from simplear.atomic import whole_directory
+from simplear.device import float32_by_default
 from simplear.errors import MissingFileError, UserError
 from simplear.hub import is_hub_id, missing_on_hub
 from simplear.text_files import read_object
@@ -128,7 +129,8 @@ def load_visual_tokenizer(path: str | Path, device: str | torch.device | None = 
     truncated, damaged or fits no class.
     """
     directory = find_visual_tokenizer(path)
-    tokenizer = _load_own(directory) if _is_own(directory) else _load_pretrained(directory)
+    with float32_by_default():
+        tokenizer = _load_own(directory) if _is_own(directory) else _load_pretrained(directory)
     return tokenizer.to(device or "cpu").eval().requires_grad_(False)
 
 

@@ -113,7 +113,7 @@ class CosmosTokenizer(nn.Module):
         """
         protocol.require_whole_patches(pixels, self.downsample)
         batch, _, height, width = pixels.shape
-        with torch.autocast(pixels.device.type, enabled=False):
+        with protocol.full_precision(pixels.device):
             output = self.encoder(pixels[:, :, None].to(_dtype(self.encoder)))
         indices = output[0] if isinstance(output, tuple | list) else output
         wanted = (batch, 1, height // self.downsample, width // self.downsample)
@@ -143,7 +143,7 @@ class CosmosTokenizer(nn.Module):
         """
         protocol.require_codes(codes, self.codebook_size)
         batch, height, width = codes.shape
-        with torch.autocast(codes.device.type, enabled=False):
+        with protocol.full_precision(codes.device):
             video = self.decoder(codes[:, None].long())
         wanted = (batch, 3, 1, height * self.downsample, width * self.downsample)
         if tuple(video.shape) != wanted:

@@ -156,11 +156,11 @@ class FSQAutoencoder(nn.Module):
     def encode(self, pixels: Tensor) -> Tensor:
         """Codes (B, H / downsample, W / downsample) int64 of pixels (B, 3, H, W) float in [-1, 1].
 
-        Never in reduced precision, whatever autocast says, so that a picture keeps its codes from one use to the next.
+        In full precision, whatever autocast and TF32 say, so that a picture keeps its codes from one use to the next.
         Raises ValueError when H or W is no multiple of `downsample`.
         """
         protocol.require_whole_patches(pixels, self.downsample)
-        with torch.autocast(pixels.device.type, enabled=False):
+        with protocol.full_precision(pixels.device):
             _, codes = self.quantizer(self.encoder(pixels.to(self.decoder[0].weight.dtype)))  # type: ignore[union-attr, arg-type]
         return codes.long()
 
@@ -172,4 +172,5 @@ class FSQAutoencoder(nn.Module):
         """
         protocol.require_codes(codes, self.codebook_size)
         quantized = self.quantizer.indices_to_codes(codes.long())
-        return self.decoder(quantized.to(self.decoder[0].weight.dtype)).clamp(-1, 1)  # type: ignore[union-attr, arg-type]
+        with protocol.full_precision(codes.device):
+            return self.decoder(quantized.to(self.decoder[0].weight.dtype)).clamp(-1, 1)  # type: ignore[union-attr, arg-type]

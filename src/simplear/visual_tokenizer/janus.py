@@ -124,11 +124,11 @@ class JanusTokenizer(nn.Module):
     def encode(self, pixels: Tensor) -> Tensor:
         """Codes (B, H / downsample, W / downsample) int64 of pixels (B, 3, H, W) float in [-1, 1].
 
-        Never in reduced precision, whatever autocast says. Raises ValueError when H or W is no multiple of
+        In full precision, whatever autocast and TF32 say. Raises ValueError when H or W is no multiple of
         `downsample`, and, naming the picture, for pixels that are no numbers.
         """
         protocol.require_whole_patches(pixels, self.downsample)
-        with torch.autocast(pixels.device.type, enabled=False):
+        with protocol.full_precision(pixels.device):
             vectors = self.vqvae.quant_conv(self.vqvae.encoder(pixels.to(self._codebook.dtype)))
             broken = ~torch.isfinite(vectors).flatten(1).all(1)
             if broken.any():
@@ -147,7 +147,7 @@ class JanusTokenizer(nn.Module):
         Raises ValueError, with value and place, on a code outside ``[0, codebook_size)``.
         """
         protocol.require_codes(codes, self.codebook_size)
-        with torch.autocast(codes.device.type, enabled=False):
+        with protocol.full_precision(codes.device):
             vectors = self._codebook[codes.long()].permute(0, 3, 1, 2).contiguous()
             return self.vqvae.decoder(self.vqvae.post_quant_conv(vectors)).clamp(-1, 1)
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -44,6 +45,24 @@ class VisualTokenizer(Protocol):
         Raises ValueError, with value and place, on a code outside ``[0, codebook_size)``.
         """
         ...
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Convolutions and matrix products in the dtype of their operands: without autocast, and without TF32.
+
+    GPUs compute float32 convolutions in TF32 by default, 10 bits of mantissa, which moves pictures across the border
+    between two codes: they must keep their codes from one use to the next.
+    """
+    convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = convolutions
+        torch.set_float32_matmul_precision(products)
 
 
 def to_pixels(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:

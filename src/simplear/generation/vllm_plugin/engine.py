@@ -76,7 +76,7 @@ class VLLMEngine:
         if model.rope != "1d":
             raise VLLMError(
                 f"{directory} has {model.rope} RoPE, and vLLM would read its positions as 1d and draw something else: "
-                'use another engine, such as "cached".'
+                'use another engine, such as "fused".'
             )
         dtype = next(model.parameters()).dtype if dtype is None else dtype
         if dtype not in DTYPES:
