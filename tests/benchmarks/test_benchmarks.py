@@ -190,7 +190,7 @@ def test_inference(tmp_path: Path) -> None:
     details = result["details"]
     assert details["passes"].keys() == inference.FIXED.keys()
     assert all(2 <= passes <= 16 for passes in details["passes"].values())
-    assert details["passes"]["jacobi, W = 0"] == 16
+    assert details["passes"][inference.NO_DRAFTS] == 16
     assert details["accuracy"] == {"cached": 0.0, "jacobi, W = 16": 0.0}
     assert details["same_pictures"] == {"same": 6, "of": 6}
     assert details["over_kv_cache"].keys() == details["memory"].keys() == {"1", "2"}
