@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._inductor.graph import GraphLowering
+from torch._inductor.utils import fresh_cache
 from transformers import AutoModelForCausalLM
 
 import ablations
@@ -24,10 +26,12 @@ import measure
 import tables
 import training
 import training_cost
+from generation.models import ARCHITECTURE, CODEBOOK, LAYOUT, prompts
 from simplear.cli import main as simplear
 from simplear.data.shards import TokenShards
 from simplear.evaluation.report import merge_run
-from simplear.language_model import load_text_tokenizer
+from simplear.generation import CompiledEngine, SamplingSettings
+from simplear.language_model import LanguageModel, LanguageModelConfig, load_text_tokenizer
 from simplear.scenes import CATEGORIES
 
 BENCHMARKS = Path(measure.__file__).parent
@@ -190,7 +194,7 @@ def test_inference(tmp_path: Path) -> None:
     details = result["details"]
     assert details["passes"].keys() == inference.FIXED.keys()
     assert all(2 <= passes <= 16 for passes in details["passes"].values())
-    assert details["passes"]["jacobi, W = 0"] == 16
+    assert details["passes"][inference.NO_DRAFTS] == 16
     assert details["accuracy"] == {"cached": 0.0, "jacobi, W = 16": 0.0}
     assert details["same_pictures"] == {"same": 6, "of": 6}
     assert details["over_kv_cache"].keys() == details["memory"].keys() == {"1", "2"}
@@ -225,6 +229,26 @@ def test_bounds_are_those_of_pencil_and_paper() -> None:
         bounds.image_seconds(large, 4096, 1, 2, a100),
     ]
     assert seconds == pytest.approx([1.8, 0.156, 1.08, 6.0], rel=0.01)
+
+
+def test_predictions_count_the_kernels_of_a_compiled_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the compiler schedules them, for a CPU: it generates no code here, for it is stopped before."""
+    sampling, kernels = SamplingSettings(guidance_scale=2.0), []
+
+    def stop(graph: GraphLowering) -> None:
+        graph._update_scheduler()
+        kernels.append(len(graph.scheduler.nodes))
+        raise InterruptedError
+
+    monkeypatch.setattr(GraphLowering, "codegen", stop)
+    for layers in (1, 2):
+        architecture = {**ARCHITECTURE, "num_hidden_layers": layers}
+        config = LanguageModelConfig("", CODEBOOK, architecture=architecture)
+        model = LanguageModel(config.random_decoder(LAYOUT.vocab_size).bfloat16(), LAYOUT)
+        with pytest.raises(Exception, match="InterruptedError"), fresh_cache():
+            CompiledEngine(model).generate(prompts(3), prompts(2), (2, 2), sampling, [0])
+    layer = kernels[1] - kernels[0]
+    assert (layer, kernels[0] - layer) == (bounds.LAYER_KERNELS, bounds.OTHER_KERNELS)
 
 
 class TestGRPO:

@@ -16,15 +16,37 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 0.03}
 """Of the difference, relative to the logits. Norms compute in float32, so float64 does not agree to more."""
 
 
+def by_length(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size, enable_gqa, seqused_k):  # type: ignore[no-untyped-def]
+    """What PyTorch's `varlen_attn` is documented to compute, sequence by sequence."""
+    assert enable_gqa and {each.dtype for each in (cu_seq_q, cu_seq_k, seqused_k)} == {torch.int32}
+    assert {each.stride(-1) for each in (query, key, value)} == {1} and window_size in ((-1, -1), (-1, 0))
+    attended = torch.empty(query.shape, dtype=query.dtype)
+    for number, used in enumerate(seqused_k.tolist()):
+        asks = slice(*cu_seq_q[number : number + 2].tolist())
+        begin, end = cu_seq_k[number : number + 2].tolist()
+        assert asks.stop - asks.start <= max_q and used <= end - begin <= max_k
+        queries = query[asks].transpose(0, 1)
+        keys, values = (each[begin : begin + used].transpose(0, 1) for each in (key, value))
+        seen = torch.ones(queries.shape[1], used, dtype=torch.bool)
+        if window_size == (-1, 0):  # aligned to the end
+            seen = seen.tril(used - queries.shape[1])
+        found = torch.nn.functional.scaled_dot_product_attention(queries, keys, values, seen, enable_gqa=True)
+        attended[asks] = found.transpose(0, 1)
+    return attended
+
+
 class Prefilled:
     """Rows that hold prompts, and what the step says behind codes."""
 
-    def __init__(self, model: LanguageModel, asked: list[Tensor]) -> None:
+    def __init__(self, model: LanguageModel, asked: list[Tensor], attention: str = "masked") -> None:
         self.model, self.lengths = model, torch.tensor([len(prompt) for prompt in asked])
         dtype = next(model.parameters()).dtype
         self.step = DecoderStep(model, dtype)
         self.step.load(model)
-        self.cache = CacheMemory(model.decoder.config, dtype, torch.device("cpu")).cache(len(asked), 48)
+        memory = CacheMemory(model.decoder.config, dtype, torch.device("cpu"))
+        if attention == "by length":
+            memory.by_token, self.step.by_length = True, by_length
+        self.cache = memory.cache(len(asked), 48)
         ids = torch.nn.utils.rnn.pad_sequence(asked, batch_first=True)
         self.read(ids, torch.arange(ids.shape[1]).expand(len(asked), -1))
 
@@ -42,7 +64,8 @@ class Prefilled:
 @pytest.mark.parametrize("rope", ["1d", "2d"])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("key_heads", [1, 2])
-def test_logits_are_those_of_transformers(rope: str, dtype: torch.dtype, key_heads: int) -> None:
+@pytest.mark.parametrize("attention", ["masked", "by length"])
+def test_logits_are_those_of_transformers(rope: str, dtype: torch.dtype, key_heads: int, attention: str) -> None:
     torch.manual_seed(0)
     architecture = {**ARCHITECTURE, "num_key_value_heads": key_heads}
     config = LanguageModelConfig("", CODEBOOK, architecture=architecture, rope=rope)  # type: ignore[arg-type]
@@ -51,7 +74,7 @@ def test_logits_are_those_of_transformers(rope: str, dtype: torch.dtype, key_hea
         torch.nn.init.normal_(parameter, std=0.3)  # norms and biases too, which begin at 1 and 0
     model = LanguageModel(decoder.to(dtype), LAYOUT)
     asked, codes, done = prompts(2, 9, 0), torch.randint(CODEBOOK, (3, 12)), torch.tensor([5, 1, 7])
-    rows = Prefilled(model, asked)
+    rows = Prefilled(model, asked, attention)
     rows.logits(codes, torch.ones_like(done), 7)
     found = rows.logits(codes, done, 4)
     for row, prompt in enumerate(asked):

@@ -78,3 +78,39 @@ def test_beyond_the_limit_of_shapes_a_pass_runs_uncompiled(monkeypatch, caplog):
     assert [record.getMessage() for record in caplog.records].count(
         "2 shapes are compiled; further ones run uncompiled, which is slower"
     ) == 1
+
+
+@pytest.mark.usefixtures("traced_not_compiled")
+def test_what_a_recorded_pass_leaves_is_overwritten(monkeypatch):
+    """CUDA graphs are recorded behind passes that warm up, on the tensors of the request."""
+
+    def recorded(self, advance):
+        for _ in range(3):
+            advance()
+        return advance
+
+    monkeypatch.setattr(FusedEngine, "_recorded", recorded)
+    model = language_model()
+    for make in (CompiledEngine, lambda model: JacobiEngine(model, 2, compiled=True)):
+        for settings in SETTINGS:
+            codes, _ = make(model).generate(PROMPTS, NEGATIVES, GRID, settings, SEEDS)
+            assert torch.equal(codes, plainly(model, settings))
+
+
+@pytest.mark.parametrize("window", [0, 2])
+def test_a_compiled_pass_takes_tensors_at_fixed_addresses_alone(window, monkeypatch):
+    """CUDA graphs copy every other input before each pass."""
+    taken = []
+
+    def backend(graph, inputs):
+        taken.append([each for each in inputs if isinstance(each, torch.Tensor)])
+        return graph
+
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, backend=backend, **options))
+    engine = JacobiEngine(language_model(), window, compiled=True)
+    engine.generate(PROMPTS, NEGATIVES, GRID, SETTINGS[-1], SEEDS)
+    ((drawing, _),) = engine.passes.values()
+    fixed = {buffer.data_ptr() for buffer in drawing.buffers()}
+    assert len(taken) == 1 and len(taken[0]) > 20
+    assert [each.shape for each in taken[0] if each.data_ptr() not in fixed] == []

@@ -4,11 +4,16 @@
 matrix, gate and up projection in another. Its buffers keep their addresses: when training has changed the weights they
 are copied into them, and nothing is allocated or compiled again. Keys and values go into a `RowCache`, in which rows
 advance apart, so padding, guidance and drafts need nothing else.
+
+Attention is masked, or on GPUs told the length of each row (`Attend`): it then reads no further than that, and splits
+long rows among thread blocks, of which a few rows with a few heads would otherwise fill very few.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -20,6 +25,11 @@ from transformers import Qwen2Config
 
 from simplear.language_model import LanguageModel
 
+logger = logging.getLogger(__name__)
+
+Attend = Callable[[Tensor, Tensor], Tensor]
+"""From queries (R, T, heads, size) and a layer's keys and values in the cache, which hold those of the queries already,
+to what each query saw, (R · T, heads · size)."""
 STORED_IN_OUT = ("cpu",)
 """Devices on which matrices are stored (in, out), by which CPUs multiply few rows fastest; elsewhere (out, in)."""
 
@@ -40,6 +50,8 @@ class CacheMemory:
 
     def __init__(self, config: Qwen2Config, dtype: torch.dtype, device: torch.device) -> None:
         self.layers, self.dtype, self.device = config.num_hidden_layers, dtype, device
+        self.by_token = device.type == "cuda"
+        """Whether a row's heads lie beside each other for each token, as attention by length reads them."""
         self.heads, self.size = config.num_key_value_heads or config.num_attention_heads, head_size(config)
         self.allocations = 0
         """Times that memory was taken, for it to be seen that it is not taken again."""
@@ -47,13 +59,14 @@ class CacheMemory:
 
     def cache(self, rows: int, capacity: int) -> RowCache:
         """A cache, which the next one overwrites. Memory grows with the largest; older caches keep what they had."""
-        shape = (rows, 2 * self.heads, capacity, self.size)
+        lying = (capacity, 2 * self.heads) if self.by_token else (2 * self.heads, capacity)
         numbers = rows * 2 * self.heads * capacity * self.size
         if not self._flat or self._flat[0].numel() < numbers:
             # A tensor a layer, so that a compiler sees each written in place; zeros, for what is masked must be finite.
             self._flat = [torch.zeros(numbers, dtype=self.dtype, device=self.device) for _ in range(self.layers)]
             self.allocations += 1
-        return RowCache([flat[:numbers].view(shape) for flat in self._flat])
+        layers = (flat[:numbers].view(rows, *lying, self.size) for flat in self._flat)
+        return RowCache([layer.transpose(1, 2) if self.by_token else layer for layer in layers])
 
 
 class RowCache(nn.Module):
@@ -167,6 +180,7 @@ class DecoderStep(nn.Module):
         epsilons = torch.full((1, 1), self.epsilon, dtype=torch.float32, device=weight.device)
         self.register_buffer("epsilons", epsilons, persistent=False)
         self.rotary = type(decoder.rotary_emb)(config=config).to(weight.device)
+        self.by_length = attention_by_length(weight.device, dtype)
         self.loads = 0
         """Times that weights were copied."""
         self._versions: list[tuple[int, int]] = []
@@ -211,17 +225,15 @@ class DecoderStep(nn.Module):
         Args:
             ids: (R, T) tokens behind the rows.
             positions: of them, from `LanguageModel.positions_at`.
-            places: (R, T) where they stand in their rows; each sees its row up to itself.
+            places: (R, T) where they stand in their rows, one behind the other; each sees its row up to itself.
             cache: gets their keys and values.
-            visible: tokens from the beginning that are attended to at all; more than the largest place.
+            visible: tokens from the beginning that a mask covers; more than the largest place.
         """
         (rows, new), keys = ids.shape, self.key_heads
-        # Queries of the heads that share keys stand below each other, so that keys are not repeated for them.
-        shared = self.heads // keys
         hidden = F.embedding(ids, self.embedding)
-        hidden_from = torch.arange(visible, device=ids.device) > places[..., None]
-        mask = torch.zeros(hidden_from.shape, dtype=hidden.dtype, device=ids.device)
-        mask = mask.masked_fill_(hidden_from, float("-inf"))[:, None].repeat(1, 1, shared, 1)
+        attend = (
+            self._masked(places, visible, hidden.dtype) if self.by_length is None else self._by_length(places, cache)
+        )
         cos, sin = self._turns(hidden, positions)
         numbers = torch.arange(rows, device=ids.device)[:, None]
         hidden = hidden.flatten(0, 1)
@@ -231,7 +243,23 @@ class DecoderStep(nn.Module):
             mixed = mixed.view(rows, new, self.heads + 2 * keys, self.size)
             mixed = torch.addcmul(mixed * cos, mixed.roll(self.size // 2, dims=-1), sin)
             cache_layer[numbers, :, places] = mixed[:, :, self.heads :]
-            queries = mixed[:, :, : self.heads]
+            attended = attend(mixed[:, :, : self.heads], cache_layer)
+            hidden = torch.addmm(hidden, attended, in_out(layer.attention_out, self.stored_in_out))
+            inner = self._normalized(hidden, layer.mlp_norm) @ in_out(layer.mlp_in, self.stored_in_out)
+            gate, up = inner.chunk(2, dim=-1)
+            hidden = torch.addmm(hidden, F.silu(gate) * up, in_out(layer.mlp_out, self.stored_in_out))
+        return self._normalized(hidden, self.norm).view(rows, new, -1)
+
+    def _masked(self, places: Tensor, visible: int, dtype: torch.dtype) -> Attend:
+        """Attention to the first ``visible`` tokens of each row, under a mask of those that a query does not see."""
+        (rows, new), keys = places.shape, self.key_heads
+        # Queries of the heads that share keys stand below each other, so that keys are not repeated for them.
+        shared = self.heads // keys
+        hidden_from = torch.arange(visible, device=places.device) > places[..., None]
+        mask = torch.zeros(hidden_from.shape, dtype=dtype, device=places.device)
+        mask = mask.masked_fill_(hidden_from, float("-inf"))[:, None].repeat(1, 1, shared, 1)
+
+        def attend(queries: Tensor, cache_layer: Tensor) -> Tensor:
             if new > 1:
                 queries = queries.view(rows, new, keys, shared, self.size).permute(0, 2, 3, 1, 4)
             seen = cache_layer.narrow(2, 0, visible)
@@ -243,12 +271,35 @@ class DecoderStep(nn.Module):
             )
             if new > 1:
                 attended = attended.view(rows, self.heads, new, self.size).transpose(1, 2)
-            attended = attended.reshape(rows * new, self.heads * self.size)
-            hidden = torch.addmm(hidden, attended, in_out(layer.attention_out, self.stored_in_out))
-            inner = self._normalized(hidden, layer.mlp_norm) @ in_out(layer.mlp_in, self.stored_in_out)
-            gate, up = inner.chunk(2, dim=-1)
-            hidden = torch.addmm(hidden, F.silu(gate) * up, in_out(layer.mlp_out, self.stored_in_out))
-        return self._normalized(hidden, self.norm).view(rows, new, -1)
+            return attended.reshape(rows * new, self.heads * self.size)
+
+        return attend
+
+    def _by_length(self, places: Tensor, cache: RowCache) -> Attend:
+        """Attention to each row as far as its last query, whose places follow each other."""
+        (rows, new), keys, capacity = places.shape, self.key_heads, cache.capacity
+        count = torch.arange(rows + 1, dtype=torch.int32, device=places.device)
+        begins, cache_begins, lengths = count * new, count * capacity, places[:, -1].int() + 1
+        # One query sees its whole row, and saying so lets the heads that share keys be read together.
+        window = (-1, 0) if new > 1 else (-1, -1)
+
+        def attend(queries: Tensor, cache_layer: Tensor) -> Tensor:
+            tokens = cache_layer.transpose(1, 2).flatten(0, 1)
+            attended = cast(Any, self.by_length)(
+                queries.flatten(0, 1),
+                tokens.narrow(1, 0, keys),
+                tokens.narrow(1, keys, keys),
+                begins,
+                cache_begins,
+                new,
+                capacity,
+                window_size=window,
+                enable_gqa=True,
+                seqused_k=lengths,
+            )
+            return attended.reshape(rows * new, self.heads * self.size)
+
+        return attend
 
     def _turns(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Rotary positions as x · cos + (x rolled by half a head) · sin, for queries, keys and, unturned, values.
@@ -275,6 +326,31 @@ class DecoderStep(nn.Module):
         norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         scale = torch.addcmul(self.epsilons, norm, norm, value=1 / hidden.shape[-1]).rsqrt_()
         return (wide * scale).to(hidden.dtype) * weight
+
+
+def attention_by_length(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor] | None:
+    """PyTorch's `varlen_attn`, where it runs and knows of caches; None where attention is to be masked.
+
+    It needs a GPU of Ampere's generation or later, two bytes a number, and a PyTorch that has its ``seqused_k``.
+    """
+    if device.type != "cuda":
+        return None
+    lacking = ""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        lacking = "this PyTorch has no variable-length attention"
+    else:
+        if not {"seqused_k", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys():
+            lacking = "this PyTorch's variable-length attention reads no cache"
+    if not lacking and dtype not in (torch.bfloat16, torch.float16):
+        lacking = f"{dtype} was asked for"
+    if not lacking and torch.cuda.get_device_capability(device) < (8, 0):
+        lacking = f"{torch.cuda.get_device_name(device)} is older than flash attention"
+    if lacking:
+        logger.info("attention while drawing reads whole caches under a mask, which is slower: %s", lacking)
+        return None
+    return cast(Callable[..., Tensor], varlen_attn)
 
 
 @contextmanager

@@ -40,6 +40,8 @@ ROOM = 64
 """Tokens by which a compiled pass's cache grows from one shape to the next."""
 SHAPES = 64
 """Compiled at most: numbers of images, sizes of the cache, grids. Further shapes run uncompiled, which is said once."""
+WARM_UP = 3
+"""Passes before one is recorded: the first compiles, and libraries take their working memory in it."""
 
 
 class Drawing(nn.Module):
@@ -170,6 +172,8 @@ class FusedEngine:
         self.passes: dict[Any, tuple[Drawing, Callable[[], None]]] = {}
         """By shape: a drawing and its compiled pass."""
         self.compilations = 0
+        self.pool: Any = None
+        """Memory that CUDA graphs share."""
 
     @property
     def tokens_a_pass(self) -> int:
@@ -284,9 +288,27 @@ class FusedEngine:
                 logger.warning("%d shapes are compiled; further ones run uncompiled, which is slower", SHAPES)
                 self.passes[None] = (drawing, drawing.advance)
             return drawing, drawing.advance
-        self.passes[shape] = drawing, compiled_pass(drawing)
+        self.passes[shape] = drawing, self._recorded(compiled_pass(drawing))
         self.compilations += 1
         return self.passes[shape]
+
+    def _recorded(self, advance: Callable[[], None]) -> Callable[[], None]:
+        """The same pass as one CUDA graph. It runs before `Drawing.begin`, which overwrites what it leaves."""
+        assert self.memory is not None
+        device = self.memory.device
+        if device.type != "cuda":
+            return advance
+        stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                advance()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        # Passes run one after another and leave nothing in what they allocate, so graphs share it.
+        with torch.cuda.graph(graph, pool=self.pool):
+            advance()
+        self.pool = graph.pool()
+        return graph.replay
 
     def _draw(
         self, drawing: Drawing, advance: Callable[[], None], first: int, longest: int, on_row: RowCallback | None
