@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 
 from simplear.errors import UserError
+
+DType = Literal["float32", "bfloat16"]
+"""To draw in. float16 is missing on purpose: activations of Qwen2.5 exceed its range."""
+
+
+def default_dtype(device: torch.device) -> DType:
+    """What a device draws in unless it is told otherwise: bfloat16 on GPUs, where it halves what is read."""
+    return "bfloat16" if device.type == "cuda" else "float32"
 
 
 def resolve_device(name: str | torch.device | None = None) -> torch.device:

@@ -18,8 +18,9 @@ import torch
 from PIL import Image
 
 from simplear.cli import main
+from simplear.device import default_dtype
 from simplear.errors import UserError
-from simplear.generation import SimpleARPipeline, generate
+from simplear.generation import DrawingOptions, SimpleARPipeline, generate
 from simplear.generation.png import file_name, read_metadata, write_png
 from simplear.language_model import CheckpointSettings, GenerationDefaults, checkpoint_hash, save_checkpoint
 from toys import model_config
@@ -65,6 +66,31 @@ def test_an_image_can_be_drawn_again_from_what_its_file_says(checkpoint, tmp_pat
     again = pipe(made[3]["prompt"], seed=made[3]["seed"], **{name: made[3][name] for name in settings}).images[0]
     # Decoding is in float32, where another batch size may round a pixel the other way.
     assert np.abs(np.asarray(again).astype(int) - np.asarray(Image.open(files[3])).astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
+def test_pictures_are_drawn_in_the_dtype_that_their_files_name(checkpoint, tmp_path: Path, dtype: str | None):
+    """Of a checkpoint in float64, which neither GPUs nor CPUs draw with unless a caller of the pipeline asks for it."""
+    arguments = [checkpoint, "--out", str(tmp_path), "--prompt", "one star", "--num-images-per-prompt", "4"]
+    main(["generate", *arguments, "--seed", "1", "--device", "cpu", *(["--dtype", dtype] if dtype else [])])
+    files = sorted(tmp_path.iterdir())
+    assert [read_metadata(file)["dtype"] for file in files] == [dtype or "float32"] * 4
+    pipe = SimpleARPipeline.from_pretrained(checkpoint, device="cpu", dtype=getattr(torch, dtype or "float32"))
+    again = pipe("one star", seed=1, num_images_per_prompt=4).images
+    for file, picture in zip(files, again, strict=True):
+        assert np.array_equal(np.asarray(picture), np.asarray(Image.open(file)))
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cuda:1", "bfloat16"), ("cpu", "float32"), ("mps", "float32")])
+def test_the_dtype_follows_the_device_if_it_is_not_given(device: str, dtype: str):
+    assert default_dtype(torch.device(device)) == dtype
+
+
+def test_evaluations_state_a_dtype_that_is_given():
+    """And none otherwise, so that what was begun before there was a choice goes on."""
+    settings = CheckpointSettings(0, 8, (2, 2), 8)
+    assert "dtype" not in DrawingOptions().stated(settings)
+    assert DrawingOptions(dtype="bfloat16").stated(settings)["dtype"] == "bfloat16"
 
 
 def test_a_picture_is_continued_where_its_mask_says(checkpoint, tmp_path: Path):
@@ -167,6 +193,7 @@ def test_a_finished_run_draws_nothing_and_says_so(checkpoint, tmp_path, monkeypa
         ({"num_images_per_prompt": 3}, r"00001-one-star-0\.png .*\(seed 7, now 8\)"),
         ({"height": 8, "width": 24}, r"size \[16, 16\], now \[8, 24\]"),
         ({"engine": "jacobi", "engine_options": {"window": 2}}, r'engine "fused", now "jacobi"; engine_options \{\}'),
+        ({"dtype": "bfloat16"}, r'dtype "float32", now "bfloat16"'),
         ({"prompts": ["four circles"], "temperature": 0.5}, r"00000-a-red-circle-0\.png .*temperature 1.0, now 0.5"),
         ({"prompts": ["A red circle!"]}, r'prompt "a red circle", now "A red circle!"'),
     ],

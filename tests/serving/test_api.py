@@ -72,6 +72,7 @@ def test_settings_reach_the_engine(live: Live, pipelines: Pipelines) -> None:
         "do_sample": True,
         "prompt_prefix": "a photo of ",
         "checkpoint": "second",
+        "dtype": "float32",
         "batch_size": 1,
     }
     unguided = live.client().images.generate(prompt="one star", extra_body={"seed": 3, "guidance_scale": 1.0})

@@ -45,6 +45,7 @@ def occupied() -> Iterator[int]:
         (["a", "--host", "http://127.0.0.1"], "cannot listen on http://127.0.0.1"),
         (["a", "--host", "x" * 80], "cannot listen on xxx"),
         (["a", "--device", "gpu"], "device 'gpu' is unknown"),
+        (["a", "--dtype", "float16"], "float16"),
         (["a", "--device", "mps"], "device 'mps' is not available"),
         (["a", "--device", "cuda:99"], "device 'cuda:99' is not available"),
         (["a", "--cors-origins", "https://a.example/"], "'https://a.example/' is not an origin: give SCHEME://HOST"),
@@ -152,6 +153,8 @@ def test_checkpoints_are_served_under_their_names(
         "[4, 1]",
         "--device",
         "cpu",
+        "--dtype",
+        "bfloat16",
         "--engines",
         "{after: jacobi}",
         "--allowed-hosts",
@@ -164,6 +167,7 @@ def test_checkpoints_are_served_under_their_names(
     main(["serve", ".", f"after={checkpoints[1]}", *options])
     assert [served.name for served in made["models"]] == ["first", "after"]
     assert [served.description.engine for served in made["models"]] == ["fused", "jacobi"]
+    assert {served.description.dtype for served in made["models"]} == {"bfloat16"}
     assert made["service"].api_key == "secret" and made["shutdown_timeout"] == 3 and made["port"] > 0
     assert made["service"].allowed_hosts[-2:] == ["a.example", "*.b.example"]
     assert made["service"].cors_origins == ["*"]

@@ -17,6 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from simplear.atomic import require_writable
+from simplear.device import DType, default_dtype, resolve_device
 from simplear.errors import UserError
 from simplear.generation.options import DrawingOptions
 from simplear.generation.pipeline import seeds_from
@@ -56,6 +57,7 @@ def generate(
     visual_tokenizer: str | None = None,
     batch_size: int = 32,
     device: str | None = None,
+    dtype: DType | None = None,
 ) -> None:
     """Draw prompts into PNG files, with prompt, seed, settings and the checkpoint's hash in each file's metadata.
 
@@ -86,6 +88,7 @@ def generate(
         visual_tokenizer: directory or hub id to use in place of the checkpoint's own.
         batch_size: images drawn at once.
         device: where to draw; a GPU where there is one if not given.
+        dtype: of the language model; bfloat16 on a GPU and float32 elsewhere if not given.
 
     Raises:
         ValueError: no prompt, an entry of the file without one, a prompt that cannot be drawn, or a directory with
@@ -94,6 +97,7 @@ def generate(
     prompts = _prompts(prompt, prompts_file)
     if num_images_per_prompt < 1:
         raise UserError(f"num_images_per_prompt {num_images_per_prompt} must be at least 1.")
+    place = resolve_device(device)
     seeds = seeds_from(seed, len(prompts) * num_images_per_prompt)
     options = DrawingOptions(
         guidance_scale=guidance_scale,
@@ -109,10 +113,11 @@ def generate(
         engine_options=engine_options,
         visual_tokenizer=visual_tokenizer,
         batch_size=batch_size,
+        dtype=dtype or default_dtype(place),
     )
     picture, anew = _opened(open_rgb, image), _opened(open_mask, mask)
     source = find_checkpoint(checkpoint)
-    pipeline = options.pipeline(source, device)
+    pipeline = options.pipeline(source, place)
     size = (height, width) if picture is None else (picture.height, picture.width)
     pipeline.check_prompts(prompts, prompt_prefix, *size)
     stated = options.stated(pipeline.settings)

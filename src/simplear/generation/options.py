@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from simplear.device import DType
 from simplear.errors import UserError
 from simplear.generation.engine import engine_class
 from simplear.generation.pipeline import SimpleARPipeline
@@ -16,7 +17,7 @@ from simplear.generation.sampling import SamplingSettings
 from simplear.language_model import CheckpointSettings
 from simplear.text_files import FreeText
 
-LOADING = ("engine", "engine_options", "visual_tokenizer")
+LOADING = ("engine", "engine_options", "visual_tokenizer", "dtype")
 """Options that decide how a checkpoint is loaded; the others are arguments of a call of the pipeline."""
 SIDES = ("height", "width")
 SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p")
@@ -40,6 +41,7 @@ class DrawingOptions:
         engine_options: of the engine, as ``'{window: 7}'`` for jacobi.
         visual_tokenizer: directory or hub id to use in place of the checkpoint's own.
         batch_size: images drawn at once.
+        dtype: of the language model; the checkpoint's own if not given.
 
     Raises ValueError for a batch size below 1, and for an engine or options of an engine that are unknown.
     """
@@ -57,6 +59,7 @@ class DrawingOptions:
     engine_options: dict[str, Any] | None = None
     visual_tokenizer: str | None = None
     batch_size: int = 32
+    dtype: DType | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -66,6 +69,7 @@ class DrawingOptions:
     def pipeline(self, checkpoint: str | Path, device: str | torch.device | None = None) -> SimpleARPipeline:
         """The checkpoint's pipeline. Errors: see `SimpleARPipeline.from_pretrained`."""
         loading = {name: getattr(self, name) for name in LOADING}
+        loading["dtype"] = None if self.dtype is None else getattr(torch, self.dtype)
         return SimpleARPipeline.from_pretrained(checkpoint, device=device, **loading)
 
     def arguments(self) -> dict[str, Any]:
@@ -84,4 +88,5 @@ class DrawingOptions:
         stated = {name: default if given[name] is None else given[name] for name, default in defaults.items()}
         SamplingSettings(do_sample=self.do_sample, **{name: stated[name] for name in SAMPLING})
         stated |= {"engine": self.engine, "engine_options": self.engine_options or {}}
+        stated |= {} if self.dtype is None else {"dtype": self.dtype}
         return stated if self.do_sample else {**stated, "do_sample": False}

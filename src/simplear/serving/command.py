@@ -15,11 +15,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from simplear.command_line import STOPPED
-from simplear.device import resolve_device
+from simplear.device import DType, default_dtype, resolve_device
 from simplear.errors import SystemRefusedError, UserError
 from simplear.generation import SimpleARPipeline
 from simplear.serving.app import create_app
@@ -62,6 +63,7 @@ def serve(
     engines: dict[str, str] | None = None,
     visual_tokenizer: str | None = None,
     device: str | None = None,
+    dtype: DType | None = None,
     batch_sizes: list[int] = [1, 2, 4, 8, 16],  # noqa: B006  # never changed
     batch_wait: float = 0.01,
     max_queue: int = 128,
@@ -88,6 +90,7 @@ def serve(
             checkpoint on two, for requests and the page to choose from.
         visual_tokenizer: directory to use in place of the checkpoints' own.
         device: where to draw; a GPU where there is one if not given.
+        dtype: of the language models; bfloat16 on a GPU and float32 elsewhere if not given.
         batch_sizes: numbers of images that batches are filled up to.
         batch_wait: seconds to wait for companions before drawing a batch that is not full.
         max_queue: images that may wait for each checkpoint; beyond, clients are asked to come back later.
@@ -132,6 +135,7 @@ def serve(
             engine=chosen,
             engine_options={**ENGINES[chosen], **((engine_options or {}) if chosen == engine else {})},
             device=where,
+            dtype=getattr(torch, dtype or default_dtype(where)),
             visual_tokenizer=visual_tokenizer,
         )
         batcher = Batcher(name, pipeline, batch_sizes, max_queue, batch_wait, service.metrics)

@@ -116,6 +116,7 @@ class Pending:
             "prompt_prefix": self.served.settings.generation.prompt_prefix,
             "negative_prompt": shared.negative_prompt,
             "checkpoint": self.served.name,
+            "dtype": self.served.dtype,
             "batch_size": picture.batch_size,
         }
         # Compressing takes long for large pictures, and the thread that draws has better things to do.

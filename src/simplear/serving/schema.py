@@ -162,6 +162,8 @@ class Model(BaseModel):
     """Of an image."""
     engine: str
     """That draws its codes."""
+    dtype: str
+    """Of its weights."""
     defaults: dict[str, Any]
     """Of generation."""
 

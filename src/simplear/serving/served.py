@@ -33,6 +33,7 @@ class ServedModel:
         self.name, self.batcher, self.settings, self.engine = name, batcher, pipeline.settings, engine
         rows, columns = self.settings.grid
         self.max_codes = rows * columns if max_codes is None else max_codes
+        self.dtype = str(pipeline.model.decoder.dtype).removeprefix("torch.")
         self.created = int(time.time())
         # A text tokenizer of its own: the batcher's thread uses the other at the same time.
         self._checker: SimpleARPipeline = copy.copy(pipeline)
@@ -50,6 +51,7 @@ class ServedModel:
             downsample=self.settings.downsample,
             max_codes=self.max_codes,
             engine=self.engine,
+            dtype=self.dtype,
             defaults=dataclasses.asdict(self.settings.generation),
         )
 
