@@ -13,13 +13,15 @@ READY := $(VENV)/.ready
 SIMPLEAR := $(VENV)/bin/simplear
 VLLM_VENV := .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
+FLOOR_VENV := .venv-floor
+FLOOR_READY := $(FLOOR_VENV)/.ready
 OLD_PYTHON := Python 3.11 or newer is needed; name one: make PYTHON=python3.11
 # The tests ask no network, and their models are so small that a second thread would only wait.
 OFFLINE := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 configs = $(foreach file,$(or $(CONFIG),$(1)),--config $(file))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup vllm-env demo test test-long lint bench table2 table3 ablations train-tokenizer tokenize pretrain train-sft train-grpo \
+.PHONY: help setup vllm-env demo test test-floor test-long lint bench table2 table3 ablations train-tokenizer tokenize pretrain train-sft train-grpo \
 	train-clip evaluate generate serve tensorboard clean
 
 help:  ## list the targets
@@ -38,6 +40,12 @@ $(VLLM_READY): pyproject.toml constraints-vllm.txt
 	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --editable .
 	@touch $(VLLM_READY)
 
+$(FLOOR_READY): pyproject.toml constraints-floor.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(OLD_PYTHON)"; exit 1; }
+	test -x $(FLOOR_VENV)/bin/python || $(PYTHON) -m venv $(FLOOR_VENV)
+	$(FLOOR_VENV)/bin/python -m pip install --quiet --constraint constraints-floor.txt --editable ".[dev]"
+	@touch $(FLOOR_READY)
+
 setup: $(READY)  ## make .venv and install; every other target does so by itself
 
 vllm-env: $(VLLM_READY)  ## make .venv-vllm, in which .venv-vllm/bin/simplear draws with vLLM (--engine vllm)
@@ -48,7 +56,10 @@ demo: $(READY)  ## train everything small from nothing and look at what it draws
 test: $(READY)  ## the tests
 	@$(OFFLINE) $(VENV)/bin/python -m pytest $(ARGS)
 
-test-long: $(READY) $(VLLM_READY)  ## the tests that take many minutes
+test-floor: $(FLOOR_READY)  ## the tests in .venv-floor, at the oldest versions that pyproject.toml allows
+	@$(OFFLINE) $(FLOOR_VENV)/bin/python -m pytest $(ARGS)
+
+test-long: $(READY) $(VLLM_READY) test-floor  ## the tests that take many minutes
 	@$(OFFLINE) $(VENV)/bin/python -m pytest -m long $(ARGS)
 
 bench: $(READY)  ## measure what README.md claims about speed and memory, and fill in its tables
