@@ -13,30 +13,39 @@ READY := $(VENV)/.ready
 SIMPLEAR := $(VENV)/bin/simplear
 VLLM_VENV := .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
+FLOOR_VENV := .venv-floor
+FLOOR_READY := $(FLOOR_VENV)/.ready
 OLD_PYTHON := Python 3.11 or newer is needed; name one: make PYTHON=python3.11
 # The tests ask no network, and their models are so small that a second thread would only wait.
 OFFLINE := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
+define venv
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(OLD_PYTHON)"; exit 1; }
+test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+endef
 configs = $(foreach file,$(or $(CONFIG),$(1)),--config $(file))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup vllm-env demo test test-long lint bench table2 table3 ablations train-tokenizer tokenize pretrain train-sft train-grpo \
-	train-clip evaluate generate serve tensorboard clean
+.PHONY: help setup vllm-env demo test test-floor test-long lint bench table2 table3 ablations train-tokenizer tokenize pretrain train-sft \
+	train-grpo train-clip evaluate generate serve tensorboard clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## */\1\t/' | expand -t 18
 
 $(READY): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(OLD_PYTHON)"; exit 1; }
-	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(call venv,$(VENV))
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $(READY)
 
 $(VLLM_READY): pyproject.toml constraints-vllm.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(OLD_PYTHON)"; exit 1; }
-	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(call venv,$(VLLM_VENV))
 	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --requirement constraints-vllm.txt
 	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --editable .
 	@touch $(VLLM_READY)
+
+$(FLOOR_READY): pyproject.toml constraints-floor.txt
+	$(call venv,$(FLOOR_VENV))
+	$(FLOOR_VENV)/bin/python -m pip install --quiet --constraint constraints-floor.txt --editable ".[dev]"
+	@touch $(FLOOR_READY)
 
 setup: $(READY)  ## make .venv and install; every other target does so by itself
 
@@ -48,7 +57,10 @@ demo: $(READY)  ## train everything small from nothing and look at what it draws
 test: $(READY)  ## the tests
 	@$(OFFLINE) $(VENV)/bin/python -m pytest $(ARGS)
 
-test-long: $(READY) $(VLLM_READY)  ## the tests that take many minutes
+test-floor: $(FLOOR_READY)  ## the tests in .venv-floor, at the oldest versions that pyproject.toml allows
+	@$(OFFLINE) $(FLOOR_VENV)/bin/python -m pytest $(ARGS)
+
+test-long: $(READY) $(VLLM_READY) $(if $(ARGS),,test-floor)  ## the tests that take many minutes
 	@$(OFFLINE) $(VENV)/bin/python -m pytest -m long $(ARGS)
 
 bench: $(READY)  ## measure what README.md claims about speed and memory, and fill in its tables

@@ -17,6 +17,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from simplear.language_model import CheckpointSettings, LanguageModel, save_checkpoint
 from simplear.language_model.packing import PACKED_ATTENTION, Packing, packed_attention
 from simplear.sequence import encode_captions, labelled_lengths, text_batch
+from simplear.stages.activation_checkpointing import checkpoint_activations
 from toys import ARCHITECTURE, CAPTIONS, make_batch, model_config
 
 GRID = (2, 3)
@@ -85,7 +86,7 @@ def test_losses_and_gradients_are_those_of_padded_sequences(
 
 def test_recomputed_layers_are_packed_too(tiny_model: tuple[LanguageModel, Any]) -> None:
     model, tokenizer = tiny_model
-    model.double().train().decoder.activation_checkpointing_enable()
+    checkpoint_activations(model.double().train().decoder, "full")
     batch, grid = batch_of(model, tokenizer, "ragged")
     assert difference(model, losses_of(model, batch, grid)) < SAME
 

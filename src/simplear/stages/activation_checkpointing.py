@@ -14,7 +14,8 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import Qwen2ForCausalLM
 
 from simplear.errors import UserError
@@ -51,14 +52,21 @@ def require_mode(mode: Any) -> None:
 def checkpoint_activations(decoder: Qwen2ForCausalLM, mode: ActivationCheckpointing) -> None:
     """Set what the decoder's layers keep in training, in place; before they are compiled or sharded."""
     require_mode(mode)
-    if mode == "none":
-        decoder.activation_checkpointing_disable()
-        return
-    options: dict[str, Any] = {"use_reentrant": False}
+    options: dict[str, Any] = {}
     if mode == "selective":
         policy = _policy_of(decoder.config.intermediate_size, decoder.config.hidden_size)
         options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
-    decoder.activation_checkpointing_enable(options)
+    for layer in decoder.model.layers:
+        layer.__dict__.pop("forward", None)
+        if mode != "none":
+            layer.forward = partial(_checkpointed, layer, layer.forward, options)
+
+
+def _checkpointed(layer: nn.Module, forward: Callable[..., Any], options: Any, *inputs: Any, **keywords: Any) -> Any:
+    """A layer's forward pass; within it, so that FSDP2's hooks around it gather the weights once a pass."""
+    if not layer.training:
+        return forward(*inputs, **keywords)
+    return checkpoint(forward, *inputs, use_reentrant=False, **options, **keywords)
 
 
 def _policy_of(inner: int, outer: int) -> Callable[..., CheckpointPolicy]:
