@@ -213,8 +213,8 @@ class CLIPModule(OptimizedModule):
         for split, name in (("train", "pairs seen in training"), ("validation", "pairs never seen")):
             found = caption_accuracy(reward, resolution=resolution, split=split, count=MEASURED_SCENES, first=UNSEEN)
             lines.append(f"{name:<24}" + "".join(f"{found[kind]:>12.2f}" for kind in PERTURBATIONS))
-            if self.logger is not None:
-                self.logger.log_metrics({f"{split}/{kind}": found[kind] for kind in found}, self.global_step)
+            for logger in self.loggers:
+                logger.log_metrics({f"{split}/{kind}": found[kind] for kind in found}, self.global_step)
         retrieval = self.trainer.callback_metrics.get("validation/retrieval")
         if retrieval is not None:
             lines.append(f"caption found among {self.candidates}: {float(retrieval):.2f} of the validation pictures")
