@@ -4,6 +4,7 @@ why not and what to do. And Ctrl-C.
 
 from __future__ import annotations
 
+import csv
 import os
 import signal
 from collections.abc import Callable
@@ -121,6 +122,24 @@ def test_flags_that_are_refused_in_words(run: Run, tmp_path: Path, options: str,
     code, printed = run(options)
     assert code == 2 and message in printed and "Traceback" not in printed, printed
     assert not (tmp_path / "run" / "model").exists()
+
+
+@pytest.mark.parametrize("own", ["", "--trainer.callbacks+=LearningRateMonitor --trainer.callbacks.log_momentum true"])
+@pytest.mark.parametrize(("stage", "norm"), [("pretrain", "train/gradient_norm"), ("grpo", "policy/gradient_norm")])
+def test_rate_and_gradient_norm_are_curves_of_every_training(
+    run: Run, tmp_path: Path, stage: str, norm: str, own: str
+) -> None:
+    """The rate by parameter group, without a callback in the configuration; one that is there is the only one."""
+    assert run(own, stage=stage)[0] == 0
+    (file,) = (tmp_path / "run" / "logs").rglob("metrics.csv")
+    with file.open() as opened:
+        rows = list(csv.DictReader(opened))
+    for group in ("matrices", "embeddings", "vectors"):
+        rates = [float(row[f"lr-AdamW/{group}"]) for row in rows if row[f"lr-AdamW/{group}"]]
+        assert rates and set(rates) == {0.01}
+        assert (f"lr-AdamW/{group}-momentum" in rows[0]) == bool(own)
+    norms = [float(row[norm]) for row in rows if row[norm]]
+    assert norms and min(norms) > 0
 
 
 def test_a_schedule_over_epochs_is_told_its_steps(run: Run, tmp_path: Path) -> None:
