@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor
 
 from simplear.data.shards import TokenRow, claim_directory, merge_manifest, write_shard
@@ -88,6 +89,19 @@ def make_batch(
     """A right-padded batch of all captions and random codes."""
     codes = torch.randint(0, CODEBOOK, (len(captions), *grid), generator=torch.Generator().manual_seed(1))
     return training_batch(encode_captions(tokenizer, captions), codes, model.layout)
+
+
+class PictureLogger(DummyLogger):
+    """Keeps what it is given by the signature of Lightning's WandbLogger."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pictures: list[tuple[str, int | None, Any]] = []
+        """Key, step and picture."""
+
+    def log_image(self, key: str, images: list[Any], step: int | None = None, **kwargs: Any) -> None:
+        assert isinstance(images, list)
+        self.pictures += [(key, step, image) for image in images]
 
 
 def make_trainer(directory: Path, **options: Any) -> Trainer:

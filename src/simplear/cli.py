@@ -107,10 +107,11 @@ NOISY_LOGGERS = (
     "fsspec",
     "PIL",
     "tensorboard",
-    "lightning.pytorch.utilities.rank_zero",
     "lightning.fabric.utilities.seed",
+    "lightning.pytorch.trainer.connectors.checkpoint_connector",
 )
-"""They say what devices there are and which seed is set, each time."""
+WHY_TRAINING_ENDED = ("`Trainer.fit` stopped", "Time limit reached")
+"""Beginnings of the only lines of Lightning's rank_zero logger that are shown; the others name devices and files."""
 HELP = ("-h", "--help")
 IMPORT = "--import"
 """Option of every verb: a module of the user's to import first, such as one that registers a visual tokenizer."""
@@ -232,14 +233,18 @@ def _quieten() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for noisy in NOISY_LOGGERS:
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    for library in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(library).propagate = False  # they have handlers of their own
+    logging.getLogger("lightning").propagate = False  # it has a handler of its own
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_worth_reading)
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter is intended.*")
     warnings.filterwarnings("ignore", message=".*torch.distributed.reduce_op. is deprecated.*")  # vLLM's import
     # Denormal numbers slow small models on CPUs many times over and carry no information.
     torch.set_flush_denormal(True)
+
+
+def _is_worth_reading(record: logging.LogRecord) -> bool:
+    return record.levelno > logging.INFO or record.getMessage().startswith(WHY_TRAINING_ENDED)
 
 
 if __name__ == "__main__":

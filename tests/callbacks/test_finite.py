@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from simplear.callbacks import FiniteGradients
 from simplear.stages import MuonWithAdamW, parameter_groups
+from simplear.stages.gradient_norm import GradientNorm
 from toys import make_trainer
 
 SCRIPT = Path(__file__).with_name("fit_not_finite.py")
@@ -88,13 +89,14 @@ def test_too_many_in_turn_stop(tmp_path: Path) -> None:
         trainer.fit(Line(), rows({6, 8, 10}))
 
 
-def test_the_norm_is_that_before_clipping(tmp_path: Path) -> None:
+@pytest.mark.parametrize("callback", [FiniteGradients, GradientNorm])
+def test_the_norm_is_that_before_clipping(tmp_path: Path, callback: Any) -> None:
     logged = []
     for clip in (None, 1e-3):
         trainer = make_trainer(
             tmp_path,
             max_steps=1,
-            callbacks=[FiniteGradients()],
+            callbacks=[callback()],
             gradient_clip_val=clip,
             logger=CSVLogger(tmp_path),
             log_every_n_steps=1,

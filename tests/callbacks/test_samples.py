@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from simplear.callbacks import DrawingCallback, HuggingFaceCheckpoint, SampleImages
 from simplear.evaluation import Cell, image_grid
 from simplear.generation import SimpleARPipeline
+from toys import PictureLogger
 
 from .conftest import CAPTIONS, ToyStage, batches
 
@@ -85,10 +86,12 @@ def test_training_does_not_notice(tokenizers: tuple[str, str], make_trainer: Mak
     assert drawing.language_model.training and not drawing.frozen.training
 
 
-def test_tensorboard_gets_the_labelled_images_of_the_final_weights(
+def test_loggers_get_the_labelled_images_of_the_final_weights(
     stage: ToyStage, make_trainer: MakeTrainer, tmp_path: Path
 ) -> None:
-    logger = TensorBoardLogger(tmp_path, name="", version="log")
+    """TensorBoard and what has W&B's `log_image`; one that takes no pictures is passed over."""
+    pictures = PictureLogger()
+    logger = [CSVLogger(tmp_path), TensorBoardLogger(tmp_path, name="", version="log"), pictures]
     callback = SampleImages(CAPTIONS, every_n_steps=2, guidance_scale=2.0, seed=5)
     make_trainer(callback, max_steps=3, logger=logger).fit(stage, batches())
     events = EventAccumulator(str(tmp_path / "log"), size_guidance={"images": 0}).Reload()
@@ -101,6 +104,8 @@ def test_tensorboard_gets_the_labelled_images_of_the_final_weights(
     expected = image_grid({"": [Cell(text, (image,)) for text, image in zip(CAPTIONS, images, strict=True)]})
     found = Image.open(io.BytesIO(shown[-1].encoded_image_string))
     assert (np.asarray(found.convert("RGB")) == np.asarray(expected)).all()
+    assert [(key, step) for key, step, _ in pictures.pictures] == [("samples", 2), ("samples", 3)]
+    assert (pictures.pictures[-1][2] == np.asarray(expected)).all()
 
 
 def test_what_is_missing_is_said_before_training(

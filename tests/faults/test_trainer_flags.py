@@ -4,6 +4,7 @@ why not and what to do. And Ctrl-C.
 
 from __future__ import annotations
 
+import csv
 import os
 import signal
 from collections.abc import Callable
@@ -97,6 +98,10 @@ def test_flags_that_work(run: Run, tmp_path: Path, options: str, steps: int | No
         ("--trainer.strategy deepspeed", "must have DeepSpeed installed"),
         ("--trainer.devices x", "--trainer: `devices` selected with `CPUAccelerator` should be an int > 0"),
         ("--trainer.barebones true", "--trainer: `Trainer(barebones=True, logger="),
+        (
+            "--trainer.strategy fsdp2 --trainer.callbacks+=EMAWeightAveraging",
+            "leave it out, or use --trainer.strategy ddp",
+        ),
         ("--trainer.max_time 1h", "DD:HH:MM:SS"),
         ("--trainer.accumulate_grad_batches 3", "take a multiple of 3"),
         ("--trainer.accumulate_grad_batches 0", "accumulate_grad_batches 0 must be at least 1"),
@@ -123,6 +128,24 @@ def test_flags_that_are_refused_in_words(run: Run, tmp_path: Path, options: str,
     assert not (tmp_path / "run" / "model").exists()
 
 
+@pytest.mark.parametrize("own", ["", "--trainer.callbacks+=LearningRateMonitor --trainer.callbacks.log_momentum true"])
+@pytest.mark.parametrize(("stage", "norm"), [("pretrain", "train/gradient_norm"), ("grpo", "policy/gradient_norm")])
+def test_rate_and_gradient_norm_are_curves_of_every_training(
+    run: Run, tmp_path: Path, stage: str, norm: str, own: str
+) -> None:
+    """The rate by parameter group, without a callback in the configuration; one that is there is the only one."""
+    assert run(own, stage=stage)[0] == 0
+    (file,) = (tmp_path / "run" / "logs").rglob("metrics.csv")
+    with file.open() as opened:
+        rows = list(csv.DictReader(opened))
+    for group in ("matrices", "embeddings", "vectors"):
+        rates = [float(row[f"lr-AdamW/{group}"]) for row in rows if row[f"lr-AdamW/{group}"]]
+        assert rates and set(rates) == {0.01}
+        assert (f"lr-AdamW/{group}-momentum" in rows[0]) == bool(own)
+    norms = [float(row[norm]) for row in rows if row[norm]]
+    assert norms and min(norms) > 0
+
+
 def test_a_schedule_over_epochs_is_told_its_steps(run: Run, tmp_path: Path) -> None:
     overlay = tmp_path / "schedule.yaml"
     schedule = '{class_path: torch.optim.lr_scheduler.PolynomialLR, init_args: {total_iters: "${trainer.max_steps}"}}'
@@ -135,6 +158,22 @@ def test_a_schedule_over_epochs_is_told_its_steps(run: Run, tmp_path: Path) -> N
     ):
         code, printed = run(f"{epochs} {options}", stage=stage)
         assert code == 2 and f"2 epochs × {steps} steps = {2 * steps}" in printed
+
+
+@pytest.mark.parametrize("beside", ["", "--trainer.callbacks+=EMAWeightAveraging --trainer.callbacks.decay 0.5 "])
+def test_a_finder_leaves_nothing_but_its_rate(run: Run, tmp_path: Path, beside: str) -> None:
+    """The batches, weights and averages that follow are those of a training with that rate in its configuration."""
+    options = f"{beside}--trainer.default_root_dir {tmp_path}"
+    found = "--trainer.callbacks+=LearningRateFinder --trainer.callbacks.num_training_steps 20"
+    assert run(f"{options}/found {found}")[0] == 0
+    state = torch.load(tmp_path / "found" / "states" / "last.ckpt", weights_only=False)
+    rate = state["optimizer_states"][0]["param_groups"][0]["lr"]
+    assert rate != 0.01 and not list(tmp_path.rglob(".lr_find*"))
+    assert run(f"{options}/configured --model.init_args.optimizer.init_args.lr {rate!r}")[0] == 0
+    other = torch.load(tmp_path / "configured" / "states" / "last.ckpt", weights_only=False)
+    for key in ("state_dict", *(["current_model_state"] if beside else [])):
+        assert all(torch.equal(state[key][name], other[key][name]) for name in other[key]), key
+    assert state["TokenDataModule"] == other["TokenDataModule"]
 
 
 def test_grpo_refuses_a_finder(run: Run) -> None:

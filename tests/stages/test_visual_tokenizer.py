@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import math
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
@@ -21,7 +24,7 @@ from simplear.stages.visual_tokenizer import (
     reconstruction_loss,
 )
 from simplear.visual_tokenizer import FSQAutoencoder, load_visual_tokenizer
-from toys import make_trainer
+from toys import PictureLogger, make_trainer
 
 
 def tokenizer() -> FSQAutoencoder:
@@ -97,10 +100,12 @@ def test_grid_shows_originals_over_reconstructions():
     assert grid[0].tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]]
 
 
-def test_training_lowers_the_loss_logs_what_it_says_and_exports(tmp_path):
+@pytest.mark.parametrize("callbacks", [[], [EMAWeightAveraging(decay=0.5)]], ids=["", "averaged"])
+def test_training_lowers_the_loss_logs_what_it_says_and_exports(tmp_path, callbacks):
     logger = TensorBoardLogger(tmp_path, name="", version="logs")
     stage = module(lr_scheduler=None, export_dir=str(tmp_path / "tokenizer"))
-    runner = make_trainer(tmp_path, max_epochs=12, logger=logger, log_every_n_steps=1)
+    pictures = PictureLogger()
+    runner = make_trainer(tmp_path, max_epochs=12, logger=[logger, pictures], log_every_n_steps=1, callbacks=callbacks)
     before = make_trainer(tmp_path).validate(stage, loader(), verbose=False)[0]
     runner.fit(stage, loader(), loader())
     after = runner.callback_metrics
@@ -112,6 +117,10 @@ def test_training_lowers_the_loss_logs_what_it_says_and_exports(tmp_path):
         events.Tags()["scalars"]
     )
     assert events.Tags()["images"] == ["validation/reconstructions"]
+    key, step, picture = pictures.pictures[-1]
+    assert key == "validation/reconstructions" and step == runner.global_step and picture.dtype == "uint8"
+    shown = Image.open(io.BytesIO(events.Images("validation/reconstructions")[-1].encoded_image_string))
+    assert (np.asarray(shown) == picture).all()
 
     exported = load_visual_tokenizer(tmp_path / "tokenizer")
     assert exported.fingerprint == stage.tokenizer.fingerprint

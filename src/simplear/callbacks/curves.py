@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from simplear.callbacks.samples import tensorboards
 from simplear.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,10 @@ class TrainingCurves(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the events and draw; says so where there are none."""
-        for board in tensorboards(trainer) if trainer.is_global_zero else []:
+        boards = [each for each in trainer.loggers if isinstance(each, TensorBoardLogger)]
+        if trainer.loggers and not boards:
+            rank_zero_warn(f"TrainingCurves draws no {self.file}: it reads the events of a TensorBoardLogger.")
+        for board in boards if trainer.is_global_zero else []:
             board.experiment.flush()
             curves = read_curves(board.log_dir, [tag for tags in self.panels.values() for tag in tags])
             if not curves:

@@ -13,21 +13,20 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import get_total_norm
 
 from simplear.atomic import whole_file
 from simplear.errors import UserError
+from simplear.stages.gradient_norm import GradientNorm, gradient_norm
 
 logger = logging.getLogger(__name__)
 
 KEYS_IN_MESSAGE = 4
 
 
-class FiniteGradients(Callback):
-    """Looks at each gradient before the optimizer does, and logs its norm before clipping as ``train/gradient_norm``.
+class FiniteGradients(GradientNorm):
+    """Looks at each gradient before the optimizer does, beside logging its norm.
 
     Args:
         on_failure: ``stop`` raises, naming keys; ``skip`` leaves the optimizer step out, counts it in the curve
@@ -70,10 +69,7 @@ class FiniteGradients(Callback):
             self._keys, self._losses = [], []
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        gradients = [
-            weight.grad for group in optimizer.param_groups for weight in group["params"] if weight.grad is not None
-        ]
-        norm = gradient_norm(gradients)
+        norm = float(gradient_norm(optimizer))
         if math.isfinite(norm):
             self._in_turn = 0
             pl_module.log("train/gradient_norm", norm)
@@ -118,11 +114,3 @@ class FiniteGradients(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting."""
         self.skipped = state_dict["skipped"]
-
-
-def gradient_norm(gradients: list[Tensor]) -> float:
-    """Euclidean norm over all gradients, shards of all ranks included; all ranks call together."""
-    if not gradients:
-        return 0.0
-    norm = get_total_norm(gradients)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)

@@ -1,4 +1,4 @@
-"""What GRPO's policy draws: the best and the worst image of a group, with caption and score, into TensorBoard."""
+"""What GRPO's policy draws: the best and the worst image of a group, with caption and score, into the loggers."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from simplear.callbacks.samples import tensorboards
 from simplear.errors import UserError
 from simplear.evaluation import Cell, image_grid
 from simplear.generation import pil_images
+from simplear.stages.picture_loggers import log_picture
 
 
 class RolloutImages(Callback):
@@ -43,6 +43,4 @@ class RolloutImages(Callback):
             images = tuple(pil_images(rollout.images[[start + place for place in places.values()]].float().cpu()))
             labels = tuple(f"{name} {float(scores[place]):.2f}" for name, place in places.items())
             cells.append(Cell(rollout.captions[start], images, labels=labels))
-        grid = np.asarray(image_grid({"": cells}, image_size=self.image_size))
-        for logger in tensorboards(trainer):
-            logger.experiment.add_image("rollouts", grid, trainer.global_step, dataformats="HWC")
+        log_picture(trainer, "rollouts", np.asarray(image_grid({"": cells}, image_size=self.image_size)))

@@ -6,17 +6,17 @@ from typing import Any
 
 import numpy as np
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from simplear.callbacks.drawing import DrawingCallback
 from simplear.errors import UserError
 from simplear.evaluation import Cell, image_grid
 from simplear.generation import SimpleARPipeline
+from simplear.stages.picture_loggers import log_picture, picture_loggers
 
 
 class SampleImages(DrawingCallback):
-    """Draws the same prompts from the same seeds again and again, into TensorBoard as ``samples``.
+    """Draws the same prompts from the same seeds again and again, into the loggers as ``samples``.
 
     Args:
         prompts: captions to draw.
@@ -43,26 +43,19 @@ class SampleImages(DrawingCallback):
         self.image_size = image_size
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """As `DrawingCallback`, and says so when there is no TensorBoard to draw to."""
+        """As `DrawingCallback`, and says so when no logger takes pictures."""
         super().on_fit_start(trainer, pl_module)
-        if not tensorboards(trainer):
-            rank_zero_warn("SampleImages draws nothing: the trainer has no TensorBoardLogger (--trainer.logger).")
+        if not picture_loggers(trainer):
+            rank_zero_warn(
+                "SampleImages draws nothing: the trainer has no TensorBoardLogger, WandbLogger or other logger that "
+                "takes pictures (--trainer.logger)."
+            )
 
     def draw(self, trainer: Trainer, pipeline: SimpleARPipeline) -> None:
-        loggers = tensorboards(trainer)
         # Loggers are the same on every rank, so all of them leave here or none.
-        if not loggers:
+        if not picture_loggers(trainer):
             return
         seeds = [self.seed + number for number in range(len(self.prompts))]
         images: Any = pipeline(self.prompts, guidance_scale=self.guidance_scale, seed=seeds).images
-        if not trainer.is_global_zero:
-            return
         cells = [Cell(prompt, (image,)) for prompt, image in zip(self.prompts, images, strict=True)]
-        grid = np.asarray(image_grid({"": cells}, image_size=self.image_size))
-        for logger in loggers:
-            logger.experiment.add_image("samples", grid, trainer.global_step, dataformats="HWC")
-
-
-def tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
-    """The trainer's loggers that take pictures."""
-    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        log_picture(trainer, "samples", np.asarray(image_grid({"": cells}, image_size=self.image_size)))

@@ -5,9 +5,6 @@ the time that training waits for data (on the first process), and device memory.
 logged last, over all processes; validation is left out of the time. Lightning's ThroughputMonitor takes every batch to
 be as large as the last one and synchronises with the device after each; here the counts stay on the device until
 something is logged. The peaks of arithmetic are Lightning's.
-
-Gradient norm and losses are logged elsewhere (`FiniteGradients`, the stages), the learning rate by
-LearningRateMonitor.
 """
 
 from __future__ import annotations

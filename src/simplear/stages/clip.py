@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from simplear.errors import MissingFileError, UserError
 from simplear.rewards import CLIPReward, caption_accuracy, save_clip
 from simplear.scenes import HELD_OUT, PERTURBATIONS, perturb
+from simplear.stages.averaging import averaged_weights
 from simplear.stages.optimized import OptimizedModule
 
 LARGEST_LOGIT_SCALE = math.log(100)
@@ -206,15 +207,16 @@ class CLIPModule(OptimizedModule):
         trained = self.global_step and not self.trainer.fast_dev_run  # type: ignore[attr-defined]
         if self.export_dir is None or not self.trainer.is_global_zero or not trained:
             return
-        save_clip(self.clip, self.architecture, self.tokenizer, self.export_dir)
+        with averaged_weights(self.trainer):
+            save_clip(self.clip, self.architecture, self.tokenizer, self.export_dir)
         reward = CLIPReward(self.export_dir)
         resolution = self.preprocessing.input_size[1]
         lines = [f"{'accuracy of':<24}" + "".join(f"{kind:>12}" for kind in PERTURBATIONS)]
         for split, name in (("train", "pairs seen in training"), ("validation", "pairs never seen")):
             found = caption_accuracy(reward, resolution=resolution, split=split, count=MEASURED_SCENES, first=UNSEEN)
             lines.append(f"{name:<24}" + "".join(f"{found[kind]:>12.2f}" for kind in PERTURBATIONS))
-            if self.logger is not None:
-                self.logger.log_metrics({f"{split}/{kind}": found[kind] for kind in found}, self.global_step)
+            for logger in self.loggers:
+                logger.log_metrics({f"{split}/{kind}": found[kind] for kind in found}, self.global_step)
         retrieval = self.trainer.callback_metrics.get("validation/retrieval")
         if retrieval is not None:
             lines.append(f"caption found among {self.candidates}: {float(retrieval):.2f} of the validation pictures")

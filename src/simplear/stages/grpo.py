@@ -23,6 +23,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
@@ -271,6 +272,8 @@ class GRPOModule(LanguageModelModule):
         if self._engine is None:
             name = self.engine_name or ("compiled" if self.device.type == "cuda" else "fused")
             self._engine = make_engine(name, self.language_model)
+        # The engine copies weights whose version has changed; fused optimizers and averaging change them uncounted.
+        increment_version(self.language_model.parameters())
         training = self.language_model.training
         self.language_model.eval()
         parts = _parts(images, self.rollout_batch_size)

@@ -10,7 +10,7 @@ import logging
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import LearningRateFinder
+from lightning.pytorch.callbacks import LearningRateFinder, LearningRateMonitor
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -19,6 +19,8 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from simplear.data.datamodule import OrderedDataModule
 from simplear.errors import UserError
+from simplear.stages.averaging import check_averaging
+from simplear.stages.gradient_norm import GradientNorm
 from simplear.stages.optimizers import apply_settings, group_settings, parameter_groups
 from simplear.stages.schedules import PlateauSteps, make_schedule, require_same_schedule, schedule_settings
 
@@ -64,13 +66,20 @@ class OptimizedModule(LightningModule):
         self._lr, self._found_lr = rate, True
 
     def configure_callbacks(self) -> list[Callback]:
-        """What steps a schedule that waits for a metric; refuses what cannot work before anything is built."""
+        """Steps of schedules that wait for a metric, and where there is a logger, curves of rate and gradient norm.
+
+        Refuses what cannot work before anything is built.
+        """
         if self._finder is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
             raise UserError(
                 "LearningRateFinder does not go with FSDP2, under which a state cannot be taken back while training: "
                 "find the rate with a smaller model on one device (--trainer.strategy auto)."
             )
-        return [PlateauSteps()]
+        check_averaging(self.trainer)
+        curves = [LearningRateMonitor(), *([GradientNorm()] if self.automatic_optimization else [])]
+        present: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        absent = [curve for curve in curves if not any(isinstance(each, type(curve)) for each in present)]
+        return [PlateauSteps(), *(absent if self.trainer.loggers else [])]
 
     def configure_optimizers(self) -> Any:
         """The optimizer over `parameter_groups`, and the schedule if there is one."""

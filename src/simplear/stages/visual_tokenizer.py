@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from simplear.atomic import require_replaceable
 from simplear.data import ImageDataModule
 from simplear.errors import UserError
+from simplear.stages.averaging import averaged_weights
 from simplear.stages.optimized import OptimizedModule
+from simplear.stages.picture_loggers import log_picture, picture_loggers
 from simplear.visual_tokenizer import save_visual_tokenizer
 
 LARGEST_DIFFERENCE = 2.0
@@ -89,7 +90,7 @@ class VisualTokenizerModule(OptimizedModule):
             optimizer: any torch optimizer class by class_path. Biases get no weight decay.
             lr_scheduler: any scheduler class by class_path, stepped every optimizer step; none keeps the rate constant.
             contrast_weight: extra weight in the loss of what stands out from its picture's median colour; 0 for none.
-            grid_pictures: pictures of the first validation batch to show in TensorBoard over their reconstructions.
+            grid_pictures: pictures of the first validation batch to show over their reconstructions.
             export_dir: where to write the trained tokenizer when training ends; none writes nothing.
         """
         super().__init__(optimizer, lr_scheduler)
@@ -97,9 +98,8 @@ class VisualTokenizerModule(OptimizedModule):
         self.contrast_weight = contrast_weight
         self.grid_pictures = grid_pictures
         self.export_dir = export_dir
-        size = int(tokenizer.codebook_size)  # type: ignore[arg-type]
-        self.register_buffer("code_counts", torch.zeros(size, dtype=torch.long), persistent=False)
-        self.code_counts: Tensor
+        self.code_counts = torch.empty(0)
+        """(codebook_size,) int64 of the running validation; no buffer, for those can be averaged."""
 
     @property
     def trained_module(self) -> nn.Module:
@@ -131,7 +131,8 @@ class VisualTokenizerModule(OptimizedModule):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        self.code_counts.zero_()
+        size = int(self.tokenizer.codebook_size)  # type: ignore[arg-type]
+        self.code_counts = torch.zeros(size, dtype=torch.long, device=self.device)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         pixels = batch["pixels"]
@@ -142,10 +143,11 @@ class VisualTokenizerModule(OptimizedModule):
             "validation/psnr": psnr(reconstruction, pixels).mean(),
         }
         self.log_dict(values, prog_bar=True, batch_size=len(pixels), sync_dist=True)
-        if batch_idx == 0 and self.grid_pictures and isinstance(self.logger, TensorBoardLogger):
+        if batch_idx == 0 and self.grid_pictures and picture_loggers(self.trainer):
             shown = slice(self.grid_pictures)
             grid = reconstruction_grid(reconstruction[shown].float(), pixels[shown].float())
-            self.logger.experiment.add_image("validation/reconstructions", grid, self.global_step)
+            picture = (grid * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+            log_picture(self.trainer, "validation/reconstructions", picture)
 
     def on_validation_epoch_end(self) -> None:
         counts = self.trainer.strategy.reduce(self.code_counts, reduce_op="sum")
@@ -158,4 +160,5 @@ class VisualTokenizerModule(OptimizedModule):
         """Export; also when a training that had only this left to do is started again."""
         trained = self.global_step and not self.trainer.fast_dev_run  # type: ignore[attr-defined]
         if self.export_dir is not None and self.trainer.is_global_zero and trained:
-            save_visual_tokenizer(self.tokenizer, self.export_dir)  # type: ignore[arg-type]
+            with averaged_weights(self.trainer):
+                save_visual_tokenizer(self.tokenizer, self.export_dir)  # type: ignore[arg-type]
