@@ -126,6 +126,11 @@ class GRPOModule(LanguageModelModule):
         ):
             if value < least:
                 raise UserError(f"{name} {value} must be at least {least}.")
+        if self.adapter is not None and self.adapter.dropout > 0:
+            raise UserError(
+                f"adapter.dropout {self.adapter.dropout}: with dropout the policy that is trained would not be the one "
+                "that was drawn from. Leave it at 0."
+            )
         self.checkpoint, self.reward, self.group_size, self.sampling = checkpoint, reward, group_size, sampling
         self.inner_updates, self.beta = inner_updates, beta
         self.epsilon_low, self.epsilon_high = epsilon_low, epsilon_high
@@ -157,12 +162,12 @@ class GRPOModule(LanguageModelModule):
         return self.empty_checkpoint(self.checkpoint)
 
     def copy_model(self, model: LanguageModel) -> None:
-        """Copy the reference before the policy is trained."""
+        """Copy the reference before the policy is trained; with an adapter it is the policy without."""
         if self.beta > 0:
             strategy = None if self._trainer is None else self.trainer.strategy
             sharded = isinstance(strategy, ModelParallelStrategy) and self.device_mesh is not None
             mesh = self.device_mesh["data_parallel"] if sharded and self.device_mesh is not None else None
-            self._reference = Reference(model, self.reference_settings, mesh)
+            self._reference = Reference(model, self.reference_settings, mesh, shared=self.adapter is not None)
 
     def configure_callbacks(self) -> list[Callback]:
         """As every stage; the first place where the Trainer's flags can be refused with a remedy."""
