@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from simplear.language_model.adapter import Adapter
+
 Count = TypeVar("Count", int, float, Tensor)
 
 TRAINING_PASSES = 3
@@ -62,10 +64,23 @@ class Architecture:
         return self.num_key_value_heads * self.head_dim
 
     @property
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """Inputs and outputs of the matrices of a layer, by their names in transformers."""
+        stream, inner = self.hidden_size, self.intermediate_size
+        return {
+            "q_proj": (stream, self.attention_width),
+            "k_proj": (stream, self.key_value_width),
+            "v_proj": (stream, self.key_value_width),
+            "o_proj": (self.attention_width, stream),
+            "gate_proj": (stream, inner),
+            "up_proj": (stream, inner),
+            "down_proj": (inner, stream),
+        }
+
+    @property
     def matrix_parameters_a_layer(self) -> int:
         """Of queries, keys, values, output and the three matrices of the MLP."""
-        attention = self.hidden_size * (2 * self.attention_width + 2 * self.key_value_width)
-        return attention + 3 * self.hidden_size * self.intermediate_size
+        return sum(inputs * outputs for inputs, outputs in self.matrices.values())
 
     @property
     def parameters_a_layer(self) -> int:
@@ -84,6 +99,17 @@ class Architecture:
         """Of the whole decoder."""
         return self.num_hidden_layers * self.parameters_a_layer + self.root_parameters
 
+    def adapter_parameters_a_layer(self, adapter: Adapter) -> int:
+        """Of both small matrices beside each that the adapter is for."""
+        return adapter.r * sum(sum(self.matrices[name]) for name in adapter.target_modules)
+
+    def trained_parameters(self, adapter: Adapter | None, codebook_size: int) -> int:
+        """What has a gradient: everything, or an adapter and the rows of the codes where it trains them."""
+        if adapter is None:
+            return self.parameters
+        rows = codebook_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return self.num_hidden_layers * self.adapter_parameters_a_layer(adapter) + adapter.code_rows * rows
+
     def layer_flops(self, tokens: Count, squared_lengths: Count) -> Count:
         """One forward pass through all layers.
 
@@ -94,14 +120,34 @@ class Architecture:
         products = 2 * self.num_hidden_layers * self.matrix_parameters_a_layer * tokens
         return products + 4 * self.num_hidden_layers * self.attention_width * squared_lengths
 
-    def recomputed_flops(self, tokens: Count, squared_lengths: Count) -> Count:
+    def training_flops(self, tokens: Any, squared_lengths: Any, choices: Any, adapter: Adapter | None = None) -> Any:
+        """Forward and backward pass through layers and head; arguments as `layer_flops` and `head_flops`.
+
+        A matrix that stays has no gradient, so with an adapter its product is computed twice in place of three times;
+        and nothing goes back through the first products of all, unless the embeddings are trained.
+        """
+        layers, head = self.layer_flops(tokens, squared_lengths), self.head_flops(choices)
+        if adapter is None:
+            return TRAINING_PASSES * (layers + head)
+        added = 2 * self.num_hidden_layers * self.adapter_parameters_a_layer(adapter) * tokens
+        unneeded = 2 * self.num_hidden_layers * self.matrix_parameters_a_layer * tokens
+        if not adapter.code_rows:
+            first = self.hidden_size * (self.attention_width + 2 * self.key_value_width)
+            beside = adapter.r * self.hidden_size * len({"q_proj", "k_proj", "v_proj"} & set(adapter.target_modules))
+            unneeded = unneeded + head + 2 * (first + beside) * tokens
+        return TRAINING_PASSES * (layers + added + head) - unneeded
+
+    def recomputed_flops(self, tokens: Count, squared_lengths: Count, adapter: Adapter | None = None) -> Count:
         """What full activation checkpointing computes again: of each layer all but the last product.
 
         Its inputs alone are needed, and PyTorch's checkpoints stop when they have what is needed. Selective activation
         checkpointing computes no product again, hence nothing that is counted here.
         """
-        last = 2 * self.num_hidden_layers * self.hidden_size * self.intermediate_size * tokens
-        return self.layer_flops(tokens, squared_lengths) - last
+        last, added = self.hidden_size * self.intermediate_size, 0
+        if adapter is not None:
+            added = self.adapter_parameters_a_layer(adapter)
+            last = adapter.r * self.hidden_size if "down_proj" in adapter.target_modules else last
+        return self.layer_flops(tokens, squared_lengths) + 2 * self.num_hidden_layers * (added - last) * tokens
 
     def head_flops(self, choices: Count) -> Count:
         """One forward pass through the head.

@@ -48,20 +48,25 @@ def require_mode(mode: Any) -> None:
         )
 
 
-def checkpoint_activations(decoder: Qwen2ForCausalLM, mode: ActivationCheckpointing) -> None:
-    """Set what the decoder's layers keep in training, in place; before they are compiled or sharded."""
+def checkpoint_activations(decoder: Qwen2ForCausalLM, mode: ActivationCheckpointing, rank: int | None = None) -> None:
+    """Set what the decoder's layers keep in training, in place; before they are compiled or sharded.
+
+    Args:
+        rank: of an adapter. What it adds to the outputs of a layer's matrices is cheap and as large as they are, so
+            ``selective`` computes it again.
+    """
     require_mode(mode)
     if mode == "none":
         decoder.activation_checkpointing_disable()
         return
     options: dict[str, Any] = {"use_reentrant": False}
     if mode == "selective":
-        policy = _policy_of(decoder.config.intermediate_size, decoder.config.hidden_size)
+        policy = _policy_of(decoder.config.intermediate_size, decoder.config.hidden_size, rank)
         options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
     decoder.activation_checkpointing_enable(options)
 
 
-def _policy_of(inner: int, outer: int) -> Callable[..., CheckpointPolicy]:
+def _policy_of(inner: int, outer: int, rank: int | None) -> Callable[..., CheckpointPolicy]:
     """For the operations of a layer's forward pass and of its repetition.
 
     A closure, since the compiler takes its numbers for constants; a partial's, under FSDP2, for sizes that may change.
@@ -69,13 +74,16 @@ def _policy_of(inner: int, outer: int) -> Callable[..., CheckpointPolicy]:
     Args:
         inner: the MLP's width.
         outer: the residual stream's.
+        rank: of an adapter, if there is one.
     """
 
     def policy(context: Any, operation: Any, *arguments: Any, **keywords: Any) -> CheckpointPolicy:
         if operation not in KEPT:
             return CheckpointPolicy.PREFER_RECOMPUTE
         # The repetition stops when it has what the backward pass asks for, which is before the last product.
-        last = operation is _aten.mm.default and arguments[1].shape == (inner, outer) and inner != outer
-        return CheckpointPolicy.PREFER_RECOMPUTE if last else CheckpointPolicy.MUST_SAVE
+        product = operation is _aten.mm.default
+        last = product and arguments[1].shape == (inner, outer) and inner != outer
+        added = product and arguments[1].shape[0] == rank
+        return CheckpointPolicy.PREFER_RECOMPUTE if last or added else CheckpointPolicy.MUST_SAVE
 
     return policy

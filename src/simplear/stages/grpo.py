@@ -30,7 +30,6 @@ from simplear.data import TokenDataModule
 from simplear.errors import UserError
 from simplear.generation import Engine, SamplingSettings, make_engine
 from simplear.language_model import Architecture, Checkpoint, LanguageModel, NamedWeights, StepWork
-from simplear.language_model.arithmetic import TRAINING_PASSES
 from simplear.rewards import Reward, move, score
 from simplear.sequence import text_lengths, training_batch
 from simplear.stages.grpo_objective import group_advantages, grpo_loss
@@ -250,11 +249,12 @@ class GRPOModule(LanguageModelModule):
         images = len(batch["captions"]) * self.group_size
         lengths = text_lengths(batch["input_ids"], layout) + codes
         sums = lengths.sum() * self.group_size, lengths.square().sum() * self.group_size
-        forward = architecture.layer_flops(*sums) + architecture.head_flops(images * codes * layout.codebook_size)
-        passes = 1 + (self.beta > 0) + (self.inner_updates > 1) + TRAINING_PASSES * self.inner_updates
-        again = self.inner_updates if self.activation_checkpointing == "full" else 0
-        recomputed = again * architecture.recomputed_flops(*sums)
-        return StepWork(images, sums[0], passes * forward, recomputed)
+        choices = images * codes * layout.codebook_size
+        forward = architecture.layer_flops(*sums) + architecture.head_flops(choices)
+        passes = 1 + (self.beta > 0) + (self.inner_updates > 1)
+        updates = self.inner_updates * architecture.training_flops(*sums, choices, self.adapter)
+        recomputed = self.inner_updates * self.recomputed_flops(*sums)
+        return StepWork(images, sums[0], passes * forward + updates, recomputed)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Mean reward of one image for each held-out caption, drawn from the same seeds each time."""

@@ -15,12 +15,14 @@ from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from simplear.data import TokenDataModule
 from simplear.errors import UserError
 from simplear.language_model import (
     Adapter,
+    Architecture,
     Checkpoint,
     CheckpointSettings,
     GenerationDefaults,
@@ -173,7 +175,8 @@ class LanguageModelModule(OptimizedModule):
 
     def _prepare(self, model: LanguageModel) -> None:
         model.train()
-        checkpoint_activations(model.decoder, self.activation_checkpointing)
+        rank = None if self.adapter is None else self.adapter.r
+        checkpoint_activations(model.decoder, self.activation_checkpointing, rank)
         if self.compile_layers:
             compile_decoder_layers(model.decoder)
 
@@ -229,6 +232,13 @@ class LanguageModelModule(OptimizedModule):
     def trained_module(self) -> LanguageModel:
         """The language model."""
         return self.language_model
+
+    def recomputed_flops(self, tokens: Tensor, squared_lengths: Tensor) -> Tensor | int:
+        """Of one backward pass, under full activation checkpointing; see `Architecture.recomputed_flops`."""
+        if self.activation_checkpointing != "full":
+            return 0
+        architecture = Architecture.of(self.language_model.decoder.config)
+        return architecture.recomputed_flops(tokens, squared_lengths, self.adapter)
 
     def grids(self, data: TokenDataModule) -> list[tuple[int, int]]:
         """Grids whose codes the model will see in sequences with the data's captions; after the data's setup."""

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from simplear.language_model import Architecture
-from simplear.language_model.arithmetic import TRAINING_PASSES
+from simplear.language_model import Adapter, Architecture
 from simplear.stages.activation_checkpointing import ActivationCheckpointing
 
 GIB = 2**30
@@ -22,6 +21,10 @@ RESERVED_GIB = 4.0
 SAVED_BYTES = {"bf16-mixed": (26, 8, 4, 4), "bf16-true": (16, 8, 4, 4), "32-true": (24, 16, 8, 8)}
 """Bytes that a layer which computes nothing again keeps for each token: per hidden unit, MLP unit, query unit, and key
 or value unit."""
+ADAPTER_SAVED_BYTES = {"bf16-mixed": (18, 8, 6, 4), "bf16-true": (12, 8, 4, 4), "32-true": (16, 16, 8, 8)}
+"""The same with an adapter for all matrices; those that stay keep no inputs, and have the compute dtype."""
+DROPOUT_SAVED_BYTES = {"bf16-mixed": (38, 12, 10, 4), "bf16-true": (28, 10, 8, 4), "32-true": (48, 20, 16, 8)}
+"""The same with the adapter's dropout, whose masks are as large as on CPUs."""
 LAYER_INPUT_BYTES = {"bf16-mixed": 4, "bf16-true": 2, "32-true": 4}
 """Of a number of the residual stream, which a layer that computes again always keeps."""
 WEIGHT_BYTES = {"bf16-mixed": 4, "bf16-true": 2, "32-true": 4}
@@ -94,6 +97,12 @@ class Run:
     moments: int = 2
     """Numbers that the optimizer keeps for each weight."""
     rollouts: Rollouts | None = None
+    adapter: Adapter | None = None
+
+    @property
+    def trained_parameters(self) -> int:
+        """What has gradients and optimizer state."""
+        return self.architecture.trained_parameters(self.adapter, self.codebook_size)
 
     @property
     def choices(self) -> int:
@@ -101,18 +110,29 @@ class Run:
         return self.architecture.vocab_size if self.full_softmax else self.codebook_size
 
 
-def saved_a_token(architecture: Architecture, precision: str, mode: ActivationCheckpointing = "none") -> int:
-    """Bytes that one layer keeps of one token for its backward pass."""
-    narrow, layer_input = COMPUTE_BYTES[precision], LAYER_INPUT_BYTES[precision] * architecture.hidden_size
+def saved_a_token(
+    architecture: Architecture,
+    precision: str,
+    mode: ActivationCheckpointing = "none",
+    adapter: Adapter | None = None,
+) -> int:
+    """Bytes that one layer keeps of one token for its backward pass; fewer with an adapter for some matrices alone."""
+    narrow, by_precision = COMPUTE_BYTES[precision], LAYER_INPUT_BYTES if adapter is None else COMPUTE_BYTES
+    layer_input = by_precision[precision] * architecture.hidden_size
     if mode == "full":
         return layer_input
     log_sum_exp = LOG_SUM_EXP_BYTES * architecture.num_attention_heads
+    if adapter is not None:
+        log_sum_exp += narrow * adapter.r * len(adapter.target_modules)  # between its two matrices
     if mode == "selective":
         # Queries, keys, values; attention; what it adds to the stream; the MLP's two inner products.
         outputs = 2 * architecture.attention_width + 2 * architecture.key_value_width
         outputs += architecture.hidden_size + 2 * architecture.intermediate_size
         return layer_input + narrow * outputs + log_sum_exp
-    hidden, mlp, query, key_value = SAVED_BYTES[precision]
+    table = SAVED_BYTES
+    if adapter is not None:
+        table = DROPOUT_SAVED_BYTES if adapter.dropout > 0 else ADAPTER_SAVED_BYTES
+    hidden, mlp, query, key_value = table[precision]
     return (
         hidden * architecture.hidden_size
         + mlp * architecture.intermediate_size
@@ -122,12 +142,20 @@ def saved_a_token(architecture: Architecture, precision: str, mode: ActivationCh
     )
 
 
-def at_work_a_token(architecture: Architecture, precision: str, mode: ActivationCheckpointing = "none") -> int:
+def at_work_a_token(
+    architecture: Architecture,
+    precision: str,
+    mode: ActivationCheckpointing = "none",
+    adapter: Adapter | None = None,
+) -> int:
     """Bytes of one token that come and go in the backward pass: of a layer what it computes again, and the gradients of
     its MLP's inner products; or of the final norm, in float32.
     """
-    again = saved_a_token(architecture, precision) - saved_a_token(architecture, precision, mode)
+    again = saved_a_token(architecture, precision, "none", adapter)
+    again -= saved_a_token(architecture, precision, mode, adapter)
     gradients = 2 * COMPUTE_BYTES[precision] * architecture.intermediate_size
+    if adapter is not None and precision == "bf16-mixed" and mode != "none":
+        gradients += WIDE * architecture.intermediate_size  # inputs of the last matrix, which peft casts to its own
     return max(again + gradients, 5 * WIDE * architecture.hidden_size)
 
 
@@ -138,17 +166,19 @@ def memory(run: Run) -> dict[str, float]:
     tokens = run.images * (run.longest_text + run.codes)
     mode = run.activation_checkpointing
     activations = tokens * (
-        shape.num_hidden_layers * saved_a_token(shape, run.precision, mode)
-        + at_work_a_token(shape, run.precision, mode)
+        shape.num_hidden_layers * saved_a_token(shape, run.precision, mode, run.adapter)
+        + at_work_a_token(shape, run.precision, mode, run.adapter)
     )
+    trained = run.trained_parameters
+    frozen = 0 if run.adapter is None else narrow * shape.parameters
     parts: dict[str, float] = {
-        "weights": wide * shape.parameters / share,
-        "gradients": wide * shape.parameters / share,
-        "optimizer": run.moments * wide * shape.parameters / share,
+        "weights": (frozen + wide * trained) / share,
+        "gradients": wide * trained / share,
+        "optimizer": run.moments * wide * trained / share,
     }
     working = 0.0
     if narrow != wide:
-        working += narrow * shape.parameters  # autocast's copies, until the backward pass has used them
+        working += narrow * trained  # autocast's copies, until the backward pass has used them
     if run.sharded:
         # Embedding and head, and two layers: the one at work and the one that is fetched meanwhile.
         working += wide * (shape.root_parameters + 2 * shape.parameters_a_layer)
@@ -157,6 +187,7 @@ def memory(run: Run) -> dict[str, float]:
     drawing = 0.0
     if run.rollouts is not None:
         rollouts = run.rollouts
+        parts["weights to draw with"] = narrow * (shape.parameters + run.codebook_size * shape.hidden_size)
         parts["reference"] = rollouts.reference_bytes * shape.parameters / share
         a_rank = run.images_a_step // run.devices
         at_once = min(rollouts.batch_size or a_rank, a_rank)
@@ -179,8 +210,12 @@ def logits_bytes(run: Run) -> float:
     rows = run.images * run.codes
     if run.chunk_rows is not None and run.chunk_rows < rows:
         a_logit = narrow + WIDE + (narrow if narrow != WIDE else 0)
-        head = run.choices * run.architecture.hidden_size * narrow
-        gradient = run.architecture.vocab_size * run.architecture.hidden_size * WIDE
+        width, gradient = run.architecture.hidden_size, 0
+        head = run.choices * width * narrow
+        if run.adapter is None:
+            gradient = run.architecture.vocab_size * width * WIDE
+        elif run.adapter.code_rows:
+            gradient = run.choices * width * WIDE
         return run.chunk_rows * run.choices * a_logit + head + gradient
     # Logits as computed, in float32, their log-probabilities, and the gradients of both.
     return rows * run.choices * (2 * narrow + 3 * WIDE)
@@ -189,12 +224,13 @@ def logits_bytes(run: Run) -> float:
 def flops_a_step(run: Run) -> float:
     """That the model needs, over all GPUs; recomputed layers are not counted."""
     length = run.mean_text + run.codes
-    layers = run.architecture.layer_flops(length, length * length)
-    forward = run.images_a_step * (layers + run.architecture.head_flops(run.codes * run.choices))
+    shape, choices = run.architecture, run.codes * run.choices
+    training = run.images_a_step * shape.training_flops(length, length * length, choices, run.adapter)
     if run.rollouts is None:
-        return TRAINING_PASSES * forward
+        return training
     updates = run.rollouts.inner_updates
-    return (TRAINING_PASSES * updates + run.rollouts.with_reference + (updates > 1)) * forward
+    forward = run.images_a_step * (shape.layer_flops(length, length * length) + shape.head_flops(choices))
+    return updates * training + (run.rollouts.with_reference + (updates > 1)) * forward
 
 
 def drawing_seconds(run: Run, device: Device, utilisation: float) -> float:
