@@ -192,7 +192,6 @@ def test_engines_draw_with_the_merged_weights_as_they_are_at_present(models: Any
     ("fields", "words"),
     [
         ({"r": 0}, "r 0"),
-        ({"dropout": 1.0}, r"dropout 1\.0"),
         ({"alpha": 0.0}, r"alpha 0\.0"),
         ({"target_modules": ["q_proj", "lm_head"]}, r"\['lm_head'\].*code_rows"),
         ({"target_modules": []}, "q_proj, k_proj"),

@@ -39,8 +39,6 @@ class Adapter:
     """Rank of what is added to a matrix."""
     alpha: float | None = None
     """What is added is multiplied by alpha / r; None is 2 r."""
-    dropout: float = 0.0
-    """Probability of leaving out an input of the trained matrices; 0 in GRPO."""
     target_modules: list[str] = field(default_factory=lambda: list(TARGETS))
     """Matrices of each layer: some of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj."""
     code_rows: bool = False
@@ -48,10 +46,8 @@ class Adapter:
 
     def __post_init__(self) -> None:
         """Raises UserError for numbers outside their range and for other matrices."""
-        if self.r < 1 or not 0 <= self.dropout < 1 or (self.alpha is not None and self.alpha <= 0):
-            raise UserError(
-                f"adapter: r {self.r} must be at least 1, dropout {self.dropout} in [0, 1), alpha {self.alpha} above 0."
-            )
+        if self.r < 1 or (self.alpha is not None and self.alpha <= 0):
+            raise UserError(f"adapter: r {self.r} must be at least 1, alpha {self.alpha} above 0.")
         if not self.target_modules or (unknown := sorted(set(self.target_modules) - set(TARGETS))):
             raise UserError(
                 f"adapter.target_modules {unknown if self.target_modules else []}: name some of {', '.join(TARGETS)}; "
@@ -121,10 +117,13 @@ def add_adapter(model: LanguageModel, adapter: Adapter, dtype: torch.dtype | Non
     config = LoraConfig(
         r=adapter.r,
         lora_alpha=adapter.scale,  # type: ignore[arg-type]  # peft divides it and says int
-        lora_dropout=adapter.dropout,
         target_modules=list(adapter.target_modules),
     )
     inject_adapter_in_model(config, model.decoder, NAME)
+    layer: Any
+    for layer in model.decoder.modules():
+        if hasattr(layer, "lora_A"):
+            layer.cast_input_dtype_enabled = False  # autocast has the right dtype, and peft's copy would be kept
     if adapter.code_rows:
         decoder, first = model.decoder, model.layout.image_token_offset
         rows = CodeRows(decoder.model.embed_tokens, first)

@@ -65,7 +65,7 @@ class Architecture:
 
     @property
     def matrices(self) -> dict[str, tuple[int, int]]:
-        """Inputs and outputs of the matrices of a layer, by their names in transformers."""
+        """Inputs and outputs of a layer's matrices, by their names in transformers."""
         stream, inner = self.hidden_size, self.intermediate_size
         return {
             "q_proj": (stream, self.attention_width),
@@ -99,16 +99,17 @@ class Architecture:
         """Of the whole decoder."""
         return self.num_hidden_layers * self.parameters_a_layer + self.root_parameters
 
-    def adapter_parameters_a_layer(self, adapter: Adapter) -> int:
-        """Of both small matrices beside each that the adapter is for."""
-        return adapter.r * sum(sum(self.matrices[name]) for name in adapter.target_modules)
+    def adapter_parameters(self, adapter: Adapter | None) -> int:
+        """Of the small matrices beside those of the layers."""
+        targets = [] if adapter is None else [adapter.r * sum(self.matrices[name]) for name in adapter.target_modules]
+        return self.num_hidden_layers * sum(targets)
 
     def trained_parameters(self, adapter: Adapter | None, codebook_size: int) -> int:
-        """What has a gradient: everything, or an adapter and the rows of the codes where it trains them."""
+        """All, or the adapter's with the rows of the codes if it trains them."""
         if adapter is None:
             return self.parameters
-        rows = codebook_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        return self.num_hidden_layers * self.adapter_parameters_a_layer(adapter) + adapter.code_rows * rows
+        rows = codebook_size * (1 if self.tie_word_embeddings else 2) if adapter.code_rows else 0
+        return self.adapter_parameters(adapter) + rows * self.hidden_size
 
     def layer_flops(self, tokens: Count, squared_lengths: Count) -> Count:
         """One forward pass through all layers.
@@ -123,31 +124,26 @@ class Architecture:
     def training_flops(self, tokens: Any, squared_lengths: Any, choices: Any, adapter: Adapter | None = None) -> Any:
         """Forward and backward pass through layers and head; arguments as `layer_flops` and `head_flops`.
 
-        A matrix that stays has no gradient, so with an adapter its product is computed twice in place of three times;
-        and nothing goes back through the first products of all, unless the embeddings are trained.
+        Frozen matrices need no gradient, which is one product of three.
         """
-        layers, head = self.layer_flops(tokens, squared_lengths), self.head_flops(choices)
+        head = self.head_flops(choices)
+        added = 2 * self.adapter_parameters(adapter) * tokens
+        everything = TRAINING_PASSES * (self.layer_flops(tokens, squared_lengths) + added + head)
         if adapter is None:
-            return TRAINING_PASSES * (layers + head)
-        added = 2 * self.num_hidden_layers * self.adapter_parameters_a_layer(adapter) * tokens
-        unneeded = 2 * self.num_hidden_layers * self.matrix_parameters_a_layer * tokens
-        if not adapter.code_rows:
-            first = self.hidden_size * (self.attention_width + 2 * self.key_value_width)
-            beside = adapter.r * self.hidden_size * len({"q_proj", "k_proj", "v_proj"} & set(adapter.target_modules))
-            unneeded = unneeded + head + 2 * (first + beside) * tokens
-        return TRAINING_PASSES * (layers + added + head) - unneeded
+            return everything
+        frozen = 2 * self.num_hidden_layers * self.matrix_parameters_a_layer * tokens
+        return everything - frozen - (0 if adapter.code_rows else head)
 
     def recomputed_flops(self, tokens: Count, squared_lengths: Count, adapter: Adapter | None = None) -> Count:
         """What full activation checkpointing computes again: of each layer all but the last product.
 
         Its inputs alone are needed, and PyTorch's checkpoints stop when they have what is needed. Selective activation
-        checkpointing computes no product again, hence nothing that is counted here.
+        checkpointing computes no product of the model again, hence nothing that is counted here.
         """
-        last, added = self.hidden_size * self.intermediate_size, 0
-        if adapter is not None:
-            added = self.adapter_parameters_a_layer(adapter)
-            last = adapter.r * self.hidden_size if "down_proj" in adapter.target_modules else last
-        return self.layer_flops(tokens, squared_lengths) + 2 * self.num_hidden_layers * (added - last) * tokens
+        adapted = adapter is not None and "down_proj" in adapter.target_modules
+        width = adapter.r if adapter is not None and adapted else self.intermediate_size
+        last = 2 * self.num_hidden_layers * self.hidden_size * width * tokens
+        return self.layer_flops(tokens, squared_lengths) + 2 * self.adapter_parameters(adapter) * tokens - last
 
     def head_flops(self, choices: Count) -> Count:
         """One forward pass through the head.

@@ -52,8 +52,8 @@ def checkpoint_activations(decoder: Qwen2ForCausalLM, mode: ActivationCheckpoint
     """Set what the decoder's layers keep in training, in place; before they are compiled or sharded.
 
     Args:
-        rank: of an adapter. What it adds to the outputs of a layer's matrices is cheap and as large as they are, so
-            ``selective`` computes it again.
+        rank: of an adapter, whose products are cheap, and as large as those of the matrices beside them: ``selective``
+            computes them again.
     """
     require_mode(mode)
     if mode == "none":
@@ -80,10 +80,10 @@ def _policy_of(inner: int, outer: int, rank: int | None) -> Callable[..., Checkp
     def policy(context: Any, operation: Any, *arguments: Any, **keywords: Any) -> CheckpointPolicy:
         if operation not in KEPT:
             return CheckpointPolicy.PREFER_RECOMPUTE
-        # The repetition stops when it has what the backward pass asks for, which is before the last product.
-        product = operation is _aten.mm.default
-        last = product and arguments[1].shape == (inner, outer) and inner != outer
-        added = product and arguments[1].shape[0] == rank
-        return CheckpointPolicy.PREFER_RECOMPUTE if last or added else CheckpointPolicy.MUST_SAVE
+        # The repetition stops when it has what the backward pass asks for, which is before the last product; with an
+        # adapter behind it.
+        shape = arguments[1].shape if operation is _aten.mm.default else ()
+        last = rank is None and shape == (inner, outer) and inner != outer
+        return CheckpointPolicy.PREFER_RECOMPUTE if last or rank in shape else CheckpointPolicy.MUST_SAVE
 
     return policy

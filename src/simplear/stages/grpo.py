@@ -125,11 +125,6 @@ class GRPOModule(LanguageModelModule):
         ):
             if value < least:
                 raise UserError(f"{name} {value} must be at least {least}.")
-        if self.adapter is not None and self.adapter.dropout > 0:
-            raise UserError(
-                f"adapter.dropout {self.adapter.dropout}: with dropout the policy that is trained would not be the one "
-                "that was drawn from. Leave it at 0."
-            )
         self.checkpoint, self.reward, self.group_size, self.sampling = checkpoint, reward, group_size, sampling
         self.inner_updates, self.beta = inner_updates, beta
         self.epsilon_low, self.epsilon_high = epsilon_low, epsilon_high
@@ -253,7 +248,8 @@ class GRPOModule(LanguageModelModule):
         forward = architecture.layer_flops(*sums) + architecture.head_flops(choices)
         passes = 1 + (self.beta > 0) + (self.inner_updates > 1)
         updates = self.inner_updates * architecture.training_flops(*sums, choices, self.adapter)
-        recomputed = self.inner_updates * self.recomputed_flops(*sums)
+        again = self.inner_updates if self.activation_checkpointing == "full" else 0
+        recomputed = again * architecture.recomputed_flops(*sums, self.adapter)
         return StepWork(images, sums[0], passes * forward + updates, recomputed)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:

@@ -15,14 +15,12 @@ from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from simplear.data import TokenDataModule
 from simplear.errors import UserError
 from simplear.language_model import (
     Adapter,
-    Architecture,
     Checkpoint,
     CheckpointSettings,
     GenerationDefaults,
@@ -233,13 +231,6 @@ class LanguageModelModule(OptimizedModule):
         """The language model."""
         return self.language_model
 
-    def recomputed_flops(self, tokens: Tensor, squared_lengths: Tensor) -> Tensor | int:
-        """Of one backward pass, under full activation checkpointing; see `Architecture.recomputed_flops`."""
-        if self.activation_checkpointing != "full":
-            return 0
-        architecture = Architecture.of(self.language_model.decoder.config)
-        return architecture.recomputed_flops(tokens, squared_lengths, self.adapter)
-
     def grids(self, data: TokenDataModule) -> list[tuple[int, int]]:
         """Grids whose codes the model will see in sequences with the data's captions; after the data's setup."""
         return data.grids
@@ -251,13 +242,6 @@ class LanguageModelModule(OptimizedModule):
             return {}
         assert self.start_directory is not None
         return {**asdict(self.adapter), "added_to": checkpoint_hash(self.start_directory)}
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Seed an adapter's dropout by the micro-batch, so that a resumed training draws the same masks."""
-        super().on_train_batch_start(batch, batch_idx)
-        if self.adapter is not None and self.adapter.dropout > 0:
-            micro_batches = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
-            torch.manual_seed(micro_batches * self.trainer.world_size + self.global_rank)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the grid, so that a finished run that is started again can still export."""

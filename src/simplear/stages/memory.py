@@ -21,10 +21,6 @@ RESERVED_GIB = 4.0
 SAVED_BYTES = {"bf16-mixed": (26, 8, 4, 4), "bf16-true": (16, 8, 4, 4), "32-true": (24, 16, 8, 8)}
 """Bytes that a layer which computes nothing again keeps for each token: per hidden unit, MLP unit, query unit, and key
 or value unit."""
-ADAPTER_SAVED_BYTES = {"bf16-mixed": (18, 8, 6, 4), "bf16-true": (12, 8, 4, 4), "32-true": (16, 16, 8, 8)}
-"""The same with an adapter for all matrices; those that stay keep no inputs, and have the compute dtype."""
-DROPOUT_SAVED_BYTES = {"bf16-mixed": (38, 12, 10, 4), "bf16-true": (28, 10, 8, 4), "32-true": (48, 20, 16, 8)}
-"""The same with the adapter's dropout, whose masks are as large as on CPUs."""
 LAYER_INPUT_BYTES = {"bf16-mixed": 4, "bf16-true": 2, "32-true": 4}
 """Of a number of the residual stream, which a layer that computes again always keeps."""
 WEIGHT_BYTES = {"bf16-mixed": 4, "bf16-true": 2, "32-true": 4}
@@ -110,29 +106,18 @@ class Run:
         return self.architecture.vocab_size if self.full_softmax else self.codebook_size
 
 
-def saved_a_token(
-    architecture: Architecture,
-    precision: str,
-    mode: ActivationCheckpointing = "none",
-    adapter: Adapter | None = None,
-) -> int:
-    """Bytes that one layer keeps of one token for its backward pass; fewer with an adapter for some matrices alone."""
-    narrow, by_precision = COMPUTE_BYTES[precision], LAYER_INPUT_BYTES if adapter is None else COMPUTE_BYTES
-    layer_input = by_precision[precision] * architecture.hidden_size
+def saved_a_token(architecture: Architecture, precision: str, mode: ActivationCheckpointing = "none") -> int:
+    """Bytes that one layer keeps of one token for its backward pass."""
+    narrow, layer_input = COMPUTE_BYTES[precision], LAYER_INPUT_BYTES[precision] * architecture.hidden_size
     if mode == "full":
         return layer_input
     log_sum_exp = LOG_SUM_EXP_BYTES * architecture.num_attention_heads
-    if adapter is not None:
-        log_sum_exp += narrow * adapter.r * len(adapter.target_modules)  # between its two matrices
     if mode == "selective":
         # Queries, keys, values; attention; what it adds to the stream; the MLP's two inner products.
         outputs = 2 * architecture.attention_width + 2 * architecture.key_value_width
         outputs += architecture.hidden_size + 2 * architecture.intermediate_size
         return layer_input + narrow * outputs + log_sum_exp
-    table = SAVED_BYTES
-    if adapter is not None:
-        table = DROPOUT_SAVED_BYTES if adapter.dropout > 0 else ADAPTER_SAVED_BYTES
-    hidden, mlp, query, key_value = table[precision]
+    hidden, mlp, query, key_value = SAVED_BYTES[precision]
     return (
         hidden * architecture.hidden_size
         + mlp * architecture.intermediate_size
@@ -142,20 +127,12 @@ def saved_a_token(
     )
 
 
-def at_work_a_token(
-    architecture: Architecture,
-    precision: str,
-    mode: ActivationCheckpointing = "none",
-    adapter: Adapter | None = None,
-) -> int:
+def at_work_a_token(architecture: Architecture, precision: str, mode: ActivationCheckpointing = "none") -> int:
     """Bytes of one token that come and go in the backward pass: of a layer what it computes again, and the gradients of
     its MLP's inner products; or of the final norm, in float32.
     """
-    again = saved_a_token(architecture, precision, "none", adapter)
-    again -= saved_a_token(architecture, precision, mode, adapter)
+    again = saved_a_token(architecture, precision) - saved_a_token(architecture, precision, mode)
     gradients = 2 * COMPUTE_BYTES[precision] * architecture.intermediate_size
-    if adapter is not None and precision == "bf16-mixed" and mode != "none":
-        gradients += WIDE * architecture.intermediate_size  # inputs of the last matrix, which peft casts to its own
     return max(again + gradients, 5 * WIDE * architecture.hidden_size)
 
 
@@ -164,13 +141,18 @@ def memory(run: Run) -> dict[str, float]:
     shape, share = run.architecture, run.devices if run.sharded else 1
     wide, narrow = WEIGHT_BYTES[run.precision], COMPUTE_BYTES[run.precision]
     tokens = run.images * (run.longest_text + run.codes)
-    mode = run.activation_checkpointing
+    mode, trained, frozen = run.activation_checkpointing, run.trained_parameters, 0
+    precision, outputs = run.precision, 0
+    if run.adapter is not None:
+        # Frozen weights have the dtype that is computed in, so activations have it too. Their inputs are not kept, but
+        # the adapter's are. Selective checkpointing keeps a layer's output, behind which the last adapter begins.
+        frozen = narrow * shape.parameters
+        precision = "bf16-true" if narrow != wide else precision
+        outputs = narrow * shape.hidden_size if mode == "selective" else 0
     activations = tokens * (
-        shape.num_hidden_layers * saved_a_token(shape, run.precision, mode, run.adapter)
-        + at_work_a_token(shape, run.precision, mode, run.adapter)
+        shape.num_hidden_layers * (saved_a_token(shape, precision, mode) + outputs)
+        + at_work_a_token(shape, precision, mode)
     )
-    trained = run.trained_parameters
-    frozen = 0 if run.adapter is None else narrow * shape.parameters
     parts: dict[str, float] = {
         "weights": (frozen + wide * trained) / share,
         "gradients": wide * trained / share,
@@ -187,7 +169,6 @@ def memory(run: Run) -> dict[str, float]:
     drawing = 0.0
     if run.rollouts is not None:
         rollouts = run.rollouts
-        parts["weights to draw with"] = narrow * (shape.parameters + run.codebook_size * shape.hidden_size)
         parts["reference"] = rollouts.reference_bytes * shape.parameters / share
         a_rank = run.images_a_step // run.devices
         at_once = min(rollouts.batch_size or a_rank, a_rank)
@@ -210,12 +191,11 @@ def logits_bytes(run: Run) -> float:
     rows = run.images * run.codes
     if run.chunk_rows is not None and run.chunk_rows < rows:
         a_logit = narrow + WIDE + (narrow if narrow != WIDE else 0)
-        width, gradient = run.architecture.hidden_size, 0
-        head = run.choices * width * narrow
-        if run.adapter is None:
-            gradient = run.architecture.vocab_size * width * WIDE
-        elif run.adapter.code_rows:
-            gradient = run.choices * width * WIDE
+        head = run.choices * run.architecture.hidden_size * narrow
+        trained = run.architecture.vocab_size
+        if run.adapter is not None:
+            trained = run.choices if run.adapter.code_rows else 0
+        gradient = trained * run.architecture.hidden_size * WIDE
         return run.chunk_rows * run.choices * a_logit + head + gradient
     # Logits as computed, in float32, their log-probabilities, and the gradients of both.
     return rows * run.choices * (2 * narrow + 3 * WIDE)
