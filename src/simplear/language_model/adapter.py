@@ -11,7 +11,7 @@ switched off.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -163,7 +163,7 @@ def merged_model(model: LanguageModel) -> LanguageModel:
 
     In float32 or wider: what was added to weights in bfloat16 would partly be lost in them.
     """
-    trained, merged = set(trained_names(model)), {}
+    trained, merged = trained_names(model), {}
     for name, weight in model.state_dict().items():
         owner, _, rest = name.rpartition(".base_layer.")
         if owner and rest == "weight":
@@ -180,7 +180,7 @@ def merged_model(model: LanguageModel) -> LanguageModel:
     return plain.eval()
 
 
-def trained_names(model: nn.Module) -> Sequence[str]:
+def trained_names(model: nn.Module) -> set[str]:
     """Names in the state of the weights that are trained, a tied one's both."""
     trained = {id(weight) for weight in model.parameters() if weight.requires_grad}
-    return [name for name, weight in model.named_parameters(remove_duplicate=False) if id(weight) in trained]
+    return {name for name, weight in model.named_parameters(remove_duplicate=False) if id(weight) in trained}

@@ -250,25 +250,35 @@ class LanguageModelModule(OptimizedModule):
             dtype = next(weight.dtype for weight in self.parameters() if not weight.requires_grad)
             start = {"dtype": str(dtype).removeprefix("torch."), "directory": str(self.start_directory)}
             checkpoint["adapter"] = {**self._adapter_record, **start}
-            trained = set(trained_names(self))
+            trained = trained_names(self)
             for key in checkpoint.keys() & MODEL_STATES:
                 checkpoint[key] = {name: weight for name, weight in checkpoint[key].items() if name in trained}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the grid back, after what every stage checks; what an adapter's state leaves out is as it was loaded."""
-        if self.adapter is not None:
-            trained = set(trained_names(self))
+        state, saved, own = self.trainer.ckpt_path, checkpoint.get("adapter") or {}, self._adapter_record
+        if saved and not own:
+            raise UserError(
+                f"{state} holds an adapter, and this training has none: resume with model.init_args.adapter as it was, "
+                "or start a new training from the merged checkpoint (simplear export)."
+            )
+        if own and not saved:
+            raise UserError(
+                f"{state} holds all weights, and this training an adapter: resume without model.init_args.adapter, or "
+                "start a new training from its checkpoint (simplear export)."
+            )
+        if changed := [name for name in own if saved.get(name) != own[name]]:
+            raise UserError(
+                f"{state} holds another adapter: "
+                + "; ".join(f"{name} {saved.get(name)} there, {own[name]} here" for name in changed)
+                + ". Use the configuration and the checkpoint that it was trained with, or start a new training."
+            )
+        if own:
+            trained = trained_names(self)
             frozen = {name: weight for name, weight in self.state_dict().items() if name not in trained}
             for key in checkpoint.keys() & MODEL_STATES:
                 checkpoint[key] = frozen | checkpoint[key]
         super().on_load_checkpoint(checkpoint)
-        saved, own = checkpoint.get("adapter") or {}, self._adapter_record
-        if changed := [name for name in own if saved.get(name) != own[name]]:
-            raise UserError(
-                f"{self.trainer.ckpt_path} holds an adapter for another model: "
-                + "; ".join(f"{name} {saved.get(name)} there, {own[name]} here" for name in changed)
-                + ". Use the configuration and the checkpoint that it was trained with, or start a new training."
-            )
         self.grid = checkpoint["grid"]
 
     @cached_property
