@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import seed_everything
+from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 
-from simplear.callbacks import HuggingFaceCheckpoint
+from simplear.callbacks import AtomicCheckpoint, HuggingFaceCheckpoint
 from simplear.cli import main
 from simplear.data import TokenDataModule
 from simplear.export import export
@@ -108,8 +109,9 @@ def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert [name for name, weight in one.items() if not torch.equal(weight, other[name])] == []
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-@pytest.mark.parametrize("code_rows", [False, True])
+@pytest.mark.parametrize(
+    ("precision", "code_rows"), [("32-true", False), ("32-true", True), ("bf16-mixed", True), ("bf16-true", False)]
+)
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_adapter_is_trained_kept_resumed_and_exported(
     root: Path, tmp_path: Path, stage: str, code_rows: bool, precision: Any
@@ -125,7 +127,8 @@ def test_an_adapter_is_trained_kept_resumed_and_exported(
     optimized = {id(weight) for group in module.optimizers().param_groups for weight in group["params"]}
     assert optimized == {id(own[name]) for name in trained}
     for name, weight in own.items():
-        assert weight.dtype == (torch.float32 if name in trained or precision == "32-true" else torch.bfloat16)
+        wide = precision == "32-true" or (precision == "bf16-mixed" and name in trained)
+        assert weight.dtype == (torch.float32 if wide else torch.bfloat16)
         if name not in trained:
             assert torch.equal(weight, before[name.replace(".base_layer", "")].to(weight.dtype)), name
 
@@ -140,8 +143,8 @@ def test_an_adapter_is_trained_kept_resumed_and_exported(
     for directory in (path.with_suffix(""), tmp_path / "whole" / "model", tmp_path / "out"):
         assert_equal(weights(directory), merged)
         assert load_checkpoint(directory).settings == load_checkpoint(path.with_suffix("")).settings
-    moved = {name for name, weight in merged.items() if not torch.equal(weight, before[name].to(weight.dtype))}
-    assert precision == "bf16-mixed" or len(moved) == 7 * 2 + 2 * code_rows
+    moved = {name for name, weight in merged.items() if not torch.equal(weight, before[name])}
+    assert precision != "32-true" or len(moved) == 7 * 2 + 2 * code_rows
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(stock) is Qwen2ForCausalLM
     if precision == "32-true":
@@ -157,6 +160,22 @@ def test_an_adapter_is_trained_kept_resumed_and_exported(
     again = train(root, tmp_path / "again", stage, adapter, precision=precision, resume=resume)
     assert_equal(dict(again.language_model.state_dict()), dict(module.language_model.state_dict()))
     assert_equal(weights(tmp_path / "again" / "model"), merged)
+
+
+def test_an_averaged_adapter_is_kept_and_resumed(root: Path, tmp_path: Path) -> None:
+    """Beside which Lightning's callback keeps the weights that are trained."""
+
+    def train_with(place: Path, **options: Any) -> dict[str, Tensor]:
+        keep = AtomicCheckpoint(dirpath=place, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+        return dict(
+            train(root, place, "sft", Adapter(r=2), callbacks=[WeightAveraging(), keep], **options).state_dict()
+        )
+
+    whole = train_with(tmp_path / "whole")
+    path = tmp_path / "whole" / "step=2.ckpt"
+    state = torch.load(path, weights_only=True)
+    assert len(state["state_dict"]) == len(state["current_model_state"]) == 28
+    assert_equal(train_with(tmp_path / "again", resume=str(path)), whole)
 
 
 @pytest.mark.parametrize(

@@ -151,10 +151,13 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
 
 
 def merged_weight(layer: Any) -> Tensor:
-    """Weight of a linear layer or embedding with what is trained in it, in the wider dtype of the two."""
+    """Weight of a linear layer or embedding with what is trained in it; in float32 or wider if something is added."""
     if isinstance(layer, CodeRows):
         return torch.cat([layer.base_layer.weight[: layer.first].to(layer.rows.dtype), layer.rows])
-    return layer.weight + layer.get_delta_weight(NAME) if hasattr(layer, "lora_A") else layer.weight
+    if not hasattr(layer, "lora_A"):
+        return layer.weight
+    added = layer.get_delta_weight(NAME)
+    return layer.weight + added.to(torch.promote_types(added.dtype, torch.float32))
 
 
 @torch.no_grad()
