@@ -22,7 +22,7 @@ from PIL import Image
 
 from simplear.command_line import PARSER_MODE
 from simplear.data import recaption
-from simplear.language_model import load_checkpoint
+from simplear.language_model import Adapter, load_checkpoint
 from simplear.language_model.checkpoint import RELEASED_VISUAL_TOKENIZER
 from simplear.language_model.rope import Qwen2Rope2DForCausalLM
 from simplear.sequence import SPECIAL_TOKENS
@@ -119,6 +119,13 @@ def test_fine_tuning_compositions(machine: str) -> None:
     trainer = composed.config["trainer"]
     devices = trainer["devices"] * trainer["num_nodes"]
     assert 256 % (devices * (trainer["accumulate_grad_batches"] or 1)) == 0
+
+
+@pytest.mark.parametrize("names", [("sft", "sft-24gb"), ("sft", "one-gpu"), ("grpo-clip-1.5b", "grpo-24gb")])
+def test_an_adapter_is_one_file_more(names: tuple[str, ...]) -> None:
+    composed = compose(*(f"paper/{name}" for name in names), "paper/lora")
+    assert composed.model.adapter == Adapter(r=16, alpha=32) and composed.config["trainer"]["precision"] == "bf16-mixed"
+    assert composed.model.optimizer([torch.nn.Parameter(torch.zeros(2))]).defaults["lr"] == 1e-4
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "sft"])

@@ -90,6 +90,26 @@ def test_grpo_of_the_paper_and_on_24_gb(capsys: pytest.CaptureFixture[str]) -> N
     assert needed(small) < needed(usual)
 
 
+@pytest.mark.parametrize(
+    ("names", "checkpointing"),
+    [
+        (("sft", "sft-24gb"), "full"),
+        (("grpo-clip-1.5b", "grpo-24gb"), "full"),
+        (("grpo-hps-1.5b", "grpo-24gb"), "selective"),
+    ],
+)
+def test_an_adapter_of_the_larger_model_at_1024_px_fits_into_24_gb(
+    capsys: pytest.CaptureFixture[str], names: tuple[str, ...], checkpointing: str
+) -> None:
+    """All weights do not, in the same precision."""
+    options = ("--plan.pixels", "1024", "--plan.size", str(PAPER / "1.5b.yaml"), "--plan.gpu_memory_gib", "23.5")
+    options += ("--model.init_args.activation_checkpointing", checkpointing, "--trainer.precision", "bf16-mixed")
+    text = plan(capsys, *names, "lora", options=(*options, "--plan.strict", "true"))
+    assert text.startswith("1,642 million parameters, 18.5 million of them trained; 1 GPU; bf16-mixed")
+    assert "reference                     0.00" in text or "sft" in names
+    assert needed(plan(capsys, *names, options=options)) > 23.5
+
+
 def test_sizes_from_what_is_there(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

@@ -19,7 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from simplear.command_line import PARSER_OPTIONS
 from simplear.errors import UserError
-from simplear.language_model import Architecture
+from simplear.language_model import Adapter, Architecture
 from simplear.lightning_cli import ConfigurationCLI, StageParser
 from simplear.sequence import MAX_TEXT_TOKENS, SPECIAL_TOKENS
 from simplear.stages.activation_checkpointing import MODES
@@ -109,8 +109,9 @@ def report(run: Run, settings: PlanSettings) -> str:
     parts = memory(run)
     needed = needed_gib(run)
     where = f"{run.devices} GPU" + ("s" if run.devices > 1 else "") + (", FSDP2" if run.sharded else "")
+    trained = "" if run.adapter is None else f", {run.trained_parameters / 1e6:,.1f} million of them trained"
     lines = [
-        f"{run.architecture.parameters / 1e6:,.0f} million parameters; {where}; {run.precision}; "
+        f"{run.architecture.parameters / 1e6:,.0f} million parameters{trained}; {where}; {run.precision}; "
         f"{run.images} images of {run.codes:,} codes a pass, {run.images_a_step} a step",
         "",
         "memory of a GPU at the worst moment, GiB",
@@ -179,6 +180,7 @@ def read_run(config: Any, settings: PlanSettings) -> Run:
     path = strategy if isinstance(strategy, str) else getattr(strategy, "class_path", "")
     optimizer = getattr(options.optimizer, "class_path", "AdamW").rpartition(".")[2]
     objective = options.get("objective")
+    adapter = None if options.adapter is None else Adapter(**options.adapter.as_dict())
     if trainer.max_steps <= 0:
         raise UserError("--trainer.max_steps: a plan needs the number of optimizer steps.")
     return Run(
@@ -198,12 +200,13 @@ def read_run(config: Any, settings: PlanSettings) -> Run:
         full_softmax=not reinforced and objective.normalizer == "full",
         moments=MOMENTS.get(optimizer, 2),
         rollouts=_rollouts(options, precision) if reinforced else None,
+        adapter=adapter,
     )
 
 
 def _rollouts(options: Any, precision: str) -> Rollouts:
     reference = options.reference
-    here = options.beta > 0 and not reference.offload and reference.device is None
+    here = options.beta > 0 and not reference.offload and reference.device is None and options.adapter is None
     stored = reference.dtype or ("bfloat16" if precision == "bf16-true" else "float32")
     return Rollouts(
         group_size=options.group_size,

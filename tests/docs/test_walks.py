@@ -76,14 +76,18 @@ def test_fine_tuning_on_one_gpu(place: Path, tiny_text_tokenizer: str) -> None:
     pictures(place / "my-pictures" / "validation", 4)
     small = {**CPU, **LITTLE_DATA, "data.init_args.max_text_tokens": "150", "trainer.accumulate_grad_batches": "2"}
     small |= {"trainer.val_check_interval": "2", "model.init_args.objective.chunk_rows": "16"}
-    verbs = walk("finetune-24gb", small, {"512": "64"})
-    assert verbs == ["generate", "tokenize", "tokenize", "fit", "generate", "export"]
+    words = {"512": "64", "released/SimpleAR-1.5B-SFT": "released/SimpleAR-0.5B-SFT"}
+    verbs = walk("finetune-24gb", small, words)
+    assert verbs == ["generate", "tokenize", "tokenize", "fit", "generate", "export", "fit", "export"]
     before, after = (
         load_checkpoint(path).model.state_dict() for path in ("released/SimpleAR-0.5B-SFT", "simplear-mine")
     )
     assert after.keys() == before.keys()
     assert all(weight.dtype == torch.bfloat16 for weight in after.values())
     assert any(not torch.equal(weight.bfloat16(), after[name]) for name, weight in before.items())
+    adapted = load_checkpoint("simplear-mine-lora").model.state_dict()
+    moved = [name for name, weight in before.items() if not torch.equal(weight.bfloat16(), adapted[name])]
+    assert moved and all(name.endswith("_proj.weight") for name in moved)
     (drawn,) = Path("drawn/after").iterdir()
     made = read_metadata(drawn)
     assert made is not None and made["size"] == [64, 64] and made["guidance_scale"] == 6.0

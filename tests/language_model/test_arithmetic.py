@@ -10,7 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from simplear.language_model import Architecture, LanguageModelConfig
+from simplear.language_model import Adapter, Architecture, LanguageModelConfig
+from simplear.language_model.adapter import TARGETS
 from simplear.language_model.arithmetic import TRAINING_PASSES
 from simplear.stages import NextTokenObjective, PretrainModule
 from toys import ARCHITECTURE, CODEBOOK, make_batch
@@ -71,6 +72,32 @@ def test_flops_of_a_step_are_those_that_pytorch_counts(
     assert (recomputed > 0) == (checkpointing == "full")
     counted = counted_flops(module, batch)
     assert int(work.flops) + recomputed == counted
+
+
+@pytest.mark.parametrize("targets", [list(TARGETS), ["q_proj", "v_proj"]])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_flops_with_an_adapter(
+    tiny_text_tokenizer: str, monkeypatch: pytest.MonkeyPatch, checkpointing: Any, targets: list[str]
+) -> None:
+    """Those of PyTorch's counter, but selective checkpointing repeats the adapter's own, and without any nothing goes
+    back through the first products of all unless the embeddings are trained.
+    """
+    config = LanguageModelConfig(tiny_text_tokenizer, CODEBOOK, architecture=ARCHITECTURE)
+    for code_rows in (True, False):
+        module = PretrainModule(config, activation_checkpointing=checkpointing)
+        module.adapter = adapter = Adapter(3, None, targets, code_rows)  # the step is that of fine-tuning
+        module.configure_model()
+        monkeypatch.setattr(module, "log_dict", lambda *_, **__: None)
+        batch = make_batch(module.language_model, module.text_tokenizer, (2, 3), ["a photo of a red circle"] * 3)
+        batch["codes"] = torch.zeros(3, 2, 3)
+        work, shape = module.step_work(batch), Architecture.of(module.language_model.decoder.config)
+        tokens, layers = int(work.tokens), shape.num_hidden_layers
+        expected = int(work.flops) + int(work.recomputed_flops) - counted_flops(module, batch)
+        if checkpointing == "selective":
+            last = layers * 3 * shape.hidden_size if "down_proj" in targets else 0
+            expected += 2 * tokens * (shape.adapter_parameters(adapter) - last)
+        first = shape.layer_flops(tokens, tokens * tokens // 3) // layers
+        assert 0 < expected < first if checkpointing == "none" and not code_rows else expected == 0
 
 
 def test_packing_computes_nothing_but_the_work_and_the_padding_of_attention(

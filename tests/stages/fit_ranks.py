@@ -21,9 +21,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from simplear.callbacks import FiniteGradients
 from simplear.data import TokenDataModule
 from simplear.data.texts import write_texts
-from simplear.language_model import CheckpointSettings, LanguageModel, save_checkpoint
+from simplear.language_model import Adapter, CheckpointSettings, LanguageModel, save_checkpoint
 from simplear.sequence import text_target_mask
-from simplear.stages import GRPOModule, MuonWithAdamW, NextTokenObjective, PretrainModule
+from simplear.stages import GRPOModule, MuonWithAdamW, NextTokenObjective, PretrainModule, SFTModule
 from toys import (
     CODEBOOK,
     DOWNSAMPLE,
@@ -141,6 +141,20 @@ def grpo(root: Path) -> GRPOModule:
     )
 
 
+class DoubleSFT(SFTModule):
+    """The stage in float64."""
+
+    def load_language_model(self) -> tuple[LanguageModel, Any]:
+        model, tokenizer = super().load_language_model()
+        return model.double(), tokenizer
+
+
+def adapted(root: Path) -> SFTModule:
+    seed_everything(0, verbose=False)
+    adapter = Adapter(r=2, code_rows=True)
+    return DoubleSFT(str(root / "start"), optimizer=adamw, lr_scheduler=schedule, adapter=adapter)
+
+
 MODULES: dict[str, Callable[[Path], Any]] = {
     "by_modality": pretraining,
     "full": lambda root: pretraining(root, objective=NextTokenObjective("full", 0.5, chunk_rows=16)),
@@ -149,6 +163,7 @@ MODULES: dict[str, Callable[[Path], Any]] = {
     "float32": lambda root: pretraining(root, dtype=torch.float32),
     "means over tokens": lambda root: pretraining(root, MeansOverTokens),
     "muon": lambda root: pretraining(root, optimizer=MuonWithAdamW),
+    "adapter": adapted,
     "grpo": grpo,
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from simplear.language_model import Architecture
+from simplear.language_model import Adapter, Architecture, add_adapter
 from simplear.stages.activation_checkpointing import MODES, ActivationCheckpointing, checkpoint_activations
 from simplear.stages.memory import (
     A100,
@@ -69,17 +70,22 @@ def config_of(sides: tuple[int, ...], layers: int) -> Qwen2Config:
     )
 
 
-def kept_and_added(config: Qwen2Config, precision: str, mode: ActivationCheckpointing, length: int) -> list[float]:
+def kept_and_added(
+    config: Qwen2Config, precision: str, mode: ActivationCheckpointing, length: int, adapter: Adapter | None = None
+) -> list[float]:
     """Bytes a token that a forward pass leaves behind, and the most that the backward pass adds to them; weights, their
     casts and their gradients left out.
     """
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(config).train()
-    checkpoint_activations(model, mode)
+    if adapter is not None:
+        whole: Any = SimpleNamespace(decoder=model, parameters=model.parameters)
+        add_adapter(whole, adapter, torch.bfloat16 if precision == "bf16-mixed" else None)
+    checkpoint_activations(model, mode, None if adapter is None else adapter.r)
     if precision == "bf16-true":
         model.bfloat16()
     for weight in model.parameters():
-        weight.grad = torch.zeros_like(weight)
+        weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
     mixed = torch.autocast("cpu", torch.bfloat16) if precision == "bf16-mixed" else contextlib.nullcontext()
     alive = Alive(
         but=[tensor for weight in model.parameters() for tensor in (weight, weight.grad) if tensor is not None]
@@ -96,7 +102,11 @@ def kept_and_added(config: Qwen2Config, precision: str, mode: ActivationCheckpoi
         alive.peak = 0
         result.backward(torch.ones_like(result))
     casts = precision == "bf16-mixed" and mode == "none"  # else they are made again in the backward pass
-    weights = sum(weight.numel() for layer in model.model.layers for weight in layer.parameters() if weight.dim() == 2)
+    weights = sum(
+        weight.numel()
+        for weight in model.model.layers.parameters()
+        if weight.dim() == 2 and weight.dtype == torch.float32
+    )
     return [size / (BATCH * length) for size in (found - 2 * weights * casts, alive.peak - found)]
 
 
@@ -125,6 +135,25 @@ def test_a_backward_pass_adds_what_arithmetic_says(
     assert expected == pytest.approx(added, rel=tolerance)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("precision", SAVED_BYTES)
+def test_beside_frozen_weights_activations_are_in_the_dtype_that_is_computed_in(
+    precision: str, mode: ActivationCheckpointing
+) -> None:
+    """With an adapter arithmetic is never below what is kept, and at most a seventh above."""
+    sides = (192, 400, 6, 3, 16)
+    adapter = Adapter(r=4)
+    three, two = (kept_and_added(config_of(sides, layers), precision, mode, LENGTH, adapter)[0] for layers in (3, 2))
+    run = Run(Architecture.of(config_of(sides, 1)), 8, 1, 1, 0, 1, 1, 1, 1, False, precision, mode, None, False)
+    runs = [replace(run, architecture=Architecture.of(config_of(sides, n)), adapter=adapter) for n in (2, 1)]
+    kept = memory(runs[0])["activations"] - memory(runs[1])["activations"]
+    assert three - two <= kept <= 8 / 7 * (three - two)
+    if mode != "none":
+        assert kept == pytest.approx(three - two)
+    added = kept_and_added(config_of(sides, 2), precision, mode, 20 * LENGTH, adapter)[1]
+    assert memory(runs[1])["activations"] - kept == pytest.approx(added, rel=0.2)
+
+
 @pytest.fixture
 def run() -> Run:
     """The paper's 1.5B model at 1024 px on one GPU."""
@@ -139,6 +168,22 @@ def test_static_memory_is_sixteen_bytes_a_parameter(run: Run) -> None:
     for name in ("weights", "gradients", "optimizer"):
         assert sharded[name] == parts[name] / 32
     assert memory(replace(run, devices=32))["optimizer"] == parts["optimizer"], "DDP shards nothing"
+
+
+@pytest.mark.parametrize(
+    ("adapter", "tied", "rows"),
+    [(Adapter(), True, 0), (Adapter(code_rows=True), True, 1), (Adapter(code_rows=True), False, 2)],
+)
+def test_an_adapter_alone_has_gradients_and_moments(run: Run, adapter: Adapter, tied: bool, rows: int) -> None:
+    run = replace(run, architecture=replace(run.architecture, tie_word_embeddings=tied), adapter=adapter)
+    stream, inner, keys = 1536, 8960, 256
+    beside = 16 * 28 * (4 * stream + 2 * (stream + keys) + 3 * (stream + inner))
+    trained = beside + rows * 64_000 * stream
+    assert run.trained_parameters == trained
+    parts = memory(run)
+    assert parts["gradients"] == 4 * trained and parts["optimizer"] == 8 * trained
+    assert parts["weights"] == 2 * run.architecture.parameters + 4 * trained
+    assert (parts["logits"] > memory(replace(run, adapter=Adapter()))["logits"]) == adapter.code_rows
 
 
 def test_the_paper_needs_checkpointing_at_1024_px(run: Run) -> None:

@@ -99,8 +99,9 @@ def test_two_processes_train_as_one(root: Path, alone: Any, tmp_path: Path) -> N
 @pytest.mark.long
 @pytest.mark.parametrize("processes", [2, 4])
 def test_any_number_of_processes_train_as_one(root: Path, alone: Any, tmp_path: Path, processes: int) -> None:
-    """Either normaliser, packing, texts without images in between, and reinforcement learning."""
+    """Either normaliser, packing, texts without images in between, reinforcement learning; under DDP an adapter."""
     trainings = [Training(case, strategy) for case in CASES for strategy in STRATEGIES]
+    trainings.append(Training("adapter", "ddp"))
     for training, result in zip(trainings, together(root, tmp_path, processes, trainings), strict=True):
         assert_as_alone(result, alone, training.case)
 

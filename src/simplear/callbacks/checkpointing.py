@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from simplear.atomic import require_replaceable, require_writable, sync, whole_file, writing
 from simplear.errors import UserError
-from simplear.language_model import save_checkpoint
+from simplear.language_model import merged_model, save_checkpoint
 from simplear.stages.averaging import averaged_weights
 from simplear.stages.sharding import FSDP2, FSDP2_NAME
 from simplear.states import DAMAGED, LIGHTNING_METADATA, SHARDS_METADATA, WEIGHTS, damage
@@ -347,17 +347,19 @@ class HuggingFaceCheckpoint(AtomicCheckpoint):
 
 
 def export(module: Any, directory: str | Path, write: bool) -> None:
-    """Write a stage's language model as a checkpoint directory, whole even if it is sharded.
+    """Write a stage's language model as a checkpoint directory, whole even if it is sharded, with its adapter merged.
 
     Leaves the global random generators as they were.
 
     Args:
-        module: has ``language_model``, ``text_tokenizer``, ``checkpoint_settings()`` and ``visual_tokenizer_path``.
+        module: has ``language_model``, ``text_tokenizer``, ``checkpoint_settings()`` and ``visual_tokenizer_path``, and
+            may have ``adapter``.
         directory: where to; an existing checkpoint is replaced.
         write: whether this rank writes. All ranks must call, for they gather the weights together.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights: Any = get_model_state_dict(module.language_model, options=options)
+    model, adapter = module.language_model, getattr(module, "adapter", None)
+    weights: Any = get_model_state_dict(model, options=options) if adapter is None else None
     if not write:
         return
     # Settings name the visual tokenizer's fingerprint, and building one to ask it draws random weights first.
@@ -365,7 +367,7 @@ def export(module: Any, directory: str | Path, write: bool) -> None:
     with isolate_rng():
         save_checkpoint(
             directory,
-            module.language_model,
+            model if adapter is None else merged_model(model),
             module.text_tokenizer,
             module.checkpoint_settings(),
             state_dict=weights,

@@ -14,9 +14,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
+from torch import Tensor
 
 from simplear.artefacts import what_is
 from simplear.atomic import require_writable, whole_directory
@@ -25,11 +26,15 @@ from simplear.evaluation import Cell, image_grid
 from simplear.export.card import CARD_FILE, SAMPLES_FILE, CardContent, model_card, read_card_inputs
 from simplear.generation import SimpleARPipeline
 from simplear.language_model import (
+    Adapter,
     Checkpoint,
     CheckpointError,
+    add_adapter,
     checkpoint_hash,
     find_checkpoint,
     load_checkpoint,
+    merged_model,
+    trained_names,
     write_checkpoint,
 )
 from simplear.states import SHARDS_METADATA, damage, read_state
@@ -40,6 +45,8 @@ MODULE = "language_model."
 """Where a stage keeps its language model."""
 SHARD_SIZE = "5GB"
 """What hubs and slow connections take well."""
+FROZEN_DTYPES = {"float32": None, "float64": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Of the weights beside an adapter, from those that are loaded, by the state's word."""
 WEIGHTS_ALONE = (".safetensors", ".bin", ".gguf")
 """Suffixes of files that are never training states."""
 SIZE = r"[1-9]\d*(KB|MB|GB)"
@@ -75,7 +82,8 @@ def export(
             checkpoint directory or hub id.
         out: directory to write; it must not exist.
         like: checkpoint directory of the same model, whose configuration, text tokenizer and settings a state goes
-            with; if not given, the one beside the state (``last/`` for ``last.ckpt``).
+            with; if not given, the one beside the state (``last/`` for ``last.ckpt``). For the state of an adapter's
+            training the checkpoint that it began from; if not given, where that was.
         dtype: of the weights; the source's if not given.
         max_shard_size: of a weights file, such as 5GB or 500MB.
         visual_tokenizer: directory or hub id of the one to put in; the checkpoint's own if not given.
@@ -154,15 +162,6 @@ def _source(path: str, like: str | None) -> _Source:
 
 
 def _from_state(state: Path, like: str | None) -> _Source:
-    beside = state.with_suffix("") if state.suffix == ".ckpt" else None
-    configuration = Path(like) if like is not None else beside
-    if like is None and (configuration is None or not (configuration / "config.json").is_file()):
-        expected = f" ({configuration}, which training keeps beside it, is not there)" if configuration else ""
-        raise CheckpointError(
-            f"{state} has weights and no configuration{expected}: name a checkpoint directory of the same model "
-            "(--like), such as the one that the training began from."
-        )
-    assert configuration is not None
     if (reason := damage(state)) is not None:
         raise UserError(
             f"{state} is damaged or no training state ({reason}): fetch it again, or name another, such as "
@@ -177,23 +176,78 @@ def _from_state(state: Path, like: str | None) -> _Source:
             f"{state} holds no language model, so it is the state of another stage: a visual tokenizer's training "
             "writes its directory itself (export_dir)."
         )
-    loaded = load_checkpoint(find_checkpoint(configuration), with_weights=False)
-    expected_weights = {name: weight.shape for name, weight in loaded.model.state_dict().items()}
-    wrong = sorted(
-        name
-        for name in expected_weights.keys() | weights.keys()
-        if name not in weights or expected_weights.get(name) != weights[name].shape
-    )
-    if wrong:
-        raise UserError(
-            f"{state} and {configuration} are of different models: {len(wrong)} weights are missing or of another "
-            f"shape, the first is {wrong[0]}. Name another checkpoint directory (--like)."
-        )
-    loaded.model.load_state_dict(weights, assign=True)
-    loaded.model.decoder.tie_weights()
+    beside = state.with_suffix("") if state.suffix == ".ckpt" else None
+    if beside is None or not (beside / "config.json").is_file():
+        beside = None
+    adapter = rest.get("adapter")
+    if adapter is not None:
+        loaded = _with_adapter(state, weights, adapter, like, beside)
+    else:
+        loaded = load_checkpoint(find_checkpoint(_configuration(state, like, beside)), with_weights=False)
+        _require_same(state, loaded, loaded.model.state_dict(), weights)
+        loaded.model.load_state_dict(weights, assign=True)
+        loaded.model.decoder.tie_weights()
     if rest.get("grid") is not None:
         loaded.settings = dataclasses.replace(loaded.settings, grid=tuple(rest["grid"]))
     return _Source(loaded, f"the training state `{state.name}` after {_steps(rest)} optimizer steps")
+
+
+def _configuration(state: Path, like: str | None, beside: Path | None) -> Path:
+    if like is None and beside is None:
+        kept = state.with_suffix("")
+        expected = f" ({kept}, which training keeps beside it, is not there)" if state.suffix == ".ckpt" else ""
+        raise CheckpointError(
+            f"{state} has weights and no configuration{expected}: name a checkpoint directory of the same model "
+            "(--like), such as the one that the training began from."
+        )
+    return Path(like) if like is not None else cast(Path, beside)
+
+
+def _with_adapter(
+    state: Path, weights: dict[str, Tensor], record: dict[str, Any], like: str | None, beside: Path | None
+) -> Checkpoint:
+    """The checkpoint that an adapter's training began from, with the state's weights merged into its own."""
+    settings = dict(record)
+    try:
+        added_to, directory, dtype = (settings.pop(name) for name in ("added_to", "directory", "dtype"))
+        adapter, frozen = Adapter(**settings), FROZEN_DTYPES[dtype]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{state} says of its adapter what this release does not know ({error}): upgrade.") from error
+    try:
+        start = find_checkpoint(like or directory)
+    except CheckpointError as error:
+        raise CheckpointError(f"{state} holds an adapter alone. {error} Name what it was added to (--like).") from error
+    if checkpoint_hash(start) != added_to:
+        raise UserError(
+            f"{state} holds an adapter for another checkpoint than {start} is (SHA-256 {added_to[:12]}…): name the one "
+            "that its training began from (--like)."
+        )
+    loaded = load_checkpoint(start, dtype=torch.float32)
+    add_adapter(loaded.model, adapter, frozen)
+    own = loaded.model.state_dict()
+    _require_same(state, loaded, {name: own[name] for name in trained_names(loaded.model)}, weights)
+    loaded.model.load_state_dict(weights, assign=True, strict=False)
+    model = merged_model(loaded.model)
+    # What training set, such as the grid and defaults of generation, is in the directory that it kept.
+    loaded = loaded if beside is None else load_checkpoint(beside, with_weights=False)
+    loaded.model = model
+    return loaded
+
+
+def _require_same(
+    state: Path, checkpoint: Checkpoint, expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+) -> None:
+    shapes = {name: weight.shape for name, weight in expected.items()}
+    wrong = sorted(
+        name
+        for name in shapes.keys() | weights.keys()
+        if name not in weights or shapes.get(name) != weights[name].shape
+    )
+    if wrong:
+        raise UserError(
+            f"{state} and {checkpoint.directory} are of different models: {len(wrong)} weights are missing or of "
+            f"another shape, the first is {wrong[0]}. Name another checkpoint directory (--like)."
+        )
 
 
 def _steps(rest: Mapping[str, Any]) -> str:

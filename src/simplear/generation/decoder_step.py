@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import Qwen2Config
 
-from simplear.language_model import LanguageModel
+from simplear.language_model import LanguageModel, merged_weight
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ class FusedLayer(nn.Module):
             self.register_buffer(name, torch.empty(size, **options), persistent=False)
 
     def load(self, layer: Any) -> None:
-        """Copy the layer's weights into the buffers."""
+        """Copy the layer's weights into the buffers, with what an adapter adds to them."""
         attention, mlp = layer.self_attn, layer.mlp
         self.input_norm.copy_(layer.input_layernorm.weight)
         self.mlp_norm.copy_(layer.post_attention_layernorm.weight)
@@ -147,7 +147,7 @@ class FusedLayer(nn.Module):
     def _load_matrix(self, buffer: Tensor, *linears: nn.Linear) -> None:
         parts = in_out(buffer, self.stored_in_out).split([linear.out_features for linear in linears], dim=1)
         for part, linear in zip(parts, linears, strict=True):
-            part.copy_(linear.weight.t())
+            part.copy_(merged_weight(linear).t())
 
 
 def in_out(matrix: Tensor, stored_in_out: bool) -> Tensor:

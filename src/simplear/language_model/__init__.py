@@ -1,5 +1,13 @@
 """The decoder: Qwen2 through transformers, its vocabulary grown by image codes, its losses and its checkpoints."""
 
+from simplear.language_model.adapter import (
+    Adapter,
+    adapter_off,
+    add_adapter,
+    merged_model,
+    merged_weight,
+    trained_names,
+)
 from simplear.language_model.arithmetic import Architecture, StepWork
 from simplear.language_model.checkpoint import (
     Checkpoint,
@@ -18,6 +26,7 @@ from simplear.language_model.text_tokenizer import train_text_tokenizer
 from simplear.language_model.weights import NamedWeights, stored_weights
 
 __all__ = [
+    "Adapter",
     "Architecture",
     "Checkpoint",
     "CheckpointError",
@@ -28,13 +37,18 @@ __all__ = [
     "NamedWeights",
     "Normalizer",
     "StepWork",
+    "adapter_off",
+    "add_adapter",
     "checkpoint_hash",
     "find_checkpoint",
     "load_checkpoint",
     "load_text_tokenizer",
+    "merged_model",
+    "merged_weight",
     "next_token_losses",
     "save_checkpoint",
     "stored_weights",
     "train_text_tokenizer",
+    "trained_names",
     "write_checkpoint",
 ]

@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from simplear.language_model.adapter import Adapter
+
 Count = TypeVar("Count", int, float, Tensor)
 
 TRAINING_PASSES = 3
@@ -62,10 +64,23 @@ class Architecture:
         return self.num_key_value_heads * self.head_dim
 
     @property
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """Inputs and outputs of a layer's matrices, by their names in transformers."""
+        stream, inner = self.hidden_size, self.intermediate_size
+        return {
+            "q_proj": (stream, self.attention_width),
+            "k_proj": (stream, self.key_value_width),
+            "v_proj": (stream, self.key_value_width),
+            "o_proj": (self.attention_width, stream),
+            "gate_proj": (stream, inner),
+            "up_proj": (stream, inner),
+            "down_proj": (inner, stream),
+        }
+
+    @property
     def matrix_parameters_a_layer(self) -> int:
         """Of queries, keys, values, output and the three matrices of the MLP."""
-        attention = self.hidden_size * (2 * self.attention_width + 2 * self.key_value_width)
-        return attention + 3 * self.hidden_size * self.intermediate_size
+        return sum(inputs * outputs for inputs, outputs in self.matrices.values())
 
     @property
     def parameters_a_layer(self) -> int:
@@ -84,6 +99,18 @@ class Architecture:
         """Of the whole decoder."""
         return self.num_hidden_layers * self.parameters_a_layer + self.root_parameters
 
+    def adapter_parameters(self, adapter: Adapter | None) -> int:
+        """Of the small matrices beside those of the layers."""
+        targets = [] if adapter is None else [adapter.r * sum(self.matrices[name]) for name in adapter.target_modules]
+        return self.num_hidden_layers * sum(targets)
+
+    def trained_parameters(self, adapter: Adapter | None, codebook_size: int) -> int:
+        """All, or the adapter's with the rows of the codes if it trains them."""
+        if adapter is None:
+            return self.parameters
+        rows = codebook_size * (1 if self.tie_word_embeddings else 2) if adapter.code_rows else 0
+        return self.adapter_parameters(adapter) + rows * self.hidden_size
+
     def layer_flops(self, tokens: Count, squared_lengths: Count) -> Count:
         """One forward pass through all layers.
 
@@ -94,14 +121,29 @@ class Architecture:
         products = 2 * self.num_hidden_layers * self.matrix_parameters_a_layer * tokens
         return products + 4 * self.num_hidden_layers * self.attention_width * squared_lengths
 
-    def recomputed_flops(self, tokens: Count, squared_lengths: Count) -> Count:
+    def training_flops(self, tokens: Any, squared_lengths: Any, choices: Any, adapter: Adapter | None = None) -> Any:
+        """Forward and backward pass through layers and head; arguments as `layer_flops` and `head_flops`.
+
+        Frozen matrices need no gradient, which is one product of three.
+        """
+        head = self.head_flops(choices)
+        added = 2 * self.adapter_parameters(adapter) * tokens
+        everything = TRAINING_PASSES * (self.layer_flops(tokens, squared_lengths) + added + head)
+        if adapter is None:
+            return everything
+        frozen = 2 * self.num_hidden_layers * self.matrix_parameters_a_layer * tokens
+        return everything - frozen - (0 if adapter.code_rows else head)
+
+    def recomputed_flops(self, tokens: Count, squared_lengths: Count, adapter: Adapter | None = None) -> Count:
         """What full activation checkpointing computes again: of each layer all but the last product.
 
         Its inputs alone are needed, and PyTorch's checkpoints stop when they have what is needed. Selective activation
-        checkpointing computes no product again, hence nothing that is counted here.
+        checkpointing computes no product of the model again, hence nothing that is counted here.
         """
-        last = 2 * self.num_hidden_layers * self.hidden_size * self.intermediate_size * tokens
-        return self.layer_flops(tokens, squared_lengths) - last
+        adapted = adapter is not None and "down_proj" in adapter.target_modules
+        width = adapter.r if adapter is not None and adapted else self.intermediate_size
+        last = 2 * self.num_hidden_layers * self.hidden_size * width * tokens
+        return self.layer_flops(tokens, squared_lengths) + 2 * self.adapter_parameters(adapter) * tokens - last
 
     def head_flops(self, choices: Count) -> Count:
         """One forward pass through the head.

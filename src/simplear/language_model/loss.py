@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from simplear.language_model.adapter import CodeRows
 from simplear.language_model.packing import Packing
 from simplear.sequence import IGNORE_INDEX, TokenLayout, image_target_mask, text_target_mask
 
@@ -29,7 +30,7 @@ Normalizer = Literal["by_modality", "full"]
 
 def next_token_losses(
     hidden: Tensor,
-    head_weight: Tensor,
+    head_weight: Tensor | CodeRows,
     labels: Tensor,
     layout: TokenLayout,
     *,
@@ -43,7 +44,7 @@ def next_token_losses(
     Args:
         hidden: (B, L, D) final hidden states, or (1, T, D) of packed ones; that of place i predicts
             ``labels[:, i + 1]``.
-        head_weight: (vocabulary, D) output embedding.
+        head_weight: (vocabulary, D) output embedding; frozen, it gets no gradient and takes no memory for one.
         labels: (B, L) int64, unshifted, ``IGNORE_INDEX`` where nothing is predicted.
         layout: where image ids begin.
         normalizer: see the module's docstring.
@@ -75,9 +76,16 @@ def next_token_losses(
 
 
 def _cross_entropy(
-    states: Tensor, weight: Tensor, ids: slice, targets: Tensor, row_weights: Tensor, chunk_rows: int | None
+    states: Tensor,
+    weight: Tensor | CodeRows,
+    ids: slice,
+    targets: Tensor,
+    row_weights: Tensor,
+    chunk_rows: int | None,
 ) -> Tensor:
     """Weighted loss of each row (N,) over the rows ``ids`` of the head, float32 or wider."""
+    if isinstance(weight, CodeRows):
+        weight, ids = weight[ids], slice(0, ids.stop - ids.start)
     if chunk_rows is None or len(states) <= chunk_rows:
         return token_cross_entropy(states, weight[ids], targets, None) * row_weights
     return _in_chunks_of(chunk_rows, states, weight, ids, targets, row_weights, early=True)
@@ -116,7 +124,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ctx.settings = ids, chunk_rows, dtype
         # In float16 they would underflow without the factor of loss scaling, which the backward pass alone knows.
         early = early and dtype != torch.float16
-        losses, ctx.gradients = _in_chunks(states, weight, targets, row_weights, ids, chunk_rows, dtype, early)
+        by_weight = ctx.needs_input_grad[1]
+        losses, ctx.gradients = _in_chunks(
+            states, weight, targets, row_weights, ids, chunk_rows, dtype, early, by_weight
+        )
         return losses
 
     @staticmethod
@@ -124,14 +135,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is not None and bool((upstream == upstream[0]).all()):
-            grad_states, grad_weight = (gradient.mul_(upstream[0]) for gradient in gradients)
+            grad_states, grad_weight = (
+                None if gradient is None else gradient.mul_(upstream[0]) for gradient in gradients
+            )
         else:
             del gradients
             states, weight, targets, row_weights = ctx.saved_tensors
             ids, chunk_rows, dtype = ctx.settings
-            _, computed = _in_chunks(
-                states, weight, targets, row_weights * upstream, ids, chunk_rows, dtype, with_gradients=True
-            )
+            scaled, by_weight = row_weights * upstream, ctx.needs_input_grad[1]
+            _, computed = _in_chunks(states, weight, targets, scaled, ids, chunk_rows, dtype, True, by_weight)
             assert computed is not None
             grad_states, grad_weight = computed
         return grad_states, grad_weight, None, None, None, None, None, None
@@ -146,14 +158,17 @@ def _in_chunks(
     chunk_rows: int,
     dtype: torch.dtype,
     with_gradients: bool,
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """Weighted loss of each row (N,), and the gradients of their sum by states (N, D) and weight (V, D)."""
+    by_weight: bool,
+) -> tuple[Tensor, tuple[Tensor, Tensor | None] | None]:
+    """Weighted loss of each row (N,), and the gradients of their sum by states (N, D) and by the weight (V, D) if it
+    is trained.
+    """
     wide = torch.promote_types(dtype, torch.float32)
     inputs, matrix = states.to(dtype), weight[ids].to(dtype)
     losses = torch.empty(len(states), dtype=wide, device=states.device)
     buffer = torch.empty(chunk_rows, len(matrix), dtype=dtype, device=states.device)
-    if with_gradients:
-        grad_states, grad_weight = torch.empty_like(states), torch.zeros_like(weight, dtype=wide)
+    grad_states = torch.empty_like(states) if with_gradients else None
+    grad_weight = torch.zeros_like(weight, dtype=wide) if with_gradients and by_weight else None
     with torch.autocast(states.device.type, enabled=False):
         for first in range(0, len(states), chunk_rows):
             rows = slice(first, first + chunk_rows)
@@ -163,15 +178,19 @@ def _in_chunks(
             at_target = logits.gather(1, target)
             total = logits.exp_().sum(dim=1, keepdim=True)
             losses[rows] = (scale * (total.log() - at_target))[:, 0]
-            if with_gradients:
+            if grad_states is not None:
                 # By the logits: softmax minus one-hot, each row with its weight.
                 by_logits = logits.mul_(scale / total).scatter_add_(1, target, -scale).to(dtype)
                 grad_states[rows] = by_logits @ matrix
+                if grad_weight is None:
+                    continue
                 if dtype == wide:
                     grad_weight[ids].addmm_(by_logits.T, chunk)
                 else:
                     grad_weight[ids] += by_logits.T @ chunk
-    return losses, (grad_states, grad_weight.to(weight.dtype)) if with_gradients else None
+    if grad_states is None:
+        return losses, None
+    return losses, (grad_states, None if grad_weight is None else grad_weight.to(weight.dtype))
 
 
 def token_cross_entropy(states: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int | None) -> Tensor:

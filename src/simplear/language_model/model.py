@@ -33,6 +33,7 @@ from transformers.utils import has_file
 
 from simplear.errors import MissingFileError, UserError, first_line
 from simplear.hub import is_hub_id, missing_on_hub
+from simplear.language_model.adapter import CodeRows
 from simplear.language_model.loss import Normalizer, next_token_losses, token_cross_entropy, token_entropy
 from simplear.language_model.packing import PACKED_ATTENTION, Packing
 from simplear.language_model.rope import Qwen2Rope2DConfig, Qwen2Rope2DForCausalLM, RotaryEmbedding
@@ -113,7 +114,7 @@ class LanguageModel(nn.Module):
         hidden = self._training_states(input_ids, grid, packing)
         return next_token_losses(
             hidden,
-            self.decoder.lm_head.weight,
+            self._head,
             labels,
             self.layout,
             normalizer=normalizer,
@@ -233,7 +234,12 @@ class LanguageModel(nn.Module):
     @property
     def image_head_weight(self) -> Tensor:
         """The head's rows of the codes, (codebook_size, D)."""
-        return self.decoder.lm_head.weight[self.layout.image_token_offset : self.layout.vocab_size]
+        return self._head[self.layout.image_token_offset : self.layout.vocab_size]
+
+    @property
+    def _head(self) -> Tensor | CodeRows:
+        head: Any = self.decoder.lm_head
+        return head if isinstance(head, CodeRows) else head.weight
 
     def image_logits(self, hidden: Tensor) -> Tensor:
         """Logits over the codebook alone, (…, codebook_size), for hidden states (…, D)."""

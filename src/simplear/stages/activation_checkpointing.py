@@ -49,12 +49,17 @@ def require_mode(mode: Any) -> None:
         )
 
 
-def checkpoint_activations(decoder: Qwen2ForCausalLM, mode: ActivationCheckpointing) -> None:
-    """Set what the decoder's layers keep in training, in place; before they are compiled or sharded."""
+def checkpoint_activations(decoder: Qwen2ForCausalLM, mode: ActivationCheckpointing, rank: int | None = None) -> None:
+    """Set what the decoder's layers keep in training, in place; before they are compiled or sharded.
+
+    Args:
+        rank: of an adapter, whose products are cheap, and as large as those of the matrices beside them: ``selective``
+            computes them again.
+    """
     require_mode(mode)
     options: dict[str, Any] = {}
     if mode == "selective":
-        policy = _policy_of(decoder.config.intermediate_size, decoder.config.hidden_size)
+        policy = _policy_of(decoder.config.intermediate_size, decoder.config.hidden_size, rank)
         options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
     for layer in decoder.model.layers:
         layer.__dict__.pop("forward", None)
@@ -69,7 +74,7 @@ def _checkpointed(layer: nn.Module, forward: Callable[..., Any], options: Any, *
     return checkpoint(forward, *inputs, use_reentrant=False, **options, **keywords)
 
 
-def _policy_of(inner: int, outer: int) -> Callable[..., CheckpointPolicy]:
+def _policy_of(inner: int, outer: int, rank: int | None) -> Callable[..., CheckpointPolicy]:
     """For the operations of a layer's forward pass and of its repetition.
 
     A closure, since the compiler takes its numbers for constants; a partial's, under FSDP2, for sizes that may change.
@@ -77,13 +82,16 @@ def _policy_of(inner: int, outer: int) -> Callable[..., CheckpointPolicy]:
     Args:
         inner: the MLP's width.
         outer: the residual stream's.
+        rank: of an adapter, if there is one.
     """
 
     def policy(context: Any, operation: Any, *arguments: Any, **keywords: Any) -> CheckpointPolicy:
         if operation not in KEPT:
             return CheckpointPolicy.PREFER_RECOMPUTE
-        # The repetition stops when it has what the backward pass asks for, which is before the last product.
-        last = operation is _aten.mm.default and arguments[1].shape == (inner, outer) and inner != outer
-        return CheckpointPolicy.PREFER_RECOMPUTE if last else CheckpointPolicy.MUST_SAVE
+        # The repetition stops when it has what the backward pass asks for, which is before the last product; with an
+        # adapter behind it.
+        shape = arguments[1].shape if operation is _aten.mm.default else ()
+        last = rank is None and shape == (inner, outer) and inner != outer
+        return CheckpointPolicy.PREFER_RECOMPUTE if last or rank in shape else CheckpointPolicy.MUST_SAVE
 
     return policy

@@ -31,7 +31,6 @@ from simplear.data import TokenDataModule
 from simplear.errors import UserError
 from simplear.generation import Engine, SamplingSettings, make_engine
 from simplear.language_model import Architecture, Checkpoint, LanguageModel, NamedWeights, StepWork
-from simplear.language_model.arithmetic import TRAINING_PASSES
 from simplear.rewards import Reward, move, score
 from simplear.sequence import text_lengths, training_batch
 from simplear.stages.grpo_objective import group_advantages, grpo_loss
@@ -158,12 +157,12 @@ class GRPOModule(LanguageModelModule):
         return self.empty_checkpoint(self.checkpoint)
 
     def copy_model(self, model: LanguageModel) -> None:
-        """Copy the reference before the policy is trained."""
+        """Copy the reference before the policy is trained; with an adapter it is the policy without."""
         if self.beta > 0:
             strategy = None if self._trainer is None else self.trainer.strategy
             sharded = isinstance(strategy, ModelParallelStrategy) and self.device_mesh is not None
             mesh = self.device_mesh["data_parallel"] if sharded and self.device_mesh is not None else None
-            self._reference = Reference(model, self.reference_settings, mesh)
+            self._reference = Reference(model, self.reference_settings, mesh, shared=self.adapter is not None)
 
     def configure_callbacks(self) -> list[Callback]:
         """As every stage; the first place where the Trainer's flags can be refused with a remedy."""
@@ -246,11 +245,13 @@ class GRPOModule(LanguageModelModule):
         images = len(batch["captions"]) * self.group_size
         lengths = text_lengths(batch["input_ids"], layout) + codes
         sums = lengths.sum() * self.group_size, lengths.square().sum() * self.group_size
-        forward = architecture.layer_flops(*sums) + architecture.head_flops(images * codes * layout.codebook_size)
-        passes = 1 + (self.beta > 0) + (self.inner_updates > 1) + TRAINING_PASSES * self.inner_updates
+        choices = images * codes * layout.codebook_size
+        forward = architecture.layer_flops(*sums) + architecture.head_flops(choices)
+        passes = 1 + (self.beta > 0) + (self.inner_updates > 1)
+        updates = self.inner_updates * architecture.training_flops(*sums, choices, self.adapter)
         again = self.inner_updates if self.activation_checkpointing == "full" else 0
-        recomputed = again * architecture.recomputed_flops(*sums)
-        return StepWork(images, sums[0], passes * forward, recomputed)
+        recomputed = again * architecture.recomputed_flops(*sums, self.adapter)
+        return StepWork(images, sums[0], passes * forward + updates, recomputed)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Mean reward of one image for each held-out caption, drawn from the same seeds each time."""

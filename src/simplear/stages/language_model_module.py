@@ -5,10 +5,13 @@ A subclass says where its model comes from (`load_language_model`) and what one 
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -17,13 +20,17 @@ from transformers import PreTrainedTokenizerBase
 from simplear.data import TokenDataModule
 from simplear.errors import UserError
 from simplear.language_model import (
+    Adapter,
     Checkpoint,
     CheckpointSettings,
     GenerationDefaults,
     LanguageModel,
     NamedWeights,
+    add_adapter,
+    checkpoint_hash,
     load_checkpoint,
     stored_weights,
+    trained_names,
 )
 from simplear.sequence import MAX_TEXT_TOKENS
 from simplear.stages.activation_checkpointing import ActivationCheckpointing, checkpoint_activations, require_mode
@@ -32,6 +39,10 @@ from simplear.stages.optimized import OptimizedModule
 from simplear.stages.sharding import fill_shards, refuse_fsdp1, shard_language_model
 from simplear.visual_tokenizer import VisualTokenizer, load_visual_tokenizer
 
+COMPUTE_DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+"""That autocast computes in, by the Trainer's precision."""
+MODEL_STATES = {"state_dict", "current_model_state"}
+"""Where states have weights; the second is that of Lightning's callbacks that average them."""
 DEFAULT_DOWNSAMPLE = 16
 """Of Cosmos DV8x16x16, the paper's visual tokenizer."""
 
@@ -47,6 +58,8 @@ class LanguageModelModule(OptimizedModule):
         activation_checkpointing: what a layer computes again in the backward pass instead of keeping it: `none`;
             `selective`, all but matrix products and attention; `full`, everything, a third more arithmetic.
         packed: cut the padding out of each micro-batch: same losses, and only attention still computes it.
+        adapter: train a LoRA adapter and leave all other weights as they are, in the dtype that is computed in. States
+            hold the adapter alone; exports are the merged model.
         compile_layers: run the decoder layers under `torch.compile`; the first steps compile, which takes minutes.
 
     Raises:
@@ -65,6 +78,7 @@ class LanguageModelModule(OptimizedModule):
         activation_checkpointing: ActivationCheckpointing = "none",
         packed: bool = False,
         compile_layers: bool = False,
+        adapter: Adapter | None = None,
     ) -> None:
         super().__init__(optimizer, lr_scheduler)
         require_mode(activation_checkpointing)
@@ -75,11 +89,14 @@ class LanguageModelModule(OptimizedModule):
         self.activation_checkpointing = activation_checkpointing
         self.packed = packed
         self.compile_layers = compile_layers
+        self.adapter = adapter
         self.grid: tuple[int, int] | None = None
         self.start_fingerprint: str | None = None
         """Of the visual tokenizer whose codes the model already knows; None for a new model."""
         self.start_downsample: int | None = None
         """Of that visual tokenizer."""
+        self.start_directory: Path | None = None
+        """Of the checkpoint to go on from; None for a new model."""
 
     def load_language_model(self) -> tuple[LanguageModel, PreTrainedTokenizerBase]:
         """The model to train and its text tokenizer; whole, on CPU, in float32."""
@@ -105,6 +122,7 @@ class LanguageModelModule(OptimizedModule):
         loaded = load_checkpoint(checkpoint, dtype=torch.float32, with_weights=with_weights)
         self.start_fingerprint = loaded.settings.visual_tokenizer_fingerprint
         self.start_downsample = loaded.settings.downsample
+        self.start_directory = loaded.directory
         if self.generation is None:
             self.generation = loaded.settings.generation
         if self.visual_tokenizer_path is None and loaded.visual_tokenizer_path is not None:
@@ -132,13 +150,31 @@ class LanguageModelModule(OptimizedModule):
             self.trainer.fit_loop.epoch_loop.val_loop.inference_mode = False
         else:
             model, self.text_tokenizer = self.load_language_model()
+            if self.adapter is not None:
+                add_adapter(model, self.adapter, self._frozen_dtype)
             self._prepare(model)
         self.language_model = model
         self.copy_model(model)
 
+    def configure_callbacks(self) -> list[Callback]:
+        """As every stage; raises UserError for an adapter under FSDP2."""
+        if self.adapter is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
+            raise UserError(
+                "an adapter does not go with FSDP2, which shards weights of one dtype. Its gradients and optimizer are "
+                "small: take DDP (--trainer.strategy ddp)."
+            )
+        return super().configure_callbacks()
+
+    @property
+    def _frozen_dtype(self) -> torch.dtype | None:
+        """Of the weights beside an adapter; None: as they were loaded."""
+        plugin = None if self._trainer is None else self.trainer.precision_plugin
+        return COMPUTE_DTYPES.get(getattr(plugin, "precision", ""))
+
     def _prepare(self, model: LanguageModel) -> None:
         model.train()
-        checkpoint_activations(model.decoder, self.activation_checkpointing)
+        rank = None if self.adapter is None else self.adapter.r
+        checkpoint_activations(model.decoder, self.activation_checkpointing, rank)
         if self.compile_layers:
             compile_decoder_layers(model.decoder)
 
@@ -199,12 +235,49 @@ class LanguageModelModule(OptimizedModule):
         """Grids whose codes the model will see in sequences with the data's captions; after the data's setup."""
         return data.grids
 
+    @cached_property
+    def _adapter_record(self) -> dict[str, Any]:
+        """What a state must say of the adapter whose weights it holds: its settings, and what they are added to."""
+        if self.adapter is None:
+            return {}
+        assert self.start_directory is not None
+        return {**asdict(self.adapter), "added_to": checkpoint_hash(self.start_directory)}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the grid, so that a finished run that is started again can still export."""
         checkpoint["grid"] = self.grid
+        if self.adapter is not None:
+            dtype = next(weight.dtype for weight in self.parameters() if not weight.requires_grad)
+            start = {"dtype": str(dtype).removeprefix("torch."), "directory": str(self.start_directory)}
+            checkpoint["adapter"] = {**self._adapter_record, **start}
+            trained = trained_names(self)
+            for key in checkpoint.keys() & MODEL_STATES:
+                checkpoint[key] = {name: weight for name, weight in checkpoint[key].items() if name in trained}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the grid back, after what every stage checks."""
+        """Take the grid back, after what every stage checks; what an adapter's state leaves out is as it was loaded."""
+        state, saved, own = self.trainer.ckpt_path, checkpoint.get("adapter") or {}, self._adapter_record
+        if saved and not own:
+            raise UserError(
+                f"{state} holds an adapter, and this training has none: resume with model.init_args.adapter as it was, "
+                "or start a new training from the merged checkpoint (simplear export)."
+            )
+        if own and not saved:
+            raise UserError(
+                f"{state} holds all weights, and this training an adapter: resume without model.init_args.adapter, or "
+                "start a new training from its checkpoint (simplear export)."
+            )
+        if changed := [name for name in own if saved.get(name) != own[name]]:
+            raise UserError(
+                f"{state} holds another adapter: "
+                + "; ".join(f"{name} {saved.get(name)} there, {own[name]} here" for name in changed)
+                + ". Use the configuration and the checkpoint that it was trained with, or start a new training."
+            )
+        if own:
+            trained = trained_names(self)
+            frozen = {name: weight for name, weight in self.state_dict().items() if name not in trained}
+            for key in checkpoint.keys() & MODEL_STATES:
+                checkpoint[key] = frozen | checkpoint[key]
         super().on_load_checkpoint(checkpoint)
         self.grid = checkpoint["grid"]
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from simplear.language_model import Architecture
-from simplear.language_model.arithmetic import TRAINING_PASSES
+from simplear.language_model import Adapter, Architecture
 from simplear.stages.activation_checkpointing import ActivationCheckpointing
 
 GIB = 2**30
@@ -94,6 +93,12 @@ class Run:
     moments: int = 2
     """Numbers that the optimizer keeps for each weight."""
     rollouts: Rollouts | None = None
+    adapter: Adapter | None = None
+
+    @property
+    def trained_parameters(self) -> int:
+        """What has gradients and optimizer state."""
+        return self.architecture.trained_parameters(self.adapter, self.codebook_size)
 
     @property
     def choices(self) -> int:
@@ -136,19 +141,26 @@ def memory(run: Run) -> dict[str, float]:
     shape, share = run.architecture, run.devices if run.sharded else 1
     wide, narrow = WEIGHT_BYTES[run.precision], COMPUTE_BYTES[run.precision]
     tokens = run.images * (run.longest_text + run.codes)
-    mode = run.activation_checkpointing
+    mode, trained, frozen = run.activation_checkpointing, run.trained_parameters, 0
+    precision, outputs = run.precision, 0
+    if run.adapter is not None:
+        # Frozen weights have the dtype that is computed in, so activations have it too. Their inputs are not kept, but
+        # the adapter's are. Selective checkpointing keeps a layer's output, behind which the last adapter begins.
+        frozen = narrow * shape.parameters
+        precision = "bf16-true" if narrow != wide else precision
+        outputs = narrow * shape.hidden_size if mode == "selective" else 0
     activations = tokens * (
-        shape.num_hidden_layers * saved_a_token(shape, run.precision, mode)
-        + at_work_a_token(shape, run.precision, mode)
+        shape.num_hidden_layers * (saved_a_token(shape, precision, mode) + outputs)
+        + at_work_a_token(shape, precision, mode)
     )
     parts: dict[str, float] = {
-        "weights": wide * shape.parameters / share,
-        "gradients": wide * shape.parameters / share,
-        "optimizer": run.moments * wide * shape.parameters / share,
+        "weights": (frozen + wide * trained) / share,
+        "gradients": wide * trained / share,
+        "optimizer": run.moments * wide * trained / share,
     }
     working = 0.0
     if narrow != wide:
-        working += narrow * shape.parameters  # autocast's copies, until the backward pass has used them
+        working += narrow * trained  # autocast's copies, until the backward pass has used them
     if run.sharded:
         # Embedding and head, and two layers: the one at work and the one that is fetched meanwhile.
         working += wide * (shape.root_parameters + 2 * shape.parameters_a_layer)
@@ -180,7 +192,10 @@ def logits_bytes(run: Run) -> float:
     if run.chunk_rows is not None and run.chunk_rows < rows:
         a_logit = narrow + WIDE + (narrow if narrow != WIDE else 0)
         head = run.choices * run.architecture.hidden_size * narrow
-        gradient = run.architecture.vocab_size * run.architecture.hidden_size * WIDE
+        trained = run.architecture.vocab_size
+        if run.adapter is not None:
+            trained = run.choices if run.adapter.code_rows else 0
+        gradient = trained * run.architecture.hidden_size * WIDE
         return run.chunk_rows * run.choices * a_logit + head + gradient
     # Logits as computed, in float32, their log-probabilities, and the gradients of both.
     return rows * run.choices * (2 * narrow + 3 * WIDE)
@@ -189,12 +204,13 @@ def logits_bytes(run: Run) -> float:
 def flops_a_step(run: Run) -> float:
     """That the model needs, over all GPUs; recomputed layers are not counted."""
     length = run.mean_text + run.codes
-    layers = run.architecture.layer_flops(length, length * length)
-    forward = run.images_a_step * (layers + run.architecture.head_flops(run.codes * run.choices))
+    shape, choices = run.architecture, run.codes * run.choices
+    training = run.images_a_step * shape.training_flops(length, length * length, choices, run.adapter)
     if run.rollouts is None:
-        return TRAINING_PASSES * forward
+        return training
     updates = run.rollouts.inner_updates
-    return (TRAINING_PASSES * updates + run.rollouts.with_reference + (updates > 1)) * forward
+    forward = run.images_a_step * (shape.layer_flops(length, length * length) + shape.head_flops(choices))
+    return updates * training + (run.rollouts.with_reference + (updates > 1)) * forward
 
 
 def drawing_seconds(run: Run, device: Device, utilisation: float) -> float:

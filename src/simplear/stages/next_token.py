@@ -13,7 +13,6 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from simplear.language_model import Architecture, Normalizer, StepWork
-from simplear.language_model.arithmetic import TRAINING_PASSES
 from simplear.sequence import text_target_mask
 from simplear.stages.language_model_module import LanguageModelModule
 
@@ -80,12 +79,12 @@ class NextTokenModule(LanguageModelModule):
             ids = layout.image_token_offset if by_modality else layout.vocab_size
             choices = choices + text_target_mask(batch["labels"][:, 1:], layout).sum() * ids
         sums = lengths.sum(), lengths.square().sum()
-        forward = architecture.layer_flops(*sums) + architecture.head_flops(choices)
+        full = self.activation_checkpointing == "full"
         return StepWork(
             images=0 if without_images else len(batch["codes"]),
             tokens=sums[0],
-            flops=TRAINING_PASSES * forward,
-            recomputed_flops=architecture.recomputed_flops(*sums) if self.activation_checkpointing == "full" else 0,
+            flops=architecture.training_flops(*sums, choices, self.adapter),
+            recomputed_flops=architecture.recomputed_flops(*sums, self.adapter) if full else 0,
         )
 
     def _loss(self, batch: dict[str, Any], name: str) -> Tensor:

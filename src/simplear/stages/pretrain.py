@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from simplear.errors import UserError
 from simplear.language_model import LanguageModel, LanguageModelConfig, NamedWeights
 from simplear.stages.next_token import NextTokenModule
 
@@ -21,6 +22,11 @@ class PretrainModule(NextTokenModule):
     def __init__(self, language_model: LanguageModelConfig, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.config = language_model
+        if self.adapter is not None:
+            raise UserError(
+                "pretraining gives new rows and all layers their meaning, for which an adapter is too little: leave "
+                "model.init_args.adapter to fine-tuning and reinforcement learning."
+            )
 
     def load_language_model(self) -> tuple[LanguageModel, PreTrainedTokenizerBase]:
         """Build from the configuration."""

@@ -2,12 +2,15 @@
 
 It is no submodule of the stage, so no .ckpt holds it and no optimizer, wrapper or precision plugin finds it; after a
 resume it is read from the same checkpoint again. In the policy's own compute dtype it gives the policy's log-probs bit
-for bit as long as their weights are equal.
+for bit as long as their weights are equal. With an adapter the reference is the policy with its adapter off, and there
+is no copy.
 """
 
 from __future__ import annotations
 
 import copy
+import logging
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,8 +20,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from simplear.device import resolve_device
 from simplear.errors import UserError
-from simplear.language_model import LanguageModel
+from simplear.language_model import LanguageModel, adapter_off
 from simplear.stages.sharding import copy_shards, shard_language_model
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ class Reference:
 
     Args:
         policy: the language model to copy, before training; whole, or sharded over ``mesh``.
+        shared: the policy has an adapter, without which it is the reference.
         settings: where and in which precision.
         mesh: shard the copy over this data-parallel mesh, as the policy is; None keeps it whole.
 
@@ -45,11 +51,18 @@ class Reference:
         ValueError: another device or offloading together with sharding, which already spreads the weights.
     """
 
-    def __init__(self, policy: LanguageModel, settings: ReferenceSettings, mesh: DeviceMesh | None = None) -> None:
+    def __init__(
+        self, policy: LanguageModel, settings: ReferenceSettings, mesh: DeviceMesh | None = None, shared: bool = False
+    ) -> None:
         if mesh is not None and (settings.device is not None or settings.offload):
             raise UserError("a sharded reference lives where the policy does: leave reference.device and offload out.")
-        self.settings = settings
+        self.settings, self.shared = settings, shared
         self.sharded = mesh is not None
+        if shared:
+            if settings != ReferenceSettings():
+                logger.info("%s: with an adapter the reference is the policy itself, and needs none of it", settings)
+            self.model, self.settings = policy, ReferenceSettings()
+            return
         if mesh is None:
             self.model = copy.deepcopy(policy)
         else:
@@ -64,7 +77,7 @@ class Reference:
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         """Take the place and the precision that the settings and the policy's own give; before the first use."""
         self.device = device if self.settings.device is None else resolve_device(self.settings.device)
-        if not self.sharded:
+        if not (self.sharded or self.shared):
             wanted = dtype if self.settings.dtype is None else getattr(torch, self.settings.dtype)
             self.model.to(device="cpu" if self.settings.offload else self.device, dtype=wanted)
 
@@ -76,10 +89,11 @@ class Reference:
         if self.settings.offload:
             self.model.to(self.device)
         options: dict[str, Any] = {"temperature": temperature, "chunk_rows": chunk_rows, "packed": packed}
-        found = [
-            self.model.image_log_probs(ids.to(self.device), grid, with_entropies=False, **options)[0].to(ids.device)
-            for ids in sequences
-        ]
+        with adapter_off(self.model) if self.shared else nullcontext():
+            found = [
+                self.model.image_log_probs(ids.to(self.device), grid, with_entropies=False, **options)[0].to(ids.device)
+                for ids in sequences
+            ]
         if self.settings.offload:
             self.model.to("cpu")
         return found
