@@ -1,4 +1,5 @@
-"""Train GRPO on two CPU processes and write the weights: fit_grpo.py CHECKPOINT PROMPTS OUT ddp|fsdp2."""
+"""Train GRPO on two CPU processes and write the weights, and what a first update under bf16-mixed logs:
+fit_grpo.py CHECKPOINT PROMPTS OUT ddp|fsdp2."""
 
 from __future__ import annotations
 
@@ -39,6 +40,16 @@ def main() -> None:
         parser.add_argument(name)
     parser.add_argument("--fail-on-rank", type=int)
     arguments = parser.parse_args()
+    module = train(arguments, steps=3, precision="32-true")
+    weights = get_model_state_dict(
+        module.language_model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
+    metrics = train(arguments, steps=1, precision="bf16-mixed").trainer.callback_metrics
+    if module.trainer.is_global_zero:
+        torch.save({"weights": weights, "mixed": dict(metrics)}, arguments.out)
+
+
+def train(arguments: argparse.Namespace, steps: int, precision: Any) -> GRPOModule:
     module = GRPOModule(
         arguments.checkpoint,
         Brightness(arguments.fail_on_rank),
@@ -68,14 +79,11 @@ def main() -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
         max_epochs=-1,
-        max_steps=3,
+        max_steps=steps,
+        precision=precision,
     )
     trainer.fit(module, datamodule=data)
-    weights = get_model_state_dict(
-        module.language_model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-    )
-    if trainer.is_global_zero:
-        torch.save(weights, arguments.out)
+    return module
 
 
 if __name__ == "__main__":

@@ -432,7 +432,9 @@ def test_two_processes_update_as_one(
     subprocess.run(command, check=True, timeout=WAIT, capture_output=True)
     stage = module(optimizer=sgd, rollout_batch_size=6, micro_batch_size=6)
     fit(stage, data(), tmp_path, max_steps=3)
-    assert largest_difference(torch.load(tmp_path / "out.pt"), weights(stage)) < 1e-5
+    made = torch.load(tmp_path / "out.pt")
+    assert largest_difference(made["weights"], weights(stage)) < 1e-5
+    assert made["mixed"]["policy/kl"] == 0 and made["mixed"]["policy/ratio_max"] == 1
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
