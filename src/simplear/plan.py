@@ -27,10 +27,12 @@ from simplear.stages.memory import (
     A100,
     GIB,
     H100,
+    LAYER_SECONDS,
     RESERVED_GIB,
     Rollouts,
     Run,
     days,
+    drawing_seconds,
     memory,
     seconds_a_step,
     tokens_a_day,
@@ -127,6 +129,8 @@ def report(run: Run, settings: PlanSettings) -> str:
             f"  {device.name}: {seconds_a_step(run, *use):.2f} s a step, {tokens_a_day(run, *use) / 1e9:,.2f} billion "
             f"tokens a day, {days(run, *use):,.1f} days for {run.steps:,} steps"
         )
+        if run.rollouts is not None:
+            lines[-1] += f"; {drawing_seconds(run, device, settings.bandwidth_utilisation):.1f} s of a step draw"
     if run.rollouts is not None:
         lines.append("  (reward, visual tokenizer and their weights are not counted)")
     if needed > settings.gpu_memory_gib:
@@ -205,12 +209,16 @@ def _rollouts(options: Any, precision: str) -> Rollouts:
     reference = options.reference
     here = options.beta > 0 and not reference.offload and reference.device is None
     stored = reference.dtype or ("bfloat16" if precision == "bf16-true" else "float32")
+    engine = options.engine or "compiled"  # as GRPO takes on a GPU
+    if engine not in LAYER_SECONDS:
+        raise UserError(f"--model.init_args.engine {engine}: a plan knows the pace of {', '.join(LAYER_SECONDS)}.")
     return Rollouts(
         group_size=options.group_size,
         batch_size=options.rollout_batch_size,
         inner_updates=options.inner_updates,
         reference_bytes=0 if not here else 2 if stored == "bfloat16" else 4,
         with_reference=options.beta > 0,
+        engine=engine,
     )
 
 
