@@ -1,13 +1,16 @@
 # Thin aliases of the `simplear` verbs. Every target sets .venv up if need be; ARGS="…" is passed on.
 #   make demo                                      the whole story on two CPU cores, offline
 #   make train-sft ARGS="--trainer.max_steps 10"   one stage of the demo, with an override
-#   make train-sft CONFIG="configs/paper/sft.yaml configs/paper/a100x32.yaml"
+#   make paper-sft SIZE=1.5b VARIANTS=rope-2d      a stage of the paper on one machine of 8 GPUs (docs/paper.md)
 
 PYTHON ?= python3
 ARGS ?=
 CKPT ?= checkpoints/demo/sft
 SERVED ?= checkpoints/demo/sft checkpoints/demo/grpo
 LOGDIR ?= checkpoints
+SIZE ?= 0.5b
+VARIANTS ?=
+MACHINE ?= gpu8
 VENV := .venv
 READY := $(VENV)/.ready
 SIMPLEAR := $(VENV)/bin/simplear
@@ -23,10 +26,12 @@ define venv
 test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
 endef
 configs = $(foreach file,$(or $(CONFIG),$(1)),--config $(file))
+paper = $(SIMPLEAR) fit $(foreach name,$(1) $(SIZE) $(VARIANTS) $(2),--config configs/paper/$(name).yaml) $(ARGS)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup vllm-env demo test test-floor test-long lint bench table2 table3 ablations train-tokenizer tokenize pretrain train-sft \
-	train-grpo train-clip evaluate generate serve tensorboard clean
+	train-grpo train-clip evaluate generate serve tensorboard clean paper-tokenize-512 paper-tokenize-1024 paper-pretrain paper-sft \
+	paper-grpo
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## */\1\t/' | expand -t 18
@@ -126,6 +131,26 @@ generate: $(READY)  ## draw with CKPT: ARGS='--prompt "a photo of a red circle"'
 
 serve: $(READY)  ## draw in the browser, and OpenAI's image API: http://127.0.0.1:8000
 	@$(SIMPLEAR) serve $(SERVED) $(ARGS)
+
+define paper-tokenize
+@for set in $(2) validation; do $(SIMPLEAR) tokenize --config configs/paper/data/$(1).yaml --config configs/paper/data/$$set.yaml $(ARGS) || exit; done
+@$(SIMPLEAR) data merge $(foreach set,$(2),data/paper/tokens-$(1)/$(set)) --out data/paper/tokens-$(1)/all
+endef
+
+paper-tokenize-512: $(READY)  ## the paper's corpora for pretraining into token shards: ARGS="--devices 8"
+	$(call paper-tokenize,512,cc3m cc12m openimages sa-1b megalith)
+
+paper-tokenize-1024: $(READY)  ## the same for fine-tuning
+	$(call paper-tokenize,1024,journeydb synthetic-1m)
+
+paper-pretrain: $(READY)  ## the paper's pretraining: SIZE=1.5b VARIANTS="from-scratch rope-2d" MACHINE=one-gpu
+	@$(call paper,pretrain,$(MACHINE))
+
+paper-sft: $(READY)  ## the paper's fine-tuning of that model, named by the same SIZE and VARIANTS
+	@$(call paper,sft,$(MACHINE))
+
+paper-grpo: $(READY)  ## the paper's GRPO of that model, on seven GPUs: VARIANTS=hps for the other reward
+	@$(call paper,grpo,)
 
 tensorboard: $(READY)  ## curves and pictures of all runs
 	@$(VENV)/bin/tensorboard --logdir $(LOGDIR) $(ARGS)

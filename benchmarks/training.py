@@ -154,7 +154,7 @@ def build_model(layers: int, layout: TokenLayout, small: bool = False) -> Langua
 
 
 def architecture(small: bool) -> dict[str, Any]:
-    stated: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(SIZE).model.init_args.language_model.architecture)  # type: ignore[assignment]
+    stated: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(SIZE).run.architecture)  # type: ignore[assignment]
     return {**stated, **(SMALL_SIZES if small else {})}
 
 

@@ -17,14 +17,15 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.cli import LightningCLI
+from omegaconf import OmegaConf
 from PIL import Image
 
 from simplear.command_line import PARSER_MODE
-from simplear.data import recaption
+from simplear.data import recaption, tokenize
 from simplear.language_model import Adapter, load_checkpoint
 from simplear.language_model.checkpoint import RELEASED_VISUAL_TOKENIZER
 from simplear.language_model.rope import Qwen2Rope2DForCausalLM
+from simplear.lightning_cli import ConfigurationCLI
 from simplear.sequence import SPECIAL_TOKENS
 from simplear.stages import GRPOModule, PretrainModule, SFTModule, SimilarityTokenWeights
 
@@ -37,7 +38,7 @@ MAX_TEXT = 512
 MACHINES = ("cpu", "one-gpu", "gpu8", "a100x32")
 
 
-class ConfigurationOnly(LightningCLI):
+class ConfigurationOnly(ConfigurationCLI):
     """Instantiates model, data, callbacks and strategy, but no Trainer: it would look for the GPUs."""
 
     def instantiate_trainer(self, **kwargs: Any) -> None:  # type: ignore[override]
@@ -112,8 +113,9 @@ def test_pretraining_compositions(machine: str) -> None:
 
 
 @pytest.mark.parametrize("machine", MACHINES)
-def test_fine_tuning_compositions(machine: str) -> None:
-    composed = compose("paper/sft", f"paper/{machine}")
+@pytest.mark.parametrize("size", [(), ("paper/0.5b",), ("paper/1.5b",)])
+def test_fine_tuning_compositions(machine: str, size: tuple[str, ...]) -> None:
+    composed = compose("paper/sft", *size, f"paper/{machine}")
     assert isinstance(composed.model, SFTModule)
     assert composed.model.optimizer([torch.nn.Parameter(torch.zeros(2))]).defaults["lr"] == 2e-5
     trainer = composed.config["trainer"]
@@ -121,30 +123,110 @@ def test_fine_tuning_compositions(machine: str) -> None:
     assert 256 % (devices * (trainer["accumulate_grad_batches"] or 1)) == 0
 
 
-@pytest.mark.parametrize("names", [("sft", "sft-24gb"), ("sft", "one-gpu"), ("grpo-clip-1.5b", "grpo-24gb")])
+@pytest.mark.parametrize(
+    "names", [("sft", "1.5b", "sft-24gb"), ("sft", "0.5b", "one-gpu"), ("grpo", "1.5b", "grpo-24gb")]
+)
 def test_an_adapter_is_one_file_more(names: tuple[str, ...]) -> None:
     composed = compose(*(f"paper/{name}" for name in names), "paper/lora")
     assert composed.model.adapter == Adapter(r=16, alpha=32) and composed.config["trainer"]["precision"] == "bf16-mixed"
     assert composed.model.optimizer([torch.nn.Parameter(torch.zeros(2))]).defaults["lr"] == 1e-4
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "sft"])
-def test_released_visual_tokenizer(stage: str) -> None:
-    composed = compose(f"paper/{stage}", "paper/cosmos")
-    assert composed.model.visual_tokenizer_path == RELEASED_VISUAL_TOKENIZER
+def test_the_papers_visual_tokenizer_is_the_default() -> None:
+    """And that of GRPO and fine-tuning is the checkpoint's."""
+    assert compose("paper/pretrain", "paper/0.5b").model.visual_tokenizer_path == RELEASED_VISUAL_TOKENIZER
+    assert compose("paper/sft", "paper/0.5b").model.visual_tokenizer_path is None
 
 
-def test_a_visual_tokenizer_of_another_codebook() -> None:
-    composed = compose("paper/pretrain", "paper/janus", "paper/0.5b")
-    assert composed.model.config.codebook_size == composed.model.generation.top_k == 16_384
-    assert composed.model.visual_tokenizer_path == "deepseek-community/Janus-Pro-1B"
-    assert composed.datamodule.paths == ["data/paper/tokens-512-janus"]
-    exports = [
-        callback["init_args"]["export_dir"]
-        for callback in composed.config["trainer"]["callbacks"]
-        if callback["class_path"] == "simplear.callbacks.HuggingFaceCheckpoint"
-    ]
-    assert len(exports) == 1 and "checkpoints/paper-janus" in str(exports[0])
+@pytest.mark.parametrize(
+    ("overlay", "visual_tokenizer", "codes"),
+    [
+        ("janus", "deepseek-community/Janus-Pro-1B", 16_384),
+        ("fsq", "checkpoints/paper/visual_tokenizer", COSMOS_CODES),
+    ],
+)
+def test_another_visual_tokenizer(overlay: str, visual_tokenizer: str, codes: int) -> None:
+    composed = compose("paper/pretrain", f"paper/{overlay}", "paper/0.5b")
+    assert composed.model.config.codebook_size == composed.model.generation.top_k == codes
+    assert composed.model.visual_tokenizer_path == visual_tokenizer
+    assert composed.datamodule.paths == [f"data/paper/tokens-512-{overlay}/all"]
+
+
+def paths(stage: str, *overlays: str, arguments: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What a stage reads and writes: `reads` the checkpoint, `shards`, and everything else that it `writes`."""
+    config = compose(f"paper/{stage}", *(f"paper/{name}" for name in overlays), arguments=arguments).config
+    trainer = config["trainer"]
+    (callback,) = [each["init_args"] for each in trainer["callbacks"] if "HuggingFace" in each["class_path"]]
+    logger = trainer["logger"]["init_args"]
+    return {
+        "reads": config["model"]["init_args"].get("checkpoint"),
+        "shards": [*config["data"]["init_args"]["paths"], *(config["data"]["init_args"]["validation_paths"] or [])],
+        "export": str(callback["export_dir"]),
+        "writes": {
+            str(callback["export_dir"]),
+            str(callback["dirpath"]),
+            f"{logger['save_dir']}/{logger['name']}/{logger['version']}",
+        },
+    }
+
+
+CHAINS = [("0.5b",), ("1.5b",), ("0.5b", "from-scratch", "rope-2d"), ("1.5b", "janus", "texts")]
+
+
+def test_each_stage_reads_what_the_one_before_wrote_and_no_two_write_to_one_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Sizes, variants and rewards, on any machine."""
+    monkeypatch.setattr(ConfigurationOnly, "instantiate_classes", lambda self: None)
+    read, places = {}, []
+    for chain in CHAINS:
+        pretraining, fine_tuning = paths("pretrain", *chain), paths("sft", *chain)
+        variants = ("--run.name+=texts",) if chain[-1] == "texts" else ()
+        reinforced = paths("grpo", *(name for name in chain if name != "texts"), arguments=variants)
+        assert (fine_tuning["reads"], reinforced["reads"]) == (pretraining["export"], fine_tuning["export"])
+        read[chain] = fine_tuning["export"]
+        places += [place for each in (pretraining, fine_tuning, reinforced) for place in each["writes"]]
+    for overlays in (("hps",), ("hps", "grpo-release")):
+        reinforced = paths("grpo", "0.5b", *overlays)
+        assert reinforced["reads"] == read[("0.5b",)]
+        places += reinforced["writes"]
+    assert len(places) == len(set(places)) == 3 * (3 * len(CHAINS) + 2)
+    assert read[("1.5b", "janus", "texts")] == "checkpoints/paper/sft-1.5b-janus-texts"
+    on_another_machine = paths("sft", "0.5b", "gpu8", arguments=("--trainer.default_root_dir", "elsewhere"))
+    assert (on_another_machine["reads"], on_another_machine["export"]) == (
+        "elsewhere/pretrain-0.5b",
+        "elsewhere/sft-0.5b",
+    )
+
+
+def test_every_size_and_variant_has_words_of_its_own() -> None:
+    """Machines have none, so that a run may go on with another one."""
+    words: dict[str, str] = {}
+    for file in (CONFIGS / "paper").glob("*.yaml"):
+        run = OmegaConf.load(file).get("run", {})
+        words |= {word: file.stem for key in ("name+", "stage+") for word in run.get(key, [])}
+        assert not (file.stem in MACHINES and run)
+    variants = {"0.5b", "1.5b", "from-scratch", "rope-2d", "texts", "janus", "fsq", "hps", "grpo-release"}
+    assert variants < set(words.values()) and words["24gb"].endswith("-24gb")
+
+
+@pytest.mark.parametrize(("stage", "size"), [("pretrain", "512"), ("sft", "1024")])
+def test_trainings_read_what_is_tokenized_and_merged(monkeypatch: pytest.MonkeyPatch, stage: str, size: str) -> None:
+    """By configs/paper/data and the Makefile."""
+    monkeypatch.setattr(ConfigurationOnly, "instantiate_classes", lambda self: None)
+    parser = ArgumentParser(parser_mode=PARSER_MODE)
+    parser.add_argument("--config", action="config")
+    parser.add_function_arguments(tokenize)
+    files = [str(CONFIGS / f"paper/data/{name}.yaml") for name in (size, "validation")]
+    held_out = parser.parse_args(["--config", files[0], "--config", files[1]]).out
+    commands = subprocess.run(
+        ["make", "-n", "-s", "-o", ".venv/.ready", f"paper-tokenize-{size}"],
+        cwd=CONFIGS.parent,
+        capture_output=True,
+        text=True,
+    ).stdout
+    merged = re.findall(r"--out (\S+)", commands)
+    assert paths(stage, "0.5b")["shards"] == [*merged, held_out]
 
 
 def test_recaptioning_of_the_papers_size() -> None:
@@ -171,9 +253,10 @@ def test_visual_tokenizer_of_the_papers_size(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", ["0.5b", "1.5b"])
 @pytest.mark.parametrize("overlay", [None, "grpo-release", "grpo-24gb"])
 def test_grpo_compositions(reward: str, size: str, overlay: str | None) -> None:
-    composed = compose(f"paper/grpo-{reward}-{size}", *([f"paper/{overlay}"] if overlay else []))
+    overlays = [f"paper/{name}" for name in (size, "hps" if reward == "hps" else None, overlay) if name]
+    composed = compose("paper/grpo", *overlays)
     stage, trainer = composed.model, composed.config["trainer"]
-    assert isinstance(stage, GRPOModule)
+    assert isinstance(stage, GRPOModule) and stage.visual_tokenizer_path is None
     assert type(stage.reward).__name__ == {"clip": "CLIPReward", "hps": "HPSv2Reward"}[reward]
     assert composed.datamodule.global_batch_size * stage.group_size == 28
     assert composed.datamodule.global_batch_size % trainer["devices"] == 0
@@ -195,9 +278,7 @@ def test_overlay_changes_what_another_file_refers_to(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONFIGS / "demo").glob("*.yaml")))
 def test_demo_configurations_parse(name: str) -> None:
     if name.startswith(("tokenize", "text_tokenizer")):
-        from jsonargparse import ArgumentParser
-
-        from simplear.data import tokenize, train_text_tokenizer_on
+        from simplear.data import train_text_tokenizer_on
 
         parser = ArgumentParser(parser_mode=PARSER_MODE)
         parser.add_argument("--config", action="config")
@@ -245,12 +326,12 @@ def tiny_overrides(directory: Path, text_tokenizer: str, visual_tokenizer: str, 
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("rope", ["1d", "2d"])
+@pytest.mark.parametrize(("size", "rope"), [("0.5b", "1d"), ("1.5b", "2d")])
 def test_the_papers_composition_trains_and_resumes_on_two_processes(
-    tmp_path: Path, tiny_text_tokenizer: str, tiny_visual_tokenizer: str, tiny_shards: str, rope: str
+    tmp_path: Path, tiny_text_tokenizer: str, tiny_visual_tokenizer: str, tiny_shards: str, size: str, rope: str
 ) -> None:
-    """FSDP2, bf16, activation checkpointing, chunked head, sampling: all of it but the size and the GPUs."""
-    names = ["pretrain", "0.5b", "from-scratch", *(["rope-2d"] if rope == "2d" else []), "a100x32"]
+    """DDP or FSDP2, bf16, activation checkpointing, chunked head, sampling: all of it but the size and the GPUs."""
+    names = ["pretrain", size, "from-scratch", *(["rope-2d"] if rope == "2d" else []), "a100x32"]
     configs = [part for name in names for part in ("--config", str(CONFIGS / "paper" / f"{name}.yaml"))]
     overrides = tiny_overrides(tmp_path, tiny_text_tokenizer, tiny_visual_tokenizer, tiny_shards)
     options = [part for key, value in overrides.items() for part in (f"--{key}", value)]
@@ -261,7 +342,8 @@ def test_the_papers_composition_trains_and_resumes_on_two_processes(
         assert finished.returncode == 0, finished.stderr[-3000:]
         assert f"step {steps} of {steps}" in finished.stdout
     assert "step 3 of 6" not in finished.stdout, "the second run went on from the first"
-    assert load_checkpoint(tmp_path / "pretrain").model.rope == rope
+    name = f"pretrain-{size}-scratch" + ("-rope-2d" if rope == "2d" else "")
+    assert load_checkpoint(tmp_path / name).model.rope == rope
 
 
 LAUNCHERS = sorted((CONFIGS / "paper" / "launch").iterdir())
@@ -302,7 +384,7 @@ def test_the_torchrun_file_trains_and_goes_on_after_a_signal(
         **tiny_overrides(tmp_path, tiny_text_tokenizer, tiny_visual_tokenizer, tiny_shards),
         "trainer.max_steps": "400",
     }
-    names = ["pretrain", "0.5b", "from-scratch", "a100x32"]
+    names = ["pretrain", "1.5b", "from-scratch", "a100x32"]
     configs = [part for name in names for part in ("--config", str(CONFIGS / "paper" / f"{name}.yaml"))]
     options = [part for key, value in overrides.items() for part in (f"--{key}", value)]
     environment = {
@@ -324,4 +406,4 @@ def test_the_torchrun_file_trains_and_goes_on_after_a_signal(
     assert process.wait() == 0, log.read_text()[-3000:]
     assert "the state of step" in log.read_text() and "step 400 of 400" in log.read_text()
     assert log.read_text().count("step 40 of 400") == 1, "the second start went on from the state"
-    assert load_checkpoint(tmp_path / "pretrain").model.rope == "1d"
+    assert load_checkpoint(tmp_path / "pretrain-1.5b-scratch").model.rope == "1d"

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from jsonargparse import set_parsing_settings
 from jsonargparse.typing import register_type
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from omegaconf import OmegaConf
 from torch.optim import AdamW
 
 from simplear.callbacks import AtomicCheckpoint, Preemption
@@ -42,8 +44,48 @@ class StageParser(SuggestingParser, LightningArgumentParser):
         return options
 
 
+@dataclass
+class RunSettings:
+    """What the stages of a model share: the other keys of a file refer to it, as in ``${run.pixels}``.
+
+    Only `simplear plan` reads it, for what is not there yet.
+    """
+
+    stage: list[str] = field(default_factory=list)
+    """Words that name the stage, such as [grpo, hps]."""
+    name: list[str] = field(default_factory=list)
+    """Words that name the model, such as [0.5b, rope-2d]; a stage writes to ``${join:${run.stage},${run.name}}``."""
+    pixels: int | None = None
+    """Side of an image."""
+    architecture: dict[str, Any] | None = None
+    """Of the language model."""
+    pretrained: str | None = None
+    """Whose weights the language model begins with."""
+    rope: str = "1d"
+    """Positions of its codes."""
+    visual_tokenizer: str | None = None
+    """Directory or hub id."""
+    codebook_size: int | None = None
+    """Of the visual tokenizer."""
+    shards: str = ""
+    """Ending of the names of its token shards."""
+    strategy: str = "fsdp2"
+    """Of training on several GPUs."""
+
+
+def joined(*parts: str | Sequence[str]) -> str:
+    """Words and lists of words with dashes between; ``${join:sft,${run.name}}`` in a configuration."""
+    return "-".join(word for part in parts for word in ([part] if isinstance(part, str) else part))
+
+
+OmegaConf.register_resolver("join", joined, replace=True)
+
+
 class ConfigurationCLI(LightningCLI):
     """Lightning's command line, as the project's verbs read theirs."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_class_arguments(RunSettings, "run", instantiate=False)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         refuse_repeated(args)

@@ -1,7 +1,7 @@
 """`simplear plan`: what a training will take, from the same configurations as `simplear fit`, before it is started.
 
     simplear plan --config configs/paper/pretrain.yaml --config configs/paper/1.5b.yaml \
-        --config configs/paper/a100x32.yaml --plan.pixels 512
+        --config configs/paper/a100x32.yaml
 
 Nothing is built, loaded or downloaded. What the configurations do not say is an option with a stated default.
 """
@@ -27,10 +27,12 @@ from simplear.stages.memory import (
     A100,
     GIB,
     H100,
+    LAYER_SECONDS,
     RESERVED_GIB,
     Rollouts,
     Run,
     days,
+    drawing_seconds,
     memory,
     seconds_a_step,
     tokens_a_day,
@@ -42,6 +44,7 @@ QWEN_TEXT_IDS = 151_665 + len(SPECIAL_TOKENS)
 CONTROL_TOKENS = 2
 MOMENTS = {"AdamW": 2, "Adam": 2, "MuonWithAdamW": 2, "SGD": 1}
 DOWNSAMPLE = 16
+COSMOS_CODES = 64_000
 
 
 @dataclass
@@ -49,9 +52,7 @@ class PlanSettings:
     """What the configurations of a training do not say."""
 
     pixels: int | None = None
-    """Side of an image; None takes the grid of the token shards or the checkpoint."""
-    size: str | None = None
-    """YAML with an architecture, such as configs/paper/1.5b.yaml, for a checkpoint that is not there yet."""
+    """Side of an image; None takes the grid of the token shards or the checkpoint, or ``run.pixels``."""
     caption_tokens: int = 100
     """On average, for the pace; the memory is that of the longest."""
     mfu: float = 0.4
@@ -68,6 +69,7 @@ class _Configuration(ConfigurationCLI):
     """Lightning's command line up to the composed configuration; nothing of it is instantiated."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
         parser.add_class_arguments(PlanSettings, "plan")
 
     def instantiate_classes(self) -> None:
@@ -128,6 +130,8 @@ def report(run: Run, settings: PlanSettings) -> str:
             f"  {device.name}: {seconds_a_step(run, *use):.2f} s a step, {tokens_a_day(run, *use) / 1e9:,.2f} billion "
             f"tokens a day, {days(run, *use):,.1f} days for {run.steps:,} steps"
         )
+        if run.rollouts is not None:
+            lines[-1] += f"; {drawing_seconds(run, device, settings.bandwidth_utilisation):.1f} s of a step draw"
     if run.rollouts is not None:
         lines.append("  (reward, visual tokenizer and their weights are not counted)")
     if needed > settings.gpu_memory_gib:
@@ -164,7 +168,7 @@ def read_run(config: Any, settings: PlanSettings) -> Run:
         raise UserError(f"{stage}: plans are for the stages that train a language model.")
     reinforced = stage == "GRPOModule"
     checkpoint = options.get("checkpoint")
-    fields, codebook_size, vocab_size = _model(options, checkpoint, settings)
+    fields, codebook_size, vocab_size = _model(options, checkpoint, config.run)
     architecture = _architecture(fields, vocab_size)
     devices = _devices(trainer)
     accumulation = trainer.accumulate_grad_batches or 1
@@ -186,7 +190,7 @@ def read_run(config: Any, settings: PlanSettings) -> Run:
     return Run(
         architecture=architecture,
         codebook_size=codebook_size,
-        codes=_codes(options, data, checkpoint, settings),
+        codes=_codes(config, settings),
         mean_text=settings.caption_tokens + CONTROL_TOKENS,
         longest_text=(data.max_text_tokens or MAX_TEXT_TOKENS) + CONTROL_TOKENS,
         images=min(options.micro_batch_size or a_rank, a_rank) if reinforced else a_rank,
@@ -208,16 +212,20 @@ def _rollouts(options: Any, precision: str) -> Rollouts:
     reference = options.reference
     here = options.beta > 0 and not reference.offload and reference.device is None and options.adapter is None
     stored = reference.dtype or ("bfloat16" if precision == "bf16-true" else "float32")
+    engine = options.engine or "compiled"  # as GRPO takes on a GPU
+    if engine not in LAYER_SECONDS:
+        raise UserError(f"--model.init_args.engine {engine}: a plan knows the pace of {', '.join(LAYER_SECONDS)}.")
     return Rollouts(
         group_size=options.group_size,
         batch_size=options.rollout_batch_size,
         inner_updates=options.inner_updates,
         reference_bytes=0 if not here else 2 if stored == "bfloat16" else 4,
         with_reference=options.beta > 0,
+        engine=engine,
     )
 
 
-def _model(options: Any, checkpoint: str | None, settings: PlanSettings) -> tuple[dict[str, Any], int, int]:
+def _model(options: Any, checkpoint: str | None, run: Any) -> tuple[dict[str, Any], int, int]:
     """Fields of the architecture, size of the codebook, rows of the embedding."""
     if checkpoint is None:
         model = options.language_model
@@ -229,15 +237,13 @@ def _model(options: Any, checkpoint: str | None, settings: PlanSettings) -> tupl
             stated = read_object(known)
             return fields, stated["codebook_size"], stated["image_token_offset"] + stated["codebook_size"]
         return fields, fields["vocab_size"] - QWEN_TEXT_IDS, fields["vocab_size"]
-    if settings.size is None:
+    if run.architecture is None:
         raise UserError(
-            f"no checkpoint at {checkpoint} yet, so its size is not known: name it, such as --plan.size "
+            f"no checkpoint at {checkpoint} yet, so its size is not known: name it, such as --config "
             "configs/paper/1.5b.yaml."
         )
-    import yaml
-
-    text = yaml.safe_load(Path(settings.size).read_text())
-    return text["model"]["init_args"]["language_model"]["architecture"], 64_000, QWEN_TEXT_IDS + 64_000
+    codebook_size = run.codebook_size or COSMOS_CODES
+    return run.architecture, codebook_size, QWEN_TEXT_IDS + codebook_size
 
 
 def _text_ids(tokenizer: str) -> int:
@@ -267,11 +273,12 @@ def _devices(trainer: Any) -> int:
     return int(devices) * trainer.num_nodes
 
 
-def _codes(options: Any, data: Any, checkpoint: str | None, settings: PlanSettings) -> int:
+def _codes(config: Any, settings: PlanSettings) -> int:
     if settings.pixels is not None:
         return (settings.pixels // DOWNSAMPLE) ** 2
+    options, data = config.model.init_args, config.data.init_args
     grid = options.get("grid")
-    settings_file = Path(checkpoint or "") / "simplear.json"
+    settings_file = Path(options.get("checkpoint") or "") / "simplear.json"
     if grid is None and "group_size" in options and settings_file.is_file():
         grid = read_object(settings_file)["grid"]
     if grid is None:
@@ -281,6 +288,8 @@ def _codes(options: Any, data: Any, checkpoint: str | None, settings: PlanSettin
             from simplear.data import TokenShards
 
             grid = max(TokenShards(manifests).grids, key=lambda sides: sides[0] * sides[1])
+    if grid is None and config.run.pixels is not None:
+        return (config.run.pixels // DOWNSAMPLE) ** 2
     if grid is None:
         raise UserError(
             "the token shards are not there yet, so the size of images is not known: --plan.pixels 512 or 1024."

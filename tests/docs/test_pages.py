@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.cli import LightningCLI
 
 from docs.pages import PAGES, ROOT, blocks, commands, simplear_arguments
 from simplear import cli, command_line, plan
+from simplear.lightning_cli import ConfigurationCLI
 
 OWN_FILES = {"my-changes.yaml": "trainer: {max_steps: 3}\n"}
 """Files that the pages' readers would have written."""
 
 
-class ParsedAlone(LightningCLI):
+class ParsedAlone(ConfigurationCLI):
     """Parses and instantiates nothing: weights and pictures of the pages are not here."""
 
     def instantiate_classes(self) -> None:
@@ -66,7 +66,7 @@ def test_every_command_parses(page: Path, words: list[str]) -> None:
         assert words[1] in targets
         for word in words[2:]:
             key, _, value = word.partition("=")
-            assert key in ("ARGS", "CONFIG", "CKPT", "LOGDIR", "PYTHON")
+            assert key in ("ARGS", "CONFIG", "CKPT", "LOGDIR", "PYTHON", "SIZE", "MACHINE", "VARIANTS")
             assert key != "CONFIG" or all((ROOT / file).is_file() for file in value.split())
     elif words[1].startswith(("tests/", "benchmarks/")):  # others are scripts of other projects
         assert (ROOT / words[1]).is_file()

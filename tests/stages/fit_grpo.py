@@ -1,6 +1,7 @@
 """Train GRPO on two CPU processes: fit_grpo.py CHECKPOINT PROMPTS OUT ddp|fsdp2.
 
-Writes the weights, how often gradients were reduced, and how often weights were gathered in each rollout.
+Writes the weights, how often gradients were reduced, how often weights were gathered in each rollout, and what a first
+update under bf16-mixed logs.
 """
 
 from __future__ import annotations
@@ -75,6 +76,17 @@ def main() -> None:
         parser.add_argument(name)
     parser.add_argument("--fail-on-rank", type=int)
     arguments = parser.parse_args()
+    module = train(arguments, steps=3, precision="32-true")
+    weights = get_model_state_dict(
+        module.language_model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
+    counts = {"reductions": [*reductions], "gathers": [*gathers]}
+    metrics = train(arguments, steps=1, precision="bf16-mixed").trainer.callback_metrics
+    if module.trainer.is_global_zero:
+        torch.save({"weights": weights, **counts, "mixed": dict(metrics)}, arguments.out)
+
+
+def train(arguments: argparse.Namespace, steps: int, precision: Any) -> GRPOModule:
     module = Counting(
         arguments.checkpoint,
         Brightness(arguments.fail_on_rank),
@@ -104,14 +116,11 @@ def main() -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
         max_epochs=-1,
-        max_steps=3,
+        max_steps=steps,
+        precision=precision,
     )
     trainer.fit(module, datamodule=data)
-    weights = get_model_state_dict(
-        module.language_model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-    )
-    if trainer.is_global_zero:
-        torch.save({"weights": weights, "reductions": reductions, "gathers": gathers}, arguments.out)
+    return module
 
 
 if __name__ == "__main__":

@@ -458,6 +458,7 @@ def test_two_processes_update_as_one(
     assert largest_difference(found["weights"], weights(stage)) < 1e-5
     assert found["reductions"] == ([0] * 3 if strategy == "ddp" else [])
     assert found["gathers"] == [0 if strategy == "ddp" else 3] * 3
+    assert found["mixed"]["policy/kl"] == 0 and found["mixed"]["policy/ratio_max"] == 1
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])

@@ -22,11 +22,13 @@ from simplear.stages.memory import (
     A100,
     GIB,
     H100,
+    LAYER_SECONDS,
     SAVED_BYTES,
     Rollouts,
     Run,
     at_work_a_token,
     days,
+    drawing_seconds,
     flops_a_step,
     memory,
     saved_a_token,
@@ -205,15 +207,56 @@ def test_what_each_knob_saves(run: Run) -> None:
     assert total(chunk_rows=None) - total(chunk_rows=None, images=4) > 4 * 4096 * 64_000 * 8, "logits are in float32"
 
 
-def test_rollouts_hold_the_larger_of_cache_and_activations(run: Run) -> None:
-    rollouts = Rollouts(4, None, 1, 2, True)
-    small = replace(run, images=1, images_a_step=28, devices=7, activation_checkpointing="full", rollouts=rollouts)
-    parts = memory(small)
-    assert parts["reference"] == 2 * small.architecture.parameters
-    at_once = 28 // 7
-    cache = 2 * 28 * 2 * 2 * 128 * (514 + 4096) * at_once
-    many = memory(replace(small, images_a_step=28 * 200))
-    assert many["KV cache and rollouts"] >= 200 * cache and "activations" not in many
+@pytest.fixture
+def rollouts(run: Run) -> Run:
+    """GRPO of that model: four images at once on each of seven GPUs."""
+    drawing = Rollouts(4, None, 1, 2, True)
+    return replace(run, images=1, images_a_step=28, devices=7, activation_checkpointing="full", rollouts=drawing)
+
+
+def test_rollouts_keep_weights_and_caches_beside_the_update(rollouts: Run) -> None:
+    parts, shape = memory(rollouts), rollouts.architecture
+    assert parts["reference"] == 2 * shape.parameters
+    assert parts["weights to draw with"] == 2 * (shape.parameters + 64_000 * 1536), "the head is a copy of its own"
+    # Four images of a caption that is read once.
+    assert parts["KV cache"] == 2 * 28 * 2 * 2 * 128 * (4 * (514 + 4096) + 514)
+    assert parts["activations"] == memory(replace(rollouts, rollouts=None))["activations"]
+
+
+def test_ddp_holds_its_gradients_twice(run: Run) -> None:
+    alone, together = memory(run), memory(replace(run, devices=8, images_a_step=64))
+    assert together["gradients"] == 2 * alone["gradients"]
+
+
+@pytest.mark.parametrize("engine", LAYER_SECONDS)
+@pytest.mark.parametrize("images", [4, 4000])
+def test_a_pass_waits_for_the_memory_or_for_the_host(rollouts: Run, engine: str, images: int) -> None:
+    """Whichever takes longer: with few images often the host, with many the cache that is read."""
+    assert rollouts.rollouts is not None
+    drawing = replace(rollouts, images_a_step=7 * images, rollouts=replace(rollouts.rollouts, engine=engine))
+    shape = drawing.architecture
+    weights = 2 * (28 * shape.parameters_a_layer + 64_000 * 1536)
+    cache = 2 * images * (28 * 2 * 2 * 128) * (100 + 4096 // 2)
+    read, host = (weights + cache) / (0.5 * 2.039e12), 28 * LAYER_SECONDS[engine]
+    assert drawing_seconds(drawing, A100, 0.5) == pytest.approx(4096 * max(read, host))
+    assert images == 4 or read > host
+    # As many passes in each of the parts that are drawn one after another, which read smaller caches.
+    halves = replace(drawing, rollouts=replace(rollouts.rollouts, engine=engine, batch_size=images // 2))
+    assert drawing_seconds(halves, A100, 0.5) > drawing_seconds(drawing, A100, 0.5)
+
+
+@pytest.mark.parametrize("updates", [1, 3])
+def test_pace_counts_what_is_computed_again(rollouts: Run, updates: int) -> None:
+    """With full checkpointing alone, and in every inner update: of each layer all products but the last."""
+    assert rollouts.rollouts is not None
+    full = replace(rollouts, rollouts=replace(rollouts.rollouts, inner_updates=updates))
+    none, selective = (replace(full, activation_checkpointing=mode) for mode in ("none", "selective"))
+    assert seconds(none, A100, 0.4, 0.5) == seconds(selective, A100, 0.4, 0.5)
+    tokens = 100 + 4096
+    forward = full.architecture.layer_flops(tokens, tokens * tokens)
+    again = 28 * updates * (forward - 2 * 28 * 1536 * 8960 * tokens)
+    added = seconds(full, A100, 0.4, 0.5) - seconds(none, A100, 0.4, 0.5)
+    assert added == pytest.approx(again / (7 * 0.4 * 312e12))
 
 
 def test_pace(run: Run) -> None:

@@ -162,7 +162,9 @@ class GRPOModule(LanguageModelModule):
             strategy = None if self._trainer is None else self.trainer.strategy
             sharded = isinstance(strategy, ModelParallelStrategy) and self.device_mesh is not None
             mesh = self.device_mesh["data_parallel"] if sharded and self.device_mesh is not None else None
-            self._reference = Reference(model, self.reference_settings, mesh, shared=self.adapter is not None)
+            precision = "32-true" if mesh is None else self.trainer.precision
+            shared = self.adapter is not None
+            self._reference = Reference(model, self.reference_settings, mesh, precision, shared)
 
     def configure_callbacks(self) -> list[Callback]:
         """As every stage; the first place where the Trainer's flags can be refused with a remedy."""

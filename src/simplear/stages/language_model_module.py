@@ -144,7 +144,7 @@ class LanguageModelModule(OptimizedModule):
             assert self.device_mesh is not None, "the strategy sets the mesh before configure_model."
             model, self.text_tokenizer, weights = self.empty_language_model()
             self._prepare(model)
-            shard_language_model(model, self.device_mesh["data_parallel"])
+            shard_language_model(model, self.device_mesh["data_parallel"], self.trainer.precision)
             fill_shards(model, weights, self.trainer.strategy.root_device)
             # FSDP2 keeps the buffers of its first gathering: made in inference mode, they could not be trained with.
             self.trainer.fit_loop.epoch_loop.val_loop.inference_mode = False

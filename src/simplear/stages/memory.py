@@ -2,8 +2,9 @@
 
 What is kept for the backward pass, and what comes and goes in it, is that of the modules of transformers' Qwen2 with
 fused attention, counted on the CPU in the tests. What a GPU's allocator and libraries take on top is an assumption
-(`RESERVED_GIB`). The pace is the model's FLOPs at an assumed utilisation; drawing in rollouts is the reading of weights
-and cache at an assumed share of the memory's bandwidth.
+(`RESERVED_GIB`). The pace is FLOPs, those of recomputed layers included, at an assumed utilisation. Drawing in rollouts
+is the reading of weights and cache at an assumed share of the memory's bandwidth, but a pass takes at least what the
+host needs to start its kernels (`LAYER_SECONDS`).
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ LOG_SUM_EXP_BYTES = 4
 """For each head and token, of fused attention."""
 WIDE = 4
 """Bytes of float32."""
+LAYER_SECONDS = {"cached": 0.46e-3, "fused": 0.13e-3, "jacobi": 0.13e-3, "compiled": 0.05e-3}
+"""The least that a layer takes in a pass of one code, whatever the device: the host's time. Measured on one CPU core at
+24 layers so narrow that nothing else is left: 11 ms, 3.2 ms and, compiled, 1.2 ms a pass (beside other work up to twice
+that). Starting a GPU's kernels is assumed to take as long."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,8 @@ class Rollouts:
     reference_bytes: int
     """Of each of the reference's weights on the training's device: 0 where there is none or it lives elsewhere."""
     with_reference: bool
+    engine: str = "compiled"
+    """A key of `LAYER_SECONDS`."""
 
 
 @dataclass(frozen=True)
@@ -158,30 +165,28 @@ def memory(run: Run) -> dict[str, float]:
         "gradients": wide * trained / share,
         "optimizer": run.moments * wide * trained / share,
     }
+    if run.devices > 1 and not run.sharded:
+        parts["gradients"] *= 2  # DDP's buckets hold them once more
     working = 0.0
-    if narrow != wide:
+    if narrow != wide and not run.sharded:
         working += narrow * trained  # autocast's copies, until the backward pass has used them
     if run.sharded:
-        # Embedding and head, and two layers: the one at work and the one that is fetched meanwhile.
-        working += wide * (shape.root_parameters + 2 * shape.parameters_a_layer)
+        # Gathered: embedding and head, and two layers, the one at work and the one that is fetched meanwhile. And a
+        # layer's gradients, as they are made and as they are added up.
+        working += narrow * (shape.root_parameters + 2 * shape.parameters_a_layer)
+        working += (narrow + wide) * shape.parameters_a_layer
     parts["working copies of weights"] = working
-    update = activations + logits_bytes(run)
-    drawing = 0.0
     if run.rollouts is not None:
         rollouts = run.rollouts
+        parts["weights to draw with"] = narrow * (shape.parameters + run.codebook_size * shape.hidden_size)
         parts["reference"] = rollouts.reference_bytes * shape.parameters / share
         a_rank = run.images_a_step // run.devices
         at_once = min(rollouts.batch_size or a_rank, a_rank)
-        cached = at_once * (run.longest_text + run.codes)
-        drawing = narrow * shape.key_value_numbers(cached) + at_once * run.choices * (narrow + 2 * WIDE)
-        if run.sharded:
-            drawing += wide * shape.parameters  # gathered once a rollout
-    # A rollout has ended before its updates begin: the larger of the two is held.
-    if drawing > update:
-        parts["KV cache and rollouts"] = drawing
-    else:
-        parts["activations"] = activations
-        parts["logits"] = logits_bytes(run)
+        # Prompts are read in memory of their own. Both are kept for the next rollout, so updates find them there.
+        cached = at_once * (run.longest_text + run.codes) + -(-at_once // rollouts.group_size) * run.longest_text
+        parts["KV cache"] = narrow * shape.key_value_numbers(cached)
+    parts["activations"] = activations
+    parts["logits"] = logits_bytes(run)
     return parts
 
 
@@ -213,8 +218,18 @@ def flops_a_step(run: Run) -> float:
     return updates * training + (run.rollouts.with_reference + (updates > 1)) * forward
 
 
+def recomputed_flops_a_step(run: Run) -> float:
+    """On top of these under full activation checkpointing, over all GPUs. Selective computes no product again."""
+    if run.activation_checkpointing != "full":
+        return 0.0
+    length, updates = run.mean_text + run.codes, 1 if run.rollouts is None else run.rollouts.inner_updates
+    return updates * run.images_a_step * run.architecture.recomputed_flops(length, length * length)
+
+
 def drawing_seconds(run: Run, device: Device, utilisation: float) -> float:
-    """Of a rollout: every code takes one reading of the weights and of the cache as far as it has grown."""
+    """Of a rollout: every code takes a pass, which reads the weights and the cache as far as it has grown, or waits for
+    the host, whichever takes longer.
+    """
     if run.rollouts is None:
         return 0.0
     a_rank = run.images_a_step // run.devices
@@ -223,13 +238,15 @@ def drawing_seconds(run: Run, device: Device, utilisation: float) -> float:
     read = run.architecture.num_hidden_layers * run.architecture.parameters_a_layer
     weights = narrow * (read + run.codebook_size * run.architecture.hidden_size)
     cache = narrow * at_once * run.architecture.key_value_numbers(run.mean_text + run.codes // 2)
+    host = run.architecture.num_hidden_layers * LAYER_SECONDS[run.rollouts.engine]
     passes = run.codes * -(-a_rank // at_once)
-    return passes * (weights + cache) / (device.bandwidth * utilisation)
+    return passes * max(host, (weights + cache) / (device.bandwidth * utilisation))
 
 
 def seconds_a_step(run: Run, device: Device, mfu: float, bandwidth_utilisation: float) -> float:
     """One training step: arithmetic of the updates at an MFU, and the drawing of a rollout."""
-    return flops_a_step(run) / (run.devices * device.flops * mfu) + drawing_seconds(run, device, bandwidth_utilisation)
+    flops = flops_a_step(run) + recomputed_flops_a_step(run)
+    return flops / (run.devices * device.flops * mfu) + drawing_seconds(run, device, bandwidth_utilisation)
 
 
 def tokens_a_day(run: Run, device: Device, mfu: float, bandwidth_utilisation: float) -> float:

@@ -43,16 +43,22 @@ class Reference:
 
     Args:
         policy: the language model to copy, before training; whole, or sharded over ``mesh``.
-        shared: the policy has an adapter, without which it is the reference.
         settings: where and in which precision.
         mesh: shard the copy over this data-parallel mesh, as the policy is; None keeps it whole.
+        precision: the Trainer's, in which a sharded copy's weights are gathered.
+        shared: the policy has an adapter, without which it is the reference.
 
     Raises:
         ValueError: another device or offloading together with sharding, which already spreads the weights.
     """
 
     def __init__(
-        self, policy: LanguageModel, settings: ReferenceSettings, mesh: DeviceMesh | None = None, shared: bool = False
+        self,
+        policy: LanguageModel,
+        settings: ReferenceSettings,
+        mesh: DeviceMesh | None = None,
+        precision: str = "32-true",
+        shared: bool = False,
     ) -> None:
         if mesh is not None and (settings.device is not None or settings.offload):
             raise UserError("a sharded reference lives where the policy does: leave reference.device and offload out.")
@@ -70,7 +76,7 @@ class Reference:
                 self.model = LanguageModel(type(policy.decoder)(policy.decoder.config), policy.layout)
             weight = next(policy.parameters())
             self.model.to(weight.dtype if settings.dtype is None else getattr(torch, settings.dtype))
-            shard_language_model(self.model, mesh)
+            shard_language_model(self.model, mesh, precision)
             copy_shards(policy, self.model, weight.device)
         self.model.eval().requires_grad_(False)
 

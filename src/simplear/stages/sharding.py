@@ -12,14 +12,17 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from simplear.errors import UserError
 from simplear.language_model import LanguageModel, NamedWeights
 from simplear.states import DAMAGED, damage
 
 FSDP2_NAME = "fsdp2"
+MIXED = "bf16-mixed"
+"""The Trainer's precision under which shards are float32 and gathered weights bfloat16."""
 
 
 class FSDP2(ModelParallelStrategy):
@@ -74,19 +77,32 @@ def leave_ranks() -> None:
         torch.distributed.destroy_process_group()
 
 
-def shard_language_model(model: LanguageModel, mesh: DeviceMesh) -> LanguageModel:
+def shard_language_model(model: LanguageModel, mesh: DeviceMesh, precision: str = "32-true") -> LanguageModel:
     """Shard in place: each decoder layer by itself, embeddings, final norm and head with the root.
+
+    Under `bf16-mixed` weights are gathered in bfloat16, half of what would travel, and gradients added up in float32;
+    shards, and with them the optimizer and exports, stay float32. As with autocast on one process, the residual stream
+    is float32: layers get their inputs uncast, and embeddings are widened.
 
     Args:
         model: whole and equal on every rank, or on the meta device.
         mesh: the data-parallel mesh.
+        precision: the Trainer's.
     """
+    options: dict[str, Any] = {"mesh": mesh}
+    if precision == MIXED:
+        options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        model.decoder.model.embed_tokens.register_forward_hook(_widened)
     for layer in model.decoder.model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        fully_shard(layer, **options)
+    fully_shard(model, **options)
     for method in ("hidden_states", "image_logits", "image_log_probs"):
         register_fsdp_forward_method(model, method)
     return model
+
+
+def _widened(module: nn.Module, arguments: Any, embedded: Tensor) -> Tensor:
+    return embedded.float()
 
 
 @torch.no_grad()
