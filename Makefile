@@ -68,7 +68,7 @@ test-floor: $(FLOOR_READY)  ## the tests in .venv-floor, at the oldest versions 
 test-long: $(READY) $(VLLM_READY) $(if $(ARGS),,test-floor)  ## the tests that take many minutes
 	@$(OFFLINE) $(VENV)/bin/python -m pytest -m long $(ARGS)
 
-bench: $(READY)  ## measure what README.md claims about speed and memory, and fill in its tables
+bench: $(READY)  ## measure what docs/results.md claims about speed and memory, and fill in its tables
 	$(VENV)/bin/python benchmarks/data.py
 	$(VENV)/bin/python benchmarks/training.py
 	$(VENV)/bin/python benchmarks/training_cost.py

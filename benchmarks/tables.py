@@ -13,7 +13,7 @@ import inference
 from measure import RESULTS, markdown_table
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "grpo.md")
+DOCUMENTS = (ROOT / "docs" / "results.md", ROOT / "docs" / "grpo.md")
 MARKED = re.compile(r"(<!-- benchmarks/(\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 TABLES = {
     "ablations": ablations.table,
