@@ -19,7 +19,7 @@ OFFLINE := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 configs = $(foreach file,$(or $(CONFIG),$(1)),--config $(file))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup vllm-env demo test test-long lint bench table2 table3 ablations train-tokenizer tokenize pretrain train-sft train-grpo \
+.PHONY: help setup vllm-env demo test test-long lint bench gpu table2 table3 ablations train-tokenizer tokenize pretrain train-sft train-grpo \
 	train-clip evaluate generate serve tensorboard clean
 
 help:  ## list the targets
@@ -62,6 +62,9 @@ bench: $(READY)  ## measure what README.md claims about speed and memory, and fi
 	$(VENV)/bin/python benchmarks/grpo.py
 	$(VENV)/bin/python benchmarks/grpo.py --ablations
 	$(VENV)/bin/python benchmarks/tables.py
+
+gpu: $(READY)  ## on a GPU: what must hold there, then how fast it draws and trains (eight minutes)
+	$(VENV)/bin/python benchmarks/gpu.py $(ARGS)
 
 table2: $(READY)  ## the paper's Table 2 at the demo's size: a language model's weights or random ones (50 minutes, after make demo)
 	$(VENV)/bin/python benchmarks/ablations.py --tables table2 $(ARGS)
