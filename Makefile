@@ -57,6 +57,7 @@ bench: $(READY)  ## measure what README.md claims about speed and memory, and fi
 	$(VENV)/bin/python benchmarks/training_cost.py
 	$(VENV)/bin/python benchmarks/grpo_speed.py
 	$(VENV)/bin/python benchmarks/inference.py
+	$(VENV)/bin/python benchmarks/host_time.py
 	$(VENV)/bin/python benchmarks/serving.py
 	$(VENV)/bin/python benchmarks/demo.py
 	$(VENV)/bin/python benchmarks/grpo.py

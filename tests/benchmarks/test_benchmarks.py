@@ -184,6 +184,14 @@ def test_grpo_speed(tmp_path: Path) -> None:
         assert shares.keys() == set(grpo.PARTS) and sum(shares.values()) == pytest.approx(1, abs=1e-3)
 
 
+def test_host_time(tmp_path: Path) -> None:
+    result = run("host_time", tmp_path / "host.json")
+    assert len(result["claims"]) == 2 and result["details"]["milliseconds_a_code"].keys() == {
+        "float32",
+        "bf16 autocast",
+    }
+
+
 def test_inference(tmp_path: Path) -> None:
     """On random weights of the demo's sizes, whose pictures are all wrong."""
     checkpoint, _ = grpo_speed.write_start(tmp_path, argparse.Namespace(grid=4))
