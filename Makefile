@@ -29,7 +29,7 @@ configs = $(foreach file,$(or $(CONFIG),$(1)),--config $(file))
 paper = $(SIMPLEAR) fit $(foreach name,$(1) $(SIZE) $(VARIANTS) $(2),--config configs/paper/$(name).yaml) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup vllm-env demo test test-floor test-long lint bench table2 table3 ablations train-tokenizer tokenize pretrain train-sft \
+.PHONY: help setup vllm-env demo test test-floor test-long lint bench gpu table2 table3 ablations train-tokenizer tokenize pretrain train-sft \
 	train-grpo train-clip evaluate generate serve tensorboard clean paper-tokenize-512 paper-tokenize-1024 paper-pretrain paper-sft \
 	paper-grpo
 
@@ -74,11 +74,15 @@ bench: $(READY)  ## measure what docs/results.md claims about speed and memory, 
 	$(VENV)/bin/python benchmarks/training_cost.py
 	$(VENV)/bin/python benchmarks/grpo_speed.py
 	$(VENV)/bin/python benchmarks/inference.py
+	$(VENV)/bin/python benchmarks/host_time.py
 	$(VENV)/bin/python benchmarks/serving.py
 	$(VENV)/bin/python benchmarks/demo.py
 	$(VENV)/bin/python benchmarks/grpo.py
 	$(VENV)/bin/python benchmarks/grpo.py --ablations
 	$(VENV)/bin/python benchmarks/tables.py
+
+gpu: $(READY)  ## on a GPU: what must hold there, then how fast it draws and trains (eight minutes)
+	$(VENV)/bin/python benchmarks/gpu.py $(ARGS)
 
 table2: $(READY)  ## the paper's Table 2 at the demo's size: a language model's weights or random ones (50 minutes, after make demo)
 	$(VENV)/bin/python benchmarks/ablations.py --tables table2 $(ARGS)

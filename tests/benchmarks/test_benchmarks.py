@@ -6,6 +6,7 @@ import argparse
 import itertools
 import json
 import runpy
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 import ablations
 import bounds
+import gpu
 import grpo
 import grpo_speed
 import inference
@@ -186,6 +188,14 @@ def test_grpo_speed(tmp_path: Path) -> None:
         assert shares.keys() == set(grpo.PARTS) and sum(shares.values()) == pytest.approx(1, abs=1e-3)
 
 
+def test_host_time(tmp_path: Path) -> None:
+    result = run("host_time", tmp_path / "host.json")
+    assert len(result["claims"]) == 2 and result["details"]["milliseconds_a_code"].keys() == {
+        "float32",
+        "bf16 autocast",
+    }
+
+
 def test_inference(tmp_path: Path) -> None:
     """On random weights of the demo's sizes, whose pictures are all wrong."""
     checkpoint, _ = grpo_speed.write_start(tmp_path, argparse.Namespace(grid=4))
@@ -214,6 +224,67 @@ def test_serving(tmp_path: Path) -> None:
     assert sum(row["bar"] is not None for row in claims.values()) == 4
     assert result["details"]["images_a_second"].keys() == {"1", "4", "16"}
     assert result["details"]["batch_size"]["16"] > result["details"]["batch_size"]["1"] == 1
+
+
+class TestGPU:
+    """The command for a GPU, rehearsed."""
+
+    @pytest.fixture(autouse=True)
+    def quick(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Passes are traced and not compiled; bytes and operations a second are made up."""
+        compile_ = torch.compile
+        monkeypatch.setattr(torch, "compile", lambda code, **options: compile_(code, **options, backend="eager"))
+        monkeypatch.setattr(gpu, "measured_machine", lambda device, dtype: (1e10, 1e11))
+
+    def test_all_that_must_hold_holds(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        out = tmp_path / "gpu.json"
+        assert gpu.main(["--device", "cpu", "--size", "tiny", "--minutes", "60", "--out", str(out)]) == 0
+        result = json.loads(out.read_text())
+        assert result["sections"].keys() == gpu.SECTIONS.keys()
+        assert not any(section["error"] for section in result["sections"].values())
+        rows = [row for section in result["sections"].values() for row in section["rows"]]
+        assert sum(row["ok"] is True for row in rows) == 14 and all(row["value"] is not None for row in rows)
+        assert [row["what"] for row in rows if "extrapolated" in row["note"]] == [
+            f"drawing {size}, 1024 px, cached, {images} at once" for size in ("0.5b", "1.5b") for images in (1, 2)
+        ]
+        printed = capsys.readouterr().out
+        assert all(f"| {row['what']} | " in printed for row in rows) and "[15/15] grpo, at most" in printed
+
+    def test_a_section_that_fails_or_hangs_stops_no_other(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """And Ctrl-C leaves what was measured."""
+        out, seen = tmp_path / "gpu.json", []
+
+        def broken(bench: gpu.Bench) -> None:
+            bench.note("before", 1.0, "s")
+            raise ValueError("out of order")
+
+        def endless(bench: gpu.Bench) -> None:
+            seen.append(json.loads(out.read_text())["sections"].keys())
+            threading.Event().wait(600)
+
+        def false(bench: gpu.Bench) -> None:
+            bench.note("two", 2.0, ok=False)
+
+        def interrupted(bench: gpu.Bench) -> None:
+            bench.note("begun", 3.0)
+            raise KeyboardInterrupt
+
+        parts = {"broken": broken, "endless": endless, "false": false, "interrupted": interrupted, "never": false}
+        monkeypatch.setattr(gpu, "SECTIONS", {name: (part, 1.0) for name, part in parts.items()})
+        options = ["--device", "cpu", "--size", "tiny", "--minutes", "0.1", "--out", str(out)]
+        assert gpu.main(options) == 1
+        sections = json.loads(out.read_text())["sections"]
+        assert list(sections) == ["broken", "endless", "false", "interrupted"] and list(seen[0]) == ["broken"]
+        assert 'raise ValueError("out of order")' in sections["broken"]["error"]
+        assert "TimeoutError: stopped after" in sections["endless"]["error"]
+        assert [section["rows"][0]["value"] for name, section in sections.items() if name != "endless"] == [1, 2, 3]
+        printed = capsys.readouterr().out
+        assert (
+            "| two | 2 | **fails** |  |" in printed
+            and "| broken | | **stopped** | ValueError: out of order |" in printed
+        )
 
 
 def test_bounds_are_those_of_pencil_and_paper() -> None:

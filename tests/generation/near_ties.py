@@ -52,7 +52,9 @@ def margins(
             log_weights = guide(log_weights, unconditional, sampling.guidance_scale)
         scores = log_weights[0]
         if sampling.do_sample:
-            noise = Noise([seeds[image]], scores.shape[-1], scores.device).at(torch.tensor([[place]]))[0, 0]
+            noise = Noise([seeds[image]], scores.shape[-1], scores.device).at(
+                torch.tensor([[place]], device=scores.device)
+            )[0, 0]
             scores = (probabilities(log_weights, sampling)[0] / noise).log()
         found.append(max(float(scores.max() - scores[int(codes[place])]) for codes in (a, b)))
     return found
@@ -60,7 +62,8 @@ def margins(
 
 def _next(model: LanguageModel, ids: Tensor, prompt: int, grid: tuple[int, int]) -> Tensor:
     """Log-probabilities of the code that follows, (1, C)."""
-    position = model.positions_at(torch.arange(len(ids))[None], torch.tensor([prompt]), grid)
+    places, lengths = torch.arange(len(ids), device=ids.device)[None], torch.tensor([prompt], device=ids.device)
+    position = model.positions_at(places, lengths, grid)
     return log_probabilities(model.image_logits(model.hidden_states(ids[None], position, None)[:, -1]))
 
 

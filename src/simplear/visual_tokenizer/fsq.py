@@ -17,7 +17,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from vector_quantize_pytorch import FSQ
 
 from simplear.errors import UserError
 from simplear.visual_tokenizer import protocol
@@ -107,6 +106,8 @@ class FSQAutoencoder(nn.Module):
             "refine_blocks": refine_blocks,
         }
         self.downsample = downsample
+        from vector_quantize_pytorch import FSQ  # here, for whoever draws codes alone
+
         with torch.device("cpu"):  # it computes with its levels at once, which the meta device cannot
             self.quantizer = FSQ(list(levels))
         self.codebook_size = int(self.quantizer.codebook_size)
