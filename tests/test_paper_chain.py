@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import io
-import itertools
 import json
 import tarfile
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -110,7 +110,7 @@ def test_from_pictures_to_a_report(
         assert carried.fingerprint == checkpoint.settings.visual_tokenizer_fingerprint
         assert carried.fingerprint == load_visual_tokenizer(cosmos).fingerprint
     weights = [checkpoint.model.decoder.model.embed_tokens.weight for checkpoint in checkpoints.values()]
-    moved = [float((after - before).abs().max()) for before, after in itertools.pairwise(weights)]
+    moved = [float((after - before).abs().max()) for before, after in pairwise(weights)]
     assert all(0 < step < 1e-3 for step in moved), "each goes on from the one before, by two small steps"
     assert {path.name for path in Path("checkpoints/paper").iterdir()} == {
         "logs", "states", *(f"{stage}-{NAME}" for stage in stages),

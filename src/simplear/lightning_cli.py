@@ -54,7 +54,9 @@ class RunSettings:
     stage: list[str] = field(default_factory=list)
     """Words that name the stage, such as [grpo, hps]."""
     name: list[str] = field(default_factory=list)
-    """Words that name the model, such as [0.5b, rope-2d]; a stage writes to ``${join:${run.stage},${run.name}}``."""
+    """Words that name the model, such as [0.5b, rope-2d]: what a stage writes is called
+    ``${join:${run.stage},${run.name}}``.
+    """
     pixels: int | None = None
     """Side of an image."""
     architecture: dict[str, Any] | None = None
@@ -71,6 +73,8 @@ class RunSettings:
     """Ending of the names of its token shards."""
     strategy: str = "fsdp2"
     """Of training on several GPUs."""
+    activation_checkpointing: str = "selective"
+    """Of training on GPUs."""
 
 
 def joined(*parts: str | Sequence[str]) -> str:
