@@ -94,6 +94,14 @@ def test_an_adapter_of_the_larger_model_at_1024_px_fits_into_24_gb(
     assert needed(plan(capsys, *names, options=options)) > 23.5
 
 
+def test_an_adapter_takes_ddp_for_every_size(capsys: pytest.CaptureFixture[str]) -> None:
+    for order in (("1.5b", "a100x32", "lora"), ("1.5b", "lora", "a100x32")):
+        assert "; 32 GPUs; bf16-mixed" in plan(capsys, "sft", *order)
+    with pytest.raises(SystemExit):
+        plan(capsys, "sft", "1.5b", "a100x32", "lora", options=("--trainer.strategy", "fsdp2"))
+    assert "an adapter does not go with FSDP2" in capsys.readouterr().err
+
+
 def test_sizes_from_what_is_there(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

@@ -151,6 +151,8 @@ def remedy(run: Run) -> str:
             "trainer.accumulate_grad_batches higher" if run.rollouts is None else "model.init_args.micro_batch_size 1"
         )
         return f"Set --{option}, for fewer images a pass."
+    if run.adapter is not None:
+        return "Take smaller pictures or a smaller model."
     if not run.sharded and run.devices > 1:
         return "Set --trainer.strategy fsdp2."
     return "Take more GPUs with --trainer.strategy fsdp2, or --trainer.precision bf16-true."
@@ -182,9 +184,12 @@ def read_run(config: Any, settings: PlanSettings) -> Run:
     precision = {"bf16-mixed": "bf16-mixed", "bf16-true": "bf16-true"}.get(str(trainer.precision), "32-true")
     strategy = trainer.strategy
     path = strategy if isinstance(strategy, str) else getattr(strategy, "class_path", "")
+    sharded = path == "fsdp2" or path.endswith(("FSDP2", "ModelParallelStrategy"))
     optimizer = getattr(options.optimizer, "class_path", "AdamW").rpartition(".")[2]
     objective = options.get("objective")
     adapter = None if options.adapter is None else Adapter(**options.adapter.as_dict())
+    if adapter is not None and sharded:
+        raise UserError("an adapter does not go with FSDP2: set --trainer.strategy ddp.")
     if trainer.max_steps <= 0:
         raise UserError("--trainer.max_steps: a plan needs the number of optimizer steps.")
     return Run(
@@ -197,7 +202,7 @@ def read_run(config: Any, settings: PlanSettings) -> Run:
         steps=trainer.max_steps // (options.inner_updates if reinforced else 1),
         images_a_step=data.global_batch_size * group,
         devices=devices,
-        sharded=path == "fsdp2" or path.endswith(("FSDP2", "ModelParallelStrategy")),
+        sharded=sharded,
         precision=precision,
         activation_checkpointing=options.activation_checkpointing,
         chunk_rows=options.chunk_rows if reinforced else objective.chunk_rows,

@@ -223,7 +223,7 @@ def recomputed_flops_a_step(run: Run) -> float:
     if run.activation_checkpointing != "full":
         return 0.0
     length, updates = run.mean_text + run.codes, 1 if run.rollouts is None else run.rollouts.inner_updates
-    return updates * run.images_a_step * run.architecture.recomputed_flops(length, length * length)
+    return updates * run.images_a_step * run.architecture.recomputed_flops(length, length * length, run.adapter)
 
 
 def drawing_seconds(run: Run, device: Device, utilisation: float) -> float:
