@@ -98,6 +98,10 @@ def test_flags_that_work(run: Run, tmp_path: Path, options: str, steps: int | No
         ("--trainer.strategy deepspeed", "must have DeepSpeed installed"),
         ("--trainer.devices x", "--trainer: `devices` selected with `CPUAccelerator` should be an int > 0"),
         ("--trainer.barebones true", "--trainer: `Trainer(barebones=True, logger="),
+        (
+            "--trainer.strategy fsdp2 --trainer.callbacks+=EMAWeightAveraging",
+            "leave it out, or use --trainer.strategy ddp",
+        ),
         ("--trainer.max_time 1h", "DD:HH:MM:SS"),
         ("--trainer.accumulate_grad_batches 3", "take a multiple of 3"),
         ("--trainer.accumulate_grad_batches 0", "accumulate_grad_batches 0 must be at least 1"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -100,11 +100,12 @@ def test_grid_shows_originals_over_reconstructions():
     assert grid[0].tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]]
 
 
-def test_training_lowers_the_loss_logs_what_it_says_and_exports(tmp_path):
+@pytest.mark.parametrize("callbacks", [[], [EMAWeightAveraging(decay=0.5)]], ids=["", "averaged"])
+def test_training_lowers_the_loss_logs_what_it_says_and_exports(tmp_path, callbacks):
     logger = TensorBoardLogger(tmp_path, name="", version="logs")
     stage = module(lr_scheduler=None, export_dir=str(tmp_path / "tokenizer"))
     pictures = PictureLogger()
-    runner = make_trainer(tmp_path, max_epochs=12, logger=[logger, pictures], log_every_n_steps=1)
+    runner = make_trainer(tmp_path, max_epochs=12, logger=[logger, pictures], log_every_n_steps=1, callbacks=callbacks)
     before = make_trainer(tmp_path).validate(stage, loader(), verbose=False)[0]
     runner.fit(stage, loader(), loader())
     after = runner.callback_metrics

@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from simplear.atomic import require_replaceable, require_writable, sync, whole_file, writing
 from simplear.errors import UserError
 from simplear.language_model import save_checkpoint
+from simplear.stages.averaging import averaged_weights
 from simplear.stages.sharding import FSDP2, FSDP2_NAME
 from simplear.states import DAMAGED, LIGHTNING_METADATA, SHARDS_METADATA, WEIGHTS, damage
 from simplear.visual_tokenizer import copy_visual_tokenizer
@@ -197,9 +198,17 @@ class AtomicCheckpoint(ModelCheckpoint):
 
     def _save_if_ending(self, trainer: Trainer) -> None:
         """Save once it is known that no step follows: later on Lightning counts the epoch as done, wherever it is."""
-        stopping = trainer.should_stop and trainer.fit_loop._can_stop_early
-        if stopping or 0 <= trainer.max_steps <= trainer.global_step:
+        loop: Any = trainer.fit_loop
+        epochs = trainer.max_epochs
+        stopping = trainer.should_stop and loop._can_stop_early
+        ended = epochs is not None and 0 <= epochs <= loop.epoch_progress.current.processed
+        if stopping or ended or 0 <= trainer.max_steps <= trainer.global_step:
             self.save_end(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Also after the last epoch: by `on_train_end` WeightAveraging has replaced the weights to go on from."""
+        super().on_train_epoch_end(trainer, pl_module)
+        self._save_if_ending(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.save_end(trainer)
@@ -312,7 +321,8 @@ class HuggingFaceCheckpoint(AtomicCheckpoint):
         if self.export_dir is None or trainer.fast_dev_run or not trainer.global_step:  # type: ignore[attr-defined]
             return
         if trainer.strategy.broadcast(not self._is_exported()):
-            export(pl_module, self.export_dir, trainer.is_global_zero)
+            with averaged_weights(trainer):
+                export(pl_module, self.export_dir, trainer.is_global_zero)
             trainer.strategy.barrier("HuggingFaceCheckpoint.export")
 
     def _is_exported(self) -> bool:
@@ -325,7 +335,8 @@ class HuggingFaceCheckpoint(AtomicCheckpoint):
         return exported.stat().st_mtime_ns > state.stat().st_mtime_ns
 
     def _write(self, trainer: Trainer, partial: Path) -> None:
-        export(trainer.lightning_module, partial.with_suffix(""), trainer.is_global_zero)
+        with averaged_weights(trainer):
+            export(trainer.lightning_module, partial.with_suffix(""), trainer.is_global_zero)
         super()._write(trainer, partial)
 
     def _give_name(self, partial: Path, final: Path, keep_previous: bool) -> None:

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from simplear.errors import UserError
 from simplear.generation import SimpleARPipeline
+from simplear.stages.averaging import averaged_weights
 from simplear.visual_tokenizer import VisualTokenizer, load_visual_tokenizer
 
 
@@ -66,7 +67,7 @@ class DrawingCallback(Callback):
         if trainer.global_step == self._drawn_at:
             return
         self._drawn_at = trainer.global_step
-        with isolate_rng(), _evaluation_mode(module):
+        with isolate_rng(), averaged_weights(trainer), _evaluation_mode(module):
             if self._visual_tokenizer is None:
                 self._visual_tokenizer = load_visual_tokenizer(str(module.visual_tokenizer_path), module.device)
             pipeline = SimpleARPipeline(

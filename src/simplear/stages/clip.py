@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from simplear.errors import MissingFileError, UserError
 from simplear.rewards import CLIPReward, caption_accuracy, save_clip
 from simplear.scenes import HELD_OUT, PERTURBATIONS, perturb
+from simplear.stages.averaging import averaged_weights
 from simplear.stages.optimized import OptimizedModule
 
 LARGEST_LOGIT_SCALE = math.log(100)
@@ -206,7 +207,8 @@ class CLIPModule(OptimizedModule):
         trained = self.global_step and not self.trainer.fast_dev_run  # type: ignore[attr-defined]
         if self.export_dir is None or not self.trainer.is_global_zero or not trained:
             return
-        save_clip(self.clip, self.architecture, self.tokenizer, self.export_dir)
+        with averaged_weights(self.trainer):
+            save_clip(self.clip, self.architecture, self.tokenizer, self.export_dir)
         reward = CLIPReward(self.export_dir)
         resolution = self.preprocessing.input_size[1]
         lines = [f"{'accuracy of':<24}" + "".join(f"{kind:>12}" for kind in PERTURBATIONS)]

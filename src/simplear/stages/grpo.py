@@ -272,7 +272,7 @@ class GRPOModule(LanguageModelModule):
         if self._engine is None:
             name = self.engine_name or ("compiled" if self.device.type == "cuda" else "fused")
             self._engine = make_engine(name, self.language_model)
-        # The engine copies weights whose version is another; fused optimizers and averaging change them without a count.
+        # The engine copies weights whose version has changed; fused optimizers and averaging change them uncounted.
         increment_version(self.language_model.parameters())
         training = self.language_model.training
         self.language_model.eval()

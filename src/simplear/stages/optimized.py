@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from simplear.data.datamodule import OrderedDataModule
 from simplear.errors import UserError
+from simplear.stages.averaging import check_averaging
 from simplear.stages.gradient_norm import GradientNorm
 from simplear.stages.optimizers import apply_settings, group_settings, parameter_groups
 from simplear.stages.schedules import PlateauSteps, make_schedule, require_same_schedule, schedule_settings
@@ -74,6 +75,7 @@ class OptimizedModule(LightningModule):
                 "LearningRateFinder does not go with FSDP2, under which a state cannot be taken back while training: "
                 "find the rate with a smaller model on one device (--trainer.strategy auto)."
             )
+        check_averaging(self.trainer)
         curves = [LearningRateMonitor(), *([GradientNorm()] if self.automatic_optimization else [])]
         present: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         absent = [curve for curve in curves if not any(isinstance(each, type(curve)) for each in present)]

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from simplear.atomic import require_replaceable
 from simplear.data import ImageDataModule
 from simplear.errors import UserError
+from simplear.stages.averaging import averaged_weights
 from simplear.stages.optimized import OptimizedModule
 from simplear.stages.picture_loggers import log_picture, picture_loggers
 from simplear.visual_tokenizer import save_visual_tokenizer
@@ -97,9 +98,8 @@ class VisualTokenizerModule(OptimizedModule):
         self.contrast_weight = contrast_weight
         self.grid_pictures = grid_pictures
         self.export_dir = export_dir
-        size = int(tokenizer.codebook_size)  # type: ignore[arg-type]
-        self.register_buffer("code_counts", torch.zeros(size, dtype=torch.long), persistent=False)
-        self.code_counts: Tensor
+        self.code_counts = torch.empty(0)
+        """(codebook_size,) int64 of the running validation; no buffer, for those can be averaged."""
 
     @property
     def trained_module(self) -> nn.Module:
@@ -131,7 +131,8 @@ class VisualTokenizerModule(OptimizedModule):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        self.code_counts.zero_()
+        size = int(self.tokenizer.codebook_size)  # type: ignore[arg-type]
+        self.code_counts = torch.zeros(size, dtype=torch.long, device=self.device)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         pixels = batch["pixels"]
@@ -159,4 +160,5 @@ class VisualTokenizerModule(OptimizedModule):
         """Export; also when a training that had only this left to do is started again."""
         trained = self.global_step and not self.trainer.fast_dev_run  # type: ignore[attr-defined]
         if self.export_dir is not None and self.trainer.is_global_zero and trained:
-            save_visual_tokenizer(self.tokenizer, self.export_dir)  # type: ignore[arg-type]
+            with averaged_weights(self.trainer):
+                save_visual_tokenizer(self.tokenizer, self.export_dir)  # type: ignore[arg-type]
