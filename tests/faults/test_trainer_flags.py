@@ -160,6 +160,22 @@ def test_a_schedule_over_epochs_is_told_its_steps(run: Run, tmp_path: Path) -> N
         assert code == 2 and f"2 epochs × {steps} steps = {2 * steps}" in printed
 
 
+@pytest.mark.parametrize("beside", ["", "--trainer.callbacks+=EMAWeightAveraging --trainer.callbacks.decay 0.5 "])
+def test_a_finder_leaves_nothing_but_its_rate(run: Run, tmp_path: Path, beside: str) -> None:
+    """The batches, weights and averages that follow are those of a training with that rate in its configuration."""
+    options = f"{beside}--trainer.default_root_dir {tmp_path}"
+    found = "--trainer.callbacks+=LearningRateFinder --trainer.callbacks.num_training_steps 20"
+    assert run(f"{options}/found {found}")[0] == 0
+    state = torch.load(tmp_path / "found" / "states" / "last.ckpt", weights_only=False)
+    rate = state["optimizer_states"][0]["param_groups"][0]["lr"]
+    assert rate != 0.01 and not list(tmp_path.rglob(".lr_find*"))
+    assert run(f"{options}/configured --model.init_args.optimizer.init_args.lr {rate!r}")[0] == 0
+    other = torch.load(tmp_path / "configured" / "states" / "last.ckpt", weights_only=False)
+    for key in ("state_dict", *(["current_model_state"] if beside else [])):
+        assert all(torch.equal(state[key][name], other[key][name]) for name in other[key]), key
+    assert state["TokenDataModule"] == other["TokenDataModule"]
+
+
 def test_grpo_refuses_a_finder(run: Run) -> None:
     code, printed = run("--trainer.callbacks+=LearningRateFinder", stage="grpo")
     assert code == 2 and "says nothing about the reward" in printed and "Traceback" not in printed
