@@ -33,9 +33,6 @@ LAYOUT = TokenLayout(151_665, 151_667, 151_672, 64_000)
 GRID, CODES = (64, 64), 4096
 SAMPLING = SamplingSettings(guidance_scale=6.0, top_k=64_000)
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
-masked_attention = pytest.mark.xfail(
-    raises=ValueError, reason="decoder_step.py takes a view of masked attention's result that GPUs do not lay out so"
-)
 LAYERS = 6
 """Where more would only take longer."""
 
@@ -68,7 +65,6 @@ def prefilled(engine: FusedEngine, images: int, grid: tuple[int, int] = GRID) ->
     return engine.prefill(prompts, [torch.arange(2)] * images, kept, 0, grid, SAMPLING, list(range(images)))[0]
 
 
-@masked_attention
 @pytest.mark.parametrize(("size", "images", "layers"), [("0.5b", 1, 24), ("1.5b", 32, LAYERS)])
 def test_a_pass_of_a_drawing_waits_for_nothing_and_leaves_nothing(
     gpu: PretendedGPU, size: str, images: int, layers: int
@@ -93,7 +89,6 @@ def test_a_pass_of_a_drawing_waits_for_nothing_and_leaves_nothing(
             assert gpu.peak - before < images * (8 * NUMBERS_A_CODE * LAYOUT.codebook_size + 2 * 2 * width)
 
 
-@masked_attention
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_what_travels_between_the_devices_does_not_depend_on_the_codes(gpu: PretendedGPU, dtype: torch.dtype) -> None:
     """A whole drawing, of two layers; the first refreshes the step."""
@@ -125,7 +120,6 @@ def branching(drawing: Drawing) -> None:
     drawing.kept[drawing.canvas.nonzero()[0]]
 
 
-@masked_attention
 @pytest.mark.parametrize(
     ("wrong", "error"),
     [

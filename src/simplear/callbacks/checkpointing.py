@@ -206,9 +206,12 @@ class AtomicCheckpoint(ModelCheckpoint):
             self.save_end(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Not `on_train_end`, where WeightAveraging has replaced the weights that a longer training goes on from."""
+        """Also after the last epoch: by `on_train_end` WeightAveraging has replaced the weights to go on from."""
         super().on_train_epoch_end(trainer, pl_module)
         self._save_if_ending(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.save_end(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so where there was nothing to train."""

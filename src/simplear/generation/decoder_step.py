@@ -270,7 +270,7 @@ class DecoderStep(nn.Module):
                 attn_mask=mask,
             )
             if new > 1:
-                attended = attended.view(rows, self.heads, new, self.size).transpose(1, 2)
+                attended = attended.reshape(rows, self.heads, new, self.size).transpose(1, 2)
             return attended.reshape(rows * new, self.heads * self.size)
 
         return attend
