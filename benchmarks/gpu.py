@@ -87,7 +87,7 @@ class Bench:
     def model(self, size: str, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> LanguageModel:
         """Random weights, so large that codes depend on what stands before them."""
         stated = yaml.safe_load((ROOT / "configs" / "paper" / f"{size}.yaml").read_text())
-        fields = stated["model"]["init_args"]["language_model"]["architecture"] | {"initializer_range": 0.05}
+        fields = stated["run"]["architecture"] | {"initializer_range": 0.05}
         config = LanguageModelConfig(
             "", self.layout.codebook_size, architecture=fields | (TINY if self.tiny else {}) | changes
         )

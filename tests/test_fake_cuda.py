@@ -40,7 +40,7 @@ LAYERS = 6
 def language_model(size: str, dtype: torch.dtype, **changes: Any) -> LanguageModel:
     """Of a size of configs/paper, on the GPU. Only within a `PretendedGPU`."""
     content = yaml.safe_load(Path(f"configs/paper/{size}.yaml").read_text())
-    architecture = content["model"]["init_args"]["language_model"]["architecture"] | changes
+    architecture = content["run"]["architecture"] | changes
     config = LanguageModelConfig("", LAYOUT.codebook_size, architecture=architecture)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
