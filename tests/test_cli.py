@@ -206,6 +206,24 @@ def test_unknown_key_in_a_file(config: list[str], tmp_path: Path) -> None:
     assert code == 2 and "Did you mean '--trainer.max_steps'?" in printed
 
 
+@pytest.mark.parametrize(
+    ("chosen", "policy"),
+    [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active"), ({"GOMP_SPINCOUNT": "1000"}, None)],
+)
+def test_threads_wait_without_spinning_unless_the_user_chose(
+    monkeypatch: pytest.MonkeyPatch, chosen: dict[str, str], policy: str | None
+) -> None:
+    """OpenMP reads this once, when PyTorch is imported, which the command line itself must not do before."""
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in chosen.items():
+        monkeypatch.setenv(name, value)
+    main(["--version"])
+    assert os.environ.get("OMP_WAIT_POLICY") == policy
+    look = "import simplear.cli, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", look]).returncode == 0
+
+
 def test_verbs() -> None:
     assert run("tokenise") == (2, "simplear: no verb 'tokenise'; did you mean 'tokenize'?\n")
     code, printed = run("--help")

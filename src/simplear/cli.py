@@ -120,6 +120,7 @@ IMPORT = "--import"
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one verb. Exits with 2 on a mistake in the command line, as argparse does."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    _wait_passively()
     _end_with_first_rank()
     arguments, modules = _without_imports(arguments)
     if arguments[:1] == ["--version"]:
@@ -154,6 +155,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run_function(function, words, program)
         else:
             function(arguments)
+
+
+def _wait_passively() -> None:
+    """Have OpenMP's threads sleep at barriers, unless the user chose otherwise. Before PyTorch is imported.
+
+    By default they spin there: beside another process that takes a core, for as long as the thread that they wait for
+    is not scheduled, which made steps of small models many times slower.
+    """
+    if "GOMP_SPINCOUNT" not in os.environ:
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def _without_imports(arguments: list[str]) -> tuple[list[str], list[str]]:

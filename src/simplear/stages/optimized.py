@@ -18,6 +18,7 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from simplear.data.datamodule import OrderedDataModule
+from simplear.device import limit_threads
 from simplear.errors import UserError
 from simplear.stages.averaging import check_averaging
 from simplear.stages.gradient_norm import GradientNorm
@@ -91,6 +92,8 @@ class OptimizedModule(LightningModule):
         # themselves; there is none, and where there is one the scaler undoes it first for those that say they cannot.
         optimizer._step_supports_amp_scaling = False
         self._lr = optimizer.param_groups[0]["lr"]
+        if self._trainer is not None and self.trainer.strategy.root_device.type == "cpu":
+            limit_threads(sum(weight.numel() for group in optimizer.param_groups for weight in group["params"]))
         if self._finder is not None and len({group["lr"] for group in optimizer.param_groups}) > 1:
             raise UserError(
                 f"LearningRateFinder finds one rate, and {type(optimizer).__name__} has several: leave it out, or use "
