@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from pretended_gpu import GPU, PretendedGPU, autocast_on_gpu, backward
 from simplear.generation import FusedEngine, SamplingSettings
+from simplear.generation.decoder_step import _varlen_attn_before_caches, attention_by_length
 from simplear.generation.fused import Drawing
 from simplear.generation.memory import NUMBERS_A_CODE, image_bytes
 from simplear.language_model import Architecture, LanguageModel, LanguageModelConfig
@@ -254,3 +255,27 @@ def test_the_backward_pass_is_torchs() -> None:
     backward(loss())
     for weight, gradient in zip(layers.parameters(), expected, strict=True):
         torch.testing.assert_close(weight.grad, gradient)
+
+
+@pytest.mark.parametrize("attention", [attention_by_length, lambda *_: _varlen_attn_before_caches])
+def test_attention_by_length_in_every_release(gpu: PretendedGPU, attention: Any) -> None:
+    """Torch 2.11's function does not pass a row's length on; the operation under it does."""
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "device": GPU}
+    tokens, lengths = torch.empty(4 * 100, 4, 64, **options), torch.ones(5, dtype=torch.int32, device=GPU)
+    for new, window in ((1, (-1, -1)), (5, (-1, 0))):
+        attended = attention(GPU, torch.bfloat16)(
+            torch.empty(4 * new, 14, 64, **options),
+            tokens.narrow(1, 0, 2),
+            tokens.narrow(1, 2, 2),
+            lengths,
+            lengths,
+            new,
+            100,
+            window_size=window,
+            enable_gqa=True,
+            seqused_k=lengths[:4],
+        )
+        assert attended.shape == (4 * new, 14, 64) and attended.device == GPU
+    assert (
+        attention_by_length(GPU, torch.float32) is None and attention_by_length(torch.device("cpu"), torch.half) is None
+    )

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.attention.varlen import varlen_attn
 from transformers import Qwen2Config
 
 from simplear.language_model import LanguageModel, merged_weight
@@ -329,28 +330,38 @@ class DecoderStep(nn.Module):
 
 
 def attention_by_length(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor] | None:
-    """PyTorch's `varlen_attn`, where it runs and knows of caches; None where attention is to be masked.
+    """PyTorch's `varlen_attn` where it can read caches; None where attention must be masked.
 
-    It needs a GPU of Ampere's generation or later, two bytes a number, and a PyTorch that has its ``seqused_k``.
+    It needs a GPU of Ampere's generation or later, and two bytes a number.
     """
     if device.type != "cuda":
         return None
     lacking = ""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        lacking = "this PyTorch has no variable-length attention"
-    else:
-        if not {"seqused_k", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys():
-            lacking = "this PyTorch's variable-length attention reads no cache"
-    if not lacking and dtype not in (torch.bfloat16, torch.float16):
+    if dtype not in (torch.bfloat16, torch.float16):
         lacking = f"{dtype} was asked for"
-    if not lacking and torch.cuda.get_device_capability(device) < (8, 0):
+    elif torch.cuda.get_device_capability(device) < (8, 0):
         lacking = f"{torch.cuda.get_device_name(device)} is older than flash attention"
     if lacking:
         logger.info("attention while drawing reads whole caches under a mask, which is slower: %s", lacking)
         return None
-    return cast(Callable[..., Tensor], varlen_attn)
+    if {"seqused_k", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys():
+        return cast(Callable[..., Tensor], varlen_attn)
+    return _varlen_attn_before_caches
+
+
+def _varlen_attn_before_caches(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *lengths: Any,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+    seqused_k: Tensor,
+) -> Tensor:
+    """The operation under `varlen_attn` in releases (torch 2.11) whose function does not pass on what it can do."""
+    left, right = window_size
+    options: dict[str, Any] = {"window_size_left": left, "window_size_right": right, "seqused_k": seqused_k}
+    return torch.ops.aten._flash_attention_forward(query, key, value, *lengths, 0.0, right == 0, False, **options)[0]
 
 
 @contextmanager
