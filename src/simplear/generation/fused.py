@@ -219,6 +219,7 @@ class FusedEngine:
             self.step = DecoderStep(self.model, dtype)
             self.memory, self.prefilled = (CacheMemory(self.model.decoder.config, dtype, device) for _ in range(2))
             self.passes.clear()
+            self.pool = None
         self.step.load(self.model)
 
     def prefill(
@@ -298,15 +299,17 @@ class FusedEngine:
         device = self.memory.device
         if device.type != "cuda":
             return advance
-        stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
+        with torch.cuda.device(device):
+            stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP):
+                    advance()
+            torch.cuda.current_stream().wait_stream(stream)
+            # Passes run one after another and leave nothing in what they allocate, so graphs share it. A server's other
+            # threads may use the GPU meanwhile.
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 advance()
-        torch.cuda.current_stream(device).wait_stream(stream)
-        # Passes run one after another and leave nothing in what they allocate, so graphs share it.
-        with torch.cuda.graph(graph, pool=self.pool):
-            advance()
         self.pool = graph.pool()
         return graph.replay
 
