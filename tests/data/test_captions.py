@@ -38,7 +38,7 @@ def test_no_picture_is_decoded_for_its_caption(tmp_path: Path, monkeypatch: pyte
 
     write_folder(tmp_path / "pictures", pictures(3))
     write_webdataset(tmp_path / "x.tar", pictures(3))
-    monkeypatch.setattr("simplear.data.pictures.open_rgb", decode)
+    monkeypatch.setattr("simplear.data.sample.open_rgb", decode)
     sources = [ImageFolderSource(str(tmp_path / "pictures")), WebDatasetSource(str(tmp_path / "x.tar"))]
     for number, source in enumerate(sources):
         train_text_tokenizer_on(source, str(tmp_path / f"text{number}"), vocab_size=300)

@@ -5,7 +5,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from simplear.data.order import (
+from simplear.data.training.order import (
     CAPTION,
     DROPOUT,
     DataOrder,

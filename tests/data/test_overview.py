@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from simplear.cli import main
-from simplear.data.overview import look, page
+from simplear.data.jobs.texts import write_texts
 from simplear.data.shards import TokenRow, claim_directory, merge_manifest, write_shard
-from simplear.data.texts import write_texts
+from simplear.data.shards.show import look, page
 
 from .conftest import MeanTokenizer, make_rows, write_rows
 

@@ -17,7 +17,7 @@ from torch import distributed
 from torch.utils.data import get_worker_info
 
 from simplear.data import Captioner, Sample, ScenesSource, TokenShards, Unit, recaption, tokenize
-from simplear.data.prediction import RanksTogether
+from simplear.data.jobs.units import RanksTogether
 from simplear.data.shards import is_committed
 
 from .conftest import MeanTokenizer

@@ -34,8 +34,8 @@ from simplear.data import (
     recaption,
     tokenize,
 )
-from simplear.data.captioners import Answer
-from simplear.data.pictures import Drop
+from simplear.data.jobs.captioners import Answer
+from simplear.data.sample import Drop
 from simplear.data.shards import MANIFEST_FILE
 
 from .caption_server import MODEL, caption_server

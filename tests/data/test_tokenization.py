@@ -49,8 +49,8 @@ from simplear.data import (
     WebDatasetSource,
     tokenize,
 )
-from simplear.data.drops import DROPS_FILE
 from simplear.data.shards import MANIFEST_FILE, is_committed
+from simplear.data.shards.drops import DROPS_FILE
 from simplear.errors import UserError
 from simplear.visual_tokenizer import FSQAutoencoder, save_visual_tokenizer, to_pixels
 

@@ -1,9 +1,11 @@
 """Sources of pictures and captions, filters, recaptioning, token shards, the order of training, the DataModules."""
 
-from simplear.data.captioners import Captioner, ServerCaptioner, TransformersCaptioner
-from simplear.data.captions import train_text_tokenizer_on
-from simplear.data.crops import AspectBuckets, CentreCrop, Crop, RandomCrop
-from simplear.data.filters import (
+from simplear.data.jobs.captioners import Captioner, ServerCaptioner, TransformersCaptioner
+from simplear.data.jobs.recaption import recaption
+from simplear.data.jobs.text_tokenizer import train_text_tokenizer_on
+from simplear.data.jobs.tokenize import tokenize
+from simplear.data.prepare.crops import AspectBuckets, CentreCrop, Crop, RandomCrop
+from simplear.data.prepare.filters import (
     AspectRatio,
     CaptionLength,
     Column,
@@ -13,9 +15,6 @@ from simplear.data.filters import (
     PixelLimit,
     ShortEdge,
 )
-from simplear.data.images import ImageDataModule
-from simplear.data.recaptioned import RecaptionedSource
-from simplear.data.recaptioning import recaption
 from simplear.data.shards import TokenRow, TokenShards, merge_manifest, write_shard
 from simplear.data.sources import (
     HuggingFaceSource,
@@ -27,8 +26,9 @@ from simplear.data.sources import (
     Unit,
     WebDatasetSource,
 )
-from simplear.data.tokenization import tokenize
-from simplear.data.tokens import TokenDataModule
+from simplear.data.sources.recaptioned import RecaptionedSource
+from simplear.data.training.image_data import ImageDataModule
+from simplear.data.training.token_data import TokenDataModule
 
 __all__ = [
     "AspectBuckets",

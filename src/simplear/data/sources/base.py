@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from simplear.data.drops import drop
-from simplear.data.pictures import Drop, PictureFile, Pixels
+from simplear.data.sample import Drop, PictureFile, Pixels
+from simplear.data.shards.drops import drop
 from simplear.described import Described
 from simplear.errors import UserError
 from simplear.text_files import NotUTF8Error, read_lines, utf16_encoding, valid_unicode

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from simplear.data.pictures import ADDRESS, Drop, picture_at, read_unchanged
+from simplear.data.sample import ADDRESS, Drop, picture_at, read_unchanged
 from simplear.data.sources.base import (
     CAPTION_KEYS,
     CAPTION_SUFFIXES,

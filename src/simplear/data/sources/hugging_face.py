@@ -15,8 +15,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from simplear.data.drops import drop
-from simplear.data.pictures import Drop, PictureFile, picture_at
+from simplear.data.sample import Drop, PictureFile, picture_at
+from simplear.data.shards.drops import drop
 from simplear.data.sources.base import (
     CAPTION_KEYS,
     NO_CAPTION,

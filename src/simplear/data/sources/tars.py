@@ -21,8 +21,8 @@ from typing import Any, Self
 
 import pyarrow as pa
 
-from simplear.data.drops import drop
-from simplear.data.pictures import ADDRESS, MAX_BYTES, TOO_LARGE, Drop, PictureFile
+from simplear.data.sample import ADDRESS, MAX_BYTES, TOO_LARGE, Drop, PictureFile
+from simplear.data.shards.drops import drop
 from simplear.data.sources.base import (
     CAPTION_KEYS,
     CAPTION_SUFFIXES,

@@ -25,7 +25,7 @@ import torch
 from lightning.pytorch.loops.progress import _ProcessedTracker
 from torch.utils.data import DataLoader, Dataset
 
-from simplear.data.order import DataOrder, FirstBatches, MicroBatch, MicroBatchSampler, Order
+from simplear.data.training.order import DataOrder, FirstBatches, MicroBatch, MicroBatchSampler, Order
 from simplear.errors import UserError
 
 logger = logging.getLogger(__name__)

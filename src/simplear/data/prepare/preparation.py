@@ -13,13 +13,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from simplear.data.crops import CentreCrop, Crop
-from simplear.data.drops import Dropped, Drops, drop
-from simplear.data.filters import Filter
-from simplear.data.pictures import Drop, Pixels
+from simplear.data.jobs.unit_batches import UnitBatch, UnitDataset
+from simplear.data.prepare.crops import CentreCrop, Crop
+from simplear.data.prepare.filters import Filter
+from simplear.data.sample import Drop, Pixels
+from simplear.data.shards.drops import Dropped, Drops, drop
 from simplear.data.sources import Sample, Source, Unit
 from simplear.data.sources.base import NO_CAPTION, NO_PICTURE
-from simplear.data.units import UnitBatch, UnitDataset
 from simplear.errors import UserError
 
 Int64 = npt.NDArray[np.int64]

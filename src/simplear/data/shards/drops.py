@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from simplear.atomic import remove_abandoned
-from simplear.data.shards import write_atomically
+from simplear.data.shards.reader import write_atomically
 
 DROPS_FILE = "drops.parquet"
 UNITS_DIRECTORY = "drops"

@@ -2,7 +2,7 @@
 
 Every file is held against the one that vouches for it: a shard against its sidecar (bytes, SHA-256, rows, the checksum
 of each row, grids, codes), sidecars against the settings and the manifest. All that is wrong is listed, with file, row
-and remedy, and nothing is changed; `simplear.data.repair` takes the same findings.
+and remedy, and nothing is changed; `simplear.data.shards.repair` takes the same findings.
 
 Shards are looked at one by one, in this process or in several. Nothing here knows of pictures or of training.
 """
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from simplear.atomic import TEMPORARY_MARK
-from simplear.data.shards import (
+from simplear.data.shards.reader import (
     MANIFEST_FILE,
     OWN_FILES,
     SETTINGS_FILE,

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from simplear.data.datamodule import BatchDataset, OrderedDataModule
-from simplear.data.order import MicroBatch, choose_captions
-from simplear.data.pictures import Drop, Pixels, resize_and_crop, warn_of_drops
+from simplear.data.sample import Drop, Pixels, resize_and_crop, warn_of_drops
 from simplear.data.sources import IndexedSource, Sample, Source
+from simplear.data.training.order import MicroBatch, choose_captions
+from simplear.data.training.ordered_data import BatchDataset, OrderedDataModule
 from simplear.errors import UserError
 from simplear.visual_tokenizer import to_pixels
 

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from PIL import Image
 from xxhash import xxh3_64_intdigest
 
-from simplear.data.pictures import CENTRE, Pixels, resize_and_crop
+from simplear.data.sample import CENTRE, Pixels, resize_and_crop
 from simplear.described import Described
 from simplear.errors import UserError
 

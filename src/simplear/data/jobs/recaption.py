@@ -1,6 +1,6 @@
 """Pictures to long and short captions by a vision-language model, as a Lightning prediction: ``simplear recaption``.
 
-As in `simplear.data.tokenization`, each rank takes its share of the units that are not finished, and a prediction
+As in `simplear.data.jobs.tokenize`, each rank takes its share of the units that are not finished, and a prediction
 writer commits a unit when its last batch has come. Batches never reach over the end of a unit and decoding is greedy,
 so a run that was killed, or ran on more processes, gives the same bytes. An answer that is no caption (empty, cut off,
 too long, broken) is never used: its reason is counted and stands in its row. `RecaptionedSource` reads the result.
@@ -20,15 +20,15 @@ import lightning
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from simplear.data.captioners import Answer, Captioner
-from simplear.data.drops import Dropped, Drops, drop
-from simplear.data.pictures import Drop
-from simplear.data.prediction import UnitModule, UnitWriter, make_trainer, predict_units
-from simplear.data.recaptioned import FORMAT_VERSION, write_captions
+from simplear.data.jobs.captioners import Answer, Captioner
+from simplear.data.jobs.unit_batches import UnitBatch, UnitDataset, UnitEnd
+from simplear.data.jobs.units import UnitModule, UnitWriter, make_trainer, predict_units
+from simplear.data.sample import Drop
 from simplear.data.shards import claim_directory
+from simplear.data.shards.drops import Dropped, Drops, drop
 from simplear.data.sources import Sample, Source, Unit
 from simplear.data.sources.base import NO_PICTURE
-from simplear.data.units import UnitBatch, UnitDataset, UnitEnd
+from simplear.data.sources.recaptioned import FORMAT_VERSION, write_captions
 from simplear.errors import UserError
 
 logger = logging.getLogger(__name__)

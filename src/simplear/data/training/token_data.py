@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from simplear.data.datamodule import BatchDataset, OrderedDataModule
-from simplear.data.mixing import MixedOrder
-from simplear.data.order import DROPOUT, PREFIX, STAND_IN, MicroBatch, Order, choose_captions, uniforms
 from simplear.data.shards import Rows, TokenShards
+from simplear.data.training.mixing import MixedOrder
+from simplear.data.training.order import DROPOUT, PREFIX, STAND_IN, MicroBatch, Order, choose_captions, uniforms
+from simplear.data.training.ordered_data import BatchDataset, OrderedDataModule
 from simplear.errors import UserError
 from simplear.language_model import load_text_tokenizer
 from simplear.sequence import (
@@ -155,7 +155,7 @@ class TokenDataModule(OrderedDataModule):
 
     Without `weights` an epoch passes through all rows of all paths once. With them each global batch has rows of all
     paths by their shares, exactly but for rounding, and an epoch ends when the last path was passed through
-    (`simplear.data.mixing`).
+    (`simplear.data.training.mixing`).
 
     Validation and test take the rows in their order, captions never dropped; rows that fill no global batch are left
     out, with a line that says how many.

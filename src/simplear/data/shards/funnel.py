@@ -10,7 +10,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from simplear.data.shards import write_atomically
+from simplear.data.shards.reader import write_atomically
 
 FUNNEL_FILE = "drops.png"
 WIDTH, HEIGHT_OF_BAR, DOTS_PER_INCH = 8.0, 0.3, 120

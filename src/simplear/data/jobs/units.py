@@ -23,10 +23,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from simplear.atomic import remove_abandoned
-from simplear.data.pictures import warn_of_drops
+from simplear.data.jobs.unit_batches import UnitBatch, UnitDataset, UnitEnd, checked_units
+from simplear.data.sample import warn_of_drops
 from simplear.data.shards import MANIFEST_FILE, committed_sidecar, is_committed, merge_manifest, read_json
 from simplear.data.sources import Source, Unit
-from simplear.data.units import UnitBatch, UnitDataset, UnitEnd, checked_units
 from simplear.errors import SystemRefusedError, UserError
 from simplear.progress import progress_bar
 

@@ -27,20 +27,20 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from simplear.data.crops import CentreCrop, Crop
-from simplear.data.drops import Dropped, merge_drops, write_unit_drops
-from simplear.data.filters import Filter, MinimumScore
-from simplear.data.funnel import draw_funnel
-from simplear.data.prediction import UnitModule, UnitWriter, make_trainer, predict_units
-from simplear.data.preparation import EncoderBatches, Preparation
+from simplear.data.jobs.unit_batches import UnitBatch, UnitEnd
+from simplear.data.jobs.units import UnitModule, UnitWriter, make_trainer, predict_units
+from simplear.data.prepare.crops import CentreCrop, Crop
+from simplear.data.prepare.filters import Filter, MinimumScore
+from simplear.data.prepare.preparation import EncoderBatches, Preparation
 from simplear.data.shards import (
     MAX_CODEBOOK_SIZE,
     TokenRow,
     claim_directory,
     write_shard,
 )
+from simplear.data.shards.drops import Dropped, merge_drops, write_unit_drops
+from simplear.data.shards.funnel import draw_funnel
 from simplear.data.sources import Sample, Source
-from simplear.data.units import UnitBatch, UnitEnd
 from simplear.errors import UserError
 from simplear.visual_tokenizer import VisualTokenizer, load_visual_tokenizer
 

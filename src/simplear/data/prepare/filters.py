@@ -23,7 +23,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from simplear.data.pictures import Drop
+from simplear.data.sample import Drop
 from simplear.data.sources import Sample
 from simplear.data.sources.base import column as value_of
 from simplear.described import Described

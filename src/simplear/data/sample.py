@@ -2,7 +2,7 @@
 
 A `PictureFile` is a picture that is not decoded yet: its size is read from the header, so that filters can leave it out
 before the costly part, or a decompression bomb before it goes off. A picture smaller than asked for is enlarged;
-`simplear.data.filters` leaves out what should not be.
+`simplear.data.prepare.filters` leaves out what should not be.
 """
 
 from __future__ import annotations

@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from simplear.atomic import NO_LINK, remove_abandoned, sync, temporary_name, whole_file
-from simplear.data.drops import copy_unit_drops, merge_drops
-from simplear.data.repair import sole_keeper
-from simplear.data.shards import (
+from simplear.data.shards.drops import copy_unit_drops, merge_drops
+from simplear.data.shards.reader import (
     SETTINGS_FILE,
     claim_directory,
     is_committed,
@@ -31,6 +30,7 @@ from simplear.data.shards import (
     settings_of,
     write_json,
 )
+from simplear.data.shards.repair import sole_keeper
 from simplear.errors import MissingFileError, UserError
 from simplear.hashing import sha256_of
 from simplear.progress import progress_bar

@@ -16,8 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from simplear.atomic import remove_abandoned, sync
-from simplear.data.inspection import Findings, examine
-from simplear.data.shards import (
+from simplear.data.shards.reader import (
     MANIFEST_FILE,
     SETTINGS_FILE,
     all_entries,
@@ -25,6 +24,7 @@ from simplear.data.shards import (
     write_json,
     write_manifest,
 )
+from simplear.data.shards.verify import Findings, examine
 from simplear.errors import MissingFileError, UserError
 
 logger = logging.getLogger(__name__)

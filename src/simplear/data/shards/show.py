@@ -28,8 +28,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from simplear.atomic import whole_file
-from simplear.data.order import permutation
-from simplear.data.shards import Grid, TokenShards, read_manifest, settings_of
+from simplear.data.shards.reader import Grid, TokenShards, read_manifest, settings_of
+from simplear.data.training.order import permutation
 from simplear.errors import UserError
 from simplear.visual_tokenizer import VisualTokenizer, load_visual_tokenizer
 

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from simplear.data.drops import Dropped
+from simplear.data.shards.drops import Dropped
 from simplear.data.sources import Sample, Source, Unit
 from simplear.data.sources.base import RESERVED_NAMES
 from simplear.errors import UserError

@@ -22,7 +22,7 @@ from functools import cached_property
 
 import numpy as np
 
-from simplear.data.order import ROW_ORDER, GlobalBatch, Int64, permutation, permute_each
+from simplear.data.training.order import ROW_ORDER, GlobalBatch, Int64, permutation, permute_each
 from simplear.errors import UserError
 
 

@@ -1,0 +1,1 @@
+"""Work on the units of a source: tokenize, recaption, texts, a text tokenizer."""

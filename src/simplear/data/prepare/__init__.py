@@ -1,0 +1,1 @@
+"""Before a picture is encoded: filters, crops, and what is dropped."""

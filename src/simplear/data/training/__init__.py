@@ -1,0 +1,1 @@
+"""From shards to training batches: the order, mixing, and the DataModules."""
