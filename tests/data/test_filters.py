@@ -28,8 +28,7 @@ from simplear.data import (
 )
 from simplear.data.sample import Drop, PictureFile
 from simplear.data.shards import MANIFEST_FILE
-from simplear.data.shards.drops import DROPS_FILE
-from simplear.data.shards.funnel import FUNNEL_FILE, funnel
+from simplear.data.shards.drops import DROPS_FILE, FUNNEL_FILE, funnel
 
 from .conftest import MeanTokenizer
 

@@ -1,8 +1,8 @@
-"""Picture files to RGB arrays of one size.
+"""A picture with its captions on its way to a token shard, and the reason that it got no further.
 
-A `PictureFile` is a picture that is not decoded yet: its size is read from the header, so that filters can leave it out
-before the costly part, or a decompression bomb before it goes off. A picture smaller than asked for is enlarged;
-`simplear.data.prepare.filters` leaves out what should not be.
+A `Sample` holds a picture that may not be decoded yet (`PictureFile`): its size is read from the header, so that
+filters can leave it out before the costly part, or a decompression bomb before it goes off. Whoever cannot use a sample
+raises `Drop` with a reason; whoever reads samples counts it with `drop`. All other rooms build on this file.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import IO, Any
@@ -37,10 +37,88 @@ TOO_LARGE = f"file of more than {MAX_BYTES >> 20} MiB"
 MISSING_FILE = "picture file missing"
 WEB_ADDRESS = "web address in place of a picture (img2dataset fetches them)"
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.I)
+NO_CAPTION = "no caption"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture with its captions."""
+
+    key: str
+    """Names the sample within its source."""
+    picture: Image.Image | Pixels | PictureFile
+    """RGB, or a file that is decoded when the image is asked for."""
+    captions: Sequence[str]
+    """At least one, none empty, unless the source was told that captions are not required."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    codes: npt.NDArray[np.int64] | None = None
+    """(h, w), of a source whose pictures are tokenized already; then the picture is empty."""
+
+    @cached_property
+    def image(self) -> Image.Image | Pixels:
+        """RGB. Raises `Drop` when the picture cannot be decoded, ValueError where there are codes in its place."""
+        if self.codes is not None:
+            raise UserError(f"sample {self.key!r} has codes and no picture: this needs a source of pictures.")
+        return self.picture.open() if isinstance(self.picture, PictureFile) else self.picture
+
+    @cached_property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels, from the header alone where there is one: before an orientation is applied.
+
+        Raises `Drop` as `image` does, and ValueError where there are codes in place of a picture.
+        """
+        if self.codes is not None:
+            raise UserError(f"sample {self.key!r} has codes and no picture: filters by size cannot judge it.")
+        if isinstance(self.picture, np.ndarray):
+            return self.picture.shape[1], self.picture.shape[0]
+        return self.picture.size if isinstance(self.picture, Image.Image) else self.picture.size()
+
+
+NO_PICTURE: Pixels = np.empty((0, 0, 3), np.uint8)
+
+
+def column(row: Mapping[str, Any], name: str) -> Any:
+    """The value of a column, None without one; "a.b" is b of the object a unless there is a column of that name."""
+    if name in row:
+        return row[name]
+    for part in name.split("."):
+        if not isinstance(row, Mapping) or part not in row:
+            return None
+        row = row[part]
+    return row
 
 
 class Drop(Exception):
     """A sample that cannot be used; its text is the reason that is counted."""
+
+
+Dropped = tuple[str | None, str]
+"""Key and reason; no key where a source counted without naming it."""
+
+
+class Drops(Counter[str]):
+    """Counts by reason that know the keys too, for whoever reads a source."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._named: list[tuple[str, str]] = []
+
+    def listed(self) -> list[Dropped]:
+        """Every drop in the order of dropping, then those without a key."""
+        unnamed = Counter(self)
+        unnamed.subtract(reason for _, reason in self._named)
+        return [*self._named, *((None, reason) for reason in sorted(unnamed.elements()))]
+
+    def name(self, key: str, reason: str) -> None:
+        """Remember the key of a drop; it is counted apart."""
+        self._named.append((key, reason))
+
+
+def drop(drops: Counter[str], key: str, reason: object) -> None:
+    """Count a sample that is left out; `Drops` also remember its key."""
+    drops[str(reason)] += 1
+    if isinstance(drops, Drops):
+        drops.name(key, str(reason))
 
 
 def warn_of_drops(drops: Counter[str], where: str = "") -> None:
@@ -150,31 +228,3 @@ def read_unchanged(path: Path) -> bytes:
             f"{path} changed while it was read: wait until nothing writes there, and run the same again."
         )
     return content
-
-
-CENTRE = (0.5, 0.5)
-
-
-def resize_and_crop(
-    image: Image.Image | Pixels, height: int, width: int, place: tuple[float, float] = CENTRE
-) -> Pixels:
-    """A part of the picture at (height, width), as large a part as has that aspect; uint8 (height, width, 3).
-
-    Lanczos resampling; a picture of that size already is returned as it is.
-
-    Args:
-        image: RGB.
-        height: pixels.
-        width: pixels.
-        place: where the part lies in what is left over, down and across: 0 at top and left, 1 at bottom and right.
-    """
-    if isinstance(image, np.ndarray):
-        if image.shape[:2] == (height, width):
-            return image
-        image = Image.fromarray(image)
-    if image.size != (width, height):
-        scale = min(image.width / width, image.height / height)
-        left, top = (image.width - width * scale) * place[1], (image.height - height * scale) * place[0]
-        box = (left, top, left + width * scale, top + height * scale)
-        image = image.resize((width, height), Image.Resampling.LANCZOS, box=box)
-    return np.asarray(image)

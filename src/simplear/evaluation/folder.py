@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from simplear.data.sample import resize_and_crop
+from simplear.data.prepare.crops import resize_and_crop
 from simplear.data.sources.folders import pictures_below
 from simplear.errors import UserError
 from simplear.pictures import read_rgb

@@ -21,13 +21,18 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from simplear.data.jobs.captioners import Answer, Captioner
-from simplear.data.jobs.unit_batches import UnitBatch, UnitDataset, UnitEnd
-from simplear.data.jobs.units import UnitModule, UnitWriter, make_trainer, predict_units
-from simplear.data.sample import Drop
+from simplear.data.jobs.units import (
+    UnitBatch,
+    UnitDataset,
+    UnitEnd,
+    UnitModule,
+    UnitWriter,
+    make_trainer,
+    predict_units,
+)
+from simplear.data.sample import NO_PICTURE, Drop, Dropped, Drops, Sample, drop
 from simplear.data.shards import claim_directory
-from simplear.data.shards.drops import Dropped, Drops, drop
-from simplear.data.sources import Sample, Source, Unit
-from simplear.data.sources.base import NO_PICTURE
+from simplear.data.sources.base import Source, Unit
 from simplear.data.sources.recaptioned import FORMAT_VERSION, write_captions
 from simplear.errors import UserError
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from simplear.atomic import whole_directory
 from simplear.data.sample import warn_of_drops
-from simplear.data.sources import Source
+from simplear.data.sources.base import Source
 from simplear.errors import ExistingFileError, UserError
 from simplear.language_model import train_text_tokenizer
 

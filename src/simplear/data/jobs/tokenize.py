@@ -15,8 +15,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +27,62 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from simplear.data.jobs.unit_batches import UnitBatch, UnitEnd
-from simplear.data.jobs.units import UnitModule, UnitWriter, make_trainer, predict_units
+from simplear.data.jobs.units import (
+    UnitBatch,
+    UnitDataset,
+    UnitEnd,
+    UnitModule,
+    UnitWriter,
+    make_trainer,
+    predict_units,
+)
 from simplear.data.prepare.crops import CentreCrop, Crop
 from simplear.data.prepare.filters import Filter, MinimumScore
-from simplear.data.prepare.preparation import EncoderBatches, Preparation
-from simplear.data.shards import (
-    MAX_CODEBOOK_SIZE,
-    TokenRow,
-    claim_directory,
-    write_shard,
-)
-from simplear.data.shards.drops import Dropped, merge_drops, write_unit_drops
-from simplear.data.shards.funnel import draw_funnel
-from simplear.data.sources import Sample, Source
+from simplear.data.prepare.preparation import Preparation
+from simplear.data.sample import NO_PICTURE, Drop, Dropped, Drops, Pixels, Sample, drop
+from simplear.data.shards import MAX_CODEBOOK_SIZE, TokenRow, claim_directory, write_shard
+from simplear.data.shards.drops import draw_funnel, merge_drops, write_unit_drops
+from simplear.data.sources.base import Source, Unit
 from simplear.errors import UserError
+from simplear.hashing import Int64
 from simplear.visual_tokenizer import VisualTokenizer, load_visual_tokenizer
 
 logger = logging.getLogger(__name__)
+
+
+class EncoderBatches(UnitDataset):
+    """Pictures of one size each batch, or codes (B, h, w) int64 of pictures that are tokenized already."""
+
+    def __init__(self, source: Source, units: Sequence[Unit], batch_size: int, preparation: Preparation) -> None:
+        super().__init__(units)
+        self.source, self.batch_size, self.preparation = source, batch_size, preparation
+
+    def batches(self, unit: Unit, dropped: list[Dropped]) -> Iterator[UnitBatch]:
+        """Images are tensors (B, H, W, 3) uint8."""
+        drops, seen = Drops(), set[str]()
+        # Pictures that keep their own size, or get the grid nearest their shape, are gathered by size.
+        pending: dict[tuple[int, ...], list[tuple[int, Sample, Pixels | Int64]]] = {}
+        for index, sample in enumerate(self.source.candidates(unit, drops)):
+            try:
+                if sample.key in seen:
+                    raise Drop("duplicate key")
+                seen.add(sample.key)
+                prepared = self.preparation(sample)
+            except Drop as reason:
+                drop(drops, sample.key, reason)
+                continue
+            same_size = pending.setdefault(prepared.shape, [])
+            same_size.append((index, replace(sample, picture=NO_PICTURE, codes=None), prepared))
+            if len(same_size) == self.batch_size:
+                yield _batch(unit, pending.pop(prepared.shape))
+        for rows in pending.values():
+            yield _batch(unit, rows)
+        dropped += drops.listed()
+
+
+def _batch(unit: Unit, rows: list[tuple[int, Sample, Pixels | Int64]]) -> UnitBatch:
+    indices, samples, images = zip(*rows, strict=True)
+    return UnitBatch(unit.name, samples, torch.from_numpy(np.stack(images)), indices)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,9 @@
 """Work on a source's units as a Lightning prediction: what tokenizing and recaptioning have in common.
 
+Loader processes make batches of units. A batch never reaches over the end of a unit, and the last one of a unit is
+empty and says what was left out. What stops the work in a loader process is carried on as a batch too, so that the
+batches before it, which may end a unit, are written, and the message is the project's own.
+
 Each rank takes its share of the units that are not committed yet, a writer gathers a unit's rows and commits it when
 its last batch has come, and at the end the first rank merges the manifest. So work can be killed and run again, on any
 number of processes.
@@ -9,8 +13,10 @@ from __future__ import annotations
 
 import logging
 import warnings
+from abc import abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,21 +24,94 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback
-from torch import distributed
-from torch.utils.data import DataLoader
+from torch import Tensor, distributed
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from simplear.atomic import remove_abandoned
-from simplear.data.jobs.unit_batches import UnitBatch, UnitDataset, UnitEnd, checked_units
-from simplear.data.sample import warn_of_drops
+from simplear.data.sample import Dropped, Sample, warn_of_drops
 from simplear.data.shards import MANIFEST_FILE, committed_sidecar, is_committed, merge_manifest, read_json
-from simplear.data.sources import Source, Unit
+from simplear.data.sources.base import RESERVED_NAMES, Source, Unit
 from simplear.errors import SystemRefusedError, UserError
 from simplear.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
+LONGEST_NAME = 150
+"""Bytes of a unit's name: file systems allow 255, and files that are being written have longer ones."""
 TO_CONNECT, NO_LIMIT = timedelta(minutes=5), timedelta(days=365)
+
+
+@dataclass(frozen=True)
+class UnitEnd:
+    """What is known of a unit when all of it was read."""
+
+    dropped: list[Dropped]
+    identity: str | None
+    """See `Unit`."""
+
+
+@dataclass(frozen=True)
+class UnitBatch:
+    """Some pictures of one unit."""
+
+    unit: str
+    samples: Sequence[Sample] = ()
+    """Without their pictures."""
+    images: Any = None
+    """What is to be worked on, one for each sample."""
+    indices: Sequence[int] = ()
+    """Places of the samples in the unit."""
+    end: UnitEnd | None = None
+    """In the unit's last batch, which is empty."""
+    failure: Exception | None = None
+    """What stops the work."""
+
+    def pin_memory(self) -> UnitBatch:
+        """With pictures in memory from which a GPU copies beside its work."""
+        return replace(self, images=self.images.pin_memory()) if isinstance(self.images, Tensor) else self
+
+
+class UnitDataset(IterableDataset[UnitBatch]):
+    """Batches of units, one unit after another in each loader process."""
+
+    def __init__(self, units: Sequence[Unit]) -> None:
+        self.units = units
+
+    @abstractmethod
+    def batches(self, unit: Unit, dropped: list[Dropped]) -> Iterator[UnitBatch]:
+        """Batches of one unit but the last; `dropped` is to hold in the end what was left out."""
+
+    def __iter__(self) -> Iterator[UnitBatch]:
+        worker = get_worker_info()
+        for unit in self.units if worker is None else self.units[worker.id :: worker.num_workers]:
+            dropped: list[Dropped] = []
+            try:
+                identity = None if unit.identity is None else unit.identity()
+                yield from self.batches(unit, dropped)
+            except (ValueError, TypeError, OSError) as error:
+                yield UnitBatch(unit.name, failure=error)
+                return
+            yield UnitBatch(unit.name, end=UnitEnd(dropped, identity))
+            # Lightning hands a batch on when it has the next: the last would wait until another unit is begun.
+            yield UnitBatch(unit.name)
+
+
+def checked_units(source: Source) -> list[Unit]:
+    """The source's units. Raises ValueError for names that cannot be those of files in one directory."""
+    units, names = source.units(), set[str]()
+    for unit in units:
+        wrong = None
+        if unit.name in RESERVED_NAMES:
+            wrong = "which is the name of one of the directory's own files"
+        elif unit.name in names:
+            wrong = "as another one has"
+        elif not unit.name or "/" in unit.name or "\0" in unit.name or len(unit.name.encode()) > LONGEST_NAME:
+            wrong = f"which cannot be a file's: it takes 1 to {LONGEST_NAME} bytes without '/'"
+        if wrong:
+            raise UserError(f"a unit of {type(source).__name__} has the name {unit.name!r}, {wrong}: rename its file.")
+        names.add(unit.name)
+    return units
 
 
 def make_trainer(

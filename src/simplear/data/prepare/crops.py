@@ -1,4 +1,4 @@
-"""How a picture becomes one of the sizes that are tokenized: its centre, a random part, or the grid nearest its shape.
+"""How a picture becomes one of the sizes that are encoded: its centre, a random part, or the grid nearest its shape.
 
 A crop is a pure function of the picture's size and key, so shards do not depend on who made them.
 """
@@ -8,12 +8,40 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 
+import numpy as np
 from PIL import Image
 from xxhash import xxh3_64_intdigest
 
-from simplear.data.sample import CENTRE, Pixels, resize_and_crop
+from simplear.data.sample import Pixels
 from simplear.described import Described
 from simplear.errors import UserError
+
+CENTRE = (0.5, 0.5)
+
+
+def resize_and_crop(
+    image: Image.Image | Pixels, height: int, width: int, place: tuple[float, float] = CENTRE
+) -> Pixels:
+    """A part of the picture at (height, width), as large a part as has that aspect; uint8 (height, width, 3).
+
+    Lanczos resampling; a picture of that size already is returned as it is.
+
+    Args:
+        image: RGB.
+        height: pixels.
+        width: pixels.
+        place: where the part lies in what is left over, down and across: 0 at top and left, 1 at bottom and right.
+    """
+    if isinstance(image, np.ndarray):
+        if image.shape[:2] == (height, width):
+            return image
+        image = Image.fromarray(image)
+    if image.size != (width, height):
+        scale = min(image.width / width, image.height / height)
+        left, top = (image.width - width * scale) * place[1], (image.height - height * scale) * place[0]
+        box = (left, top, left + width * scale, top + height * scale)
+        image = image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+    return np.asarray(image)
 
 
 class Crop(Described, ABC):

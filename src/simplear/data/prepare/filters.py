@@ -23,9 +23,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from simplear.data.sample import Drop
-from simplear.data.sources import Sample
-from simplear.data.sources.base import column as value_of
+from simplear.data.sample import Drop, Sample
+from simplear.data.sample import column as value_of
 from simplear.described import Described
 from simplear.errors import MissingFileError, UserError
 from simplear.hashing import sha256_of_lines

@@ -1,28 +1,17 @@
-"""What happens to samples before they are encoded: filters, crop, and batches of one size, in loader processes.
-
-Whether a sample is used follows from the sample alone (and from the keys before it in its unit), so batches do not
-depend on who makes them. Nothing here knows of encoders or shards.
-"""
+"""A sample to the pixels that are encoded, or the reason that it is dropped."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
-import torch
 
-from simplear.data.jobs.unit_batches import UnitBatch, UnitDataset
 from simplear.data.prepare.crops import CentreCrop, Crop
 from simplear.data.prepare.filters import Filter
-from simplear.data.sample import Drop, Pixels
-from simplear.data.shards.drops import Dropped, Drops, drop
-from simplear.data.sources import Sample, Source, Unit
-from simplear.data.sources.base import NO_CAPTION, NO_PICTURE
+from simplear.data.sample import NO_CAPTION, Drop, Pixels, Sample
 from simplear.errors import UserError
-
-Int64 = npt.NDArray[np.int64]
+from simplear.hashing import Int64
 
 
 @dataclass(frozen=True)
@@ -68,38 +57,3 @@ class Preparation:
                 f"[0, {self.codebook_size}): it is of another visual tokenizer, or damaged. Name the tokenizer that "
                 "made it, or take the file out."
             )
-
-
-class EncoderBatches(UnitDataset):
-    """Pictures of one size each batch, or codes (B, h, w) int64 of pictures that are tokenized already."""
-
-    def __init__(self, source: Source, units: Sequence[Unit], batch_size: int, preparation: Preparation) -> None:
-        super().__init__(units)
-        self.source, self.batch_size, self.preparation = source, batch_size, preparation
-
-    def batches(self, unit: Unit, dropped: list[Dropped]) -> Iterator[UnitBatch]:
-        """Images are tensors (B, H, W, 3) uint8."""
-        drops, seen = Drops(), set[str]()
-        # Pictures that keep their own size, or get the grid nearest their shape, are gathered by size.
-        pending: dict[tuple[int, ...], list[tuple[int, Sample, Pixels | Int64]]] = {}
-        for index, sample in enumerate(self.source.candidates(unit, drops)):
-            try:
-                if sample.key in seen:
-                    raise Drop("duplicate key")
-                seen.add(sample.key)
-                prepared = self.preparation(sample)
-            except Drop as reason:
-                drop(drops, sample.key, reason)
-                continue
-            same_size = pending.setdefault(prepared.shape, [])
-            same_size.append((index, replace(sample, picture=NO_PICTURE, codes=None), prepared))
-            if len(same_size) == self.batch_size:
-                yield _batch(unit, pending.pop(prepared.shape))
-        for rows in pending.values():
-            yield _batch(unit, rows)
-        dropped += drops.listed()
-
-
-def _batch(unit: Unit, rows: list[tuple[int, Sample, Pixels | Int64]]) -> UnitBatch:
-    indices, samples, images = zip(*rows, strict=True)
-    return UnitBatch(unit.name, samples, torch.from_numpy(np.stack(images)), indices)

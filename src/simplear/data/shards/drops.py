@@ -1,4 +1,4 @@
-"""What was left out and why: counts by reason while reading, and a list of keys and reasons beside the shards.
+"""What was left out of a directory of shards: ``drops.parquet`` with keys and reasons, and ``drops.png``.
 
 A unit's list is written before its shard is committed, so a committed unit always has one (none where nothing was
 dropped). ``drops.parquet`` is put together from them in the order of the units, like the manifest, and so is the same
@@ -15,41 +15,18 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from matplotlib.figure import Figure
 
 from simplear.atomic import remove_abandoned
-from simplear.data.shards.reader import write_atomically
+from simplear.data.sample import Dropped
+from simplear.data.shards.writer import write_atomically
 
 DROPS_FILE = "drops.parquet"
 UNITS_DIRECTORY = "drops"
+FUNNEL_FILE = "drops.png"
 SCHEMA = pa.schema({"unit": pa.string(), "key": pa.string(), "reason": pa.string()})
-
-Dropped = tuple[str | None, str]
-"""Key and reason; no key where a source counted without naming it."""
-
-
-class Drops(Counter[str]):
-    """Counts by reason that know the keys too, for whoever reads a source."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._named: list[tuple[str, str]] = []
-
-    def listed(self) -> list[Dropped]:
-        """Every drop in the order of dropping, then those without a key."""
-        unnamed = Counter(self)
-        unnamed.subtract(reason for _, reason in self._named)
-        return [*self._named, *((None, reason) for reason in sorted(unnamed.elements()))]
-
-    def name(self, key: str, reason: str) -> None:
-        """Remember the key of a drop; it is counted apart."""
-        self._named.append((key, reason))
-
-
-def drop(drops: Counter[str], key: str, reason: object) -> None:
-    """Count a sample that is left out; `Drops` also remember its key."""
-    drops[str(reason)] += 1
-    if isinstance(drops, Drops):
-        drops.name(key, str(reason))
+WIDTH, HEIGHT_OF_BAR, DOTS_PER_INCH = 8.0, 0.3, 120
+"""Of the picture, in inches."""
 
 
 def write_unit_drops(directory: Path, unit: str, dropped: Sequence[Dropped]) -> None:
@@ -100,3 +77,48 @@ def _table(unit: str, dropped: Sequence[Dropped]) -> pa.Table:
     keys = [None if key is None else key.encode("utf-8", "backslashreplace").decode() for key, _ in dropped]
     columns = {"unit": [unit] * len(keys), "key": keys, "reason": [reason for _, reason in dropped]}
     return pa.table(columns, schema=SCHEMA)
+
+
+def funnel(manifest: Mapping[str, Any], filters: Sequence[Sequence[str]]) -> list[tuple[str, int, int]]:
+    """Reason, samples dropped for it, and samples left then, in the order in which the picture shows them.
+
+    What no filter claims (files that are no pictures, missing captions) comes first, the most frequent first; then the
+    filters in their order.
+
+    Args:
+        manifest: of token shards.
+        filters: the reasons of each filter.
+    """
+    drops: Counter[str] = Counter()
+    for shard in manifest["shards"]:
+        drops.update(shard["drops"])
+    claimed = [reason for reasons in filters for reason in reasons]
+    others = sorted(drops.keys() - set(claimed), key=lambda reason: (-drops[reason], reason))
+    left, steps = manifest["rows"] + drops.total(), []
+    for reason in [*others, *(reason for reason in claimed if drops[reason])]:
+        left -= drops[reason]
+        steps.append((reason, drops[reason], left))
+    return steps
+
+
+def draw_funnel(directory: Path, manifest: Mapping[str, Any], filters: Sequence[Sequence[str]]) -> Path:
+    """Write ``drops.png``: a bar for the samples read, and one for those left after each reason."""
+    steps = funnel(manifest, filters)
+    total = manifest["rows"] + sum(dropped for _, dropped, _ in steps)
+    labels = ["read", *(reason for reason, _, _ in steps)]
+    lefts = [total, *(left for _, _, left in steps)]
+    figure = Figure(figsize=(WIDTH, 1 + HEIGHT_OF_BAR * len(labels)), layout="constrained", dpi=DOTS_PER_INCH)
+    axes = figure.add_subplot()
+    places = range(len(labels))
+    axes.barh(places, lefts, color="tab:blue")
+    axes.barh(places, [0, *(dropped for _, dropped, _ in steps)], left=lefts, color="tab:red", alpha=0.5)
+    axes.set_yticks(places, labels)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"pictures: {manifest['rows']:,} of {total:,} kept")
+    for place, left in zip(places, lefts, strict=True):
+        dropped = "" if place == 0 else f", {steps[place - 1][1]:,} dropped"
+        axes.text(0, place, f" {left:,}{dropped}", va="center", fontsize="small")
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    write_atomically(directory / FUNNEL_FILE, image.getvalue())
+    return directory / FUNNEL_FILE

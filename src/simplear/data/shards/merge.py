@@ -19,18 +19,10 @@ from typing import Any
 
 from simplear.atomic import NO_LINK, remove_abandoned, sync, temporary_name, whole_file
 from simplear.data.shards.drops import copy_unit_drops, merge_drops
-from simplear.data.shards.reader import (
-    SETTINGS_FILE,
-    claim_directory,
-    is_committed,
-    merge_manifest,
-    read_json,
-    read_manifest,
-    settings_digest,
-    settings_of,
-    write_json,
-)
+from simplear.data.shards.format import SETTINGS_FILE, read_json, settings_digest, settings_of
+from simplear.data.shards.reader import read_manifest
 from simplear.data.shards.repair import sole_keeper
+from simplear.data.shards.writer import claim_directory, is_committed, merge_manifest, write_json
 from simplear.errors import MissingFileError, UserError
 from simplear.hashing import sha256_of
 from simplear.progress import progress_bar

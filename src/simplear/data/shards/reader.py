@@ -1,25 +1,18 @@
-"""Token shards: tokenized images with their captions, as Arrow files that are read by memory map.
+"""Read token shards by memory map.
 
-A directory holds one Arrow stream for each unit of work (``NAME.arrow``, which `datasets.Dataset.from_file` opens
-too), its sidecar (``NAME.json``: rows, bytes, SHA-256, grids, drops), ``settings.json`` (what the codes were made with
-and how), and ``manifest.json``, which merges them once all units are there. Files are written to a temporary name,
-synced and renamed, the sidecar after its shard: a shard that has its sidecar is committed, whatever was killed when.
-
-Reading goes past `datasets`: a row is some offsets and slices of mapped bytes. Each row carries a checksum of what
-training takes from it, compared whenever it is read, so nothing damaged is trained on and no start waits until 88 GB
-are hashed. A file of prompts reads as rows with an empty grid. Nothing here knows of pictures, of text tokenizers
-or of the order of training.
+Reading goes past `datasets`: a row is some offsets and slices of mapped bytes. Each row's checksum is compared whenever
+it is read, so nothing damaged is trained on and no start waits until 88 GB are hashed. A file of prompts reads as rows
+with an empty grid. Nothing here knows of pictures, of text tokenizers or of the order of training.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,329 +20,25 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
-from xxhash import xxh3_64_intdigest
 
-from simplear import atomic
-from simplear.atomic import temporary_name, whole_file
+from simplear.data.shards.format import (
+    DAMAGED,
+    MANIFEST_FILE,
+    SCHEMA,
+    TEXT_END,
+    Grid,
+    TokenRow,
+    all_entries,
+    read_json,
+    require_version,
+    row_checksum,
+    rows_table,
+)
 from simplear.errors import MissingFileError, SystemRefusedError, UserError
-from simplear.hashing import sha256_of
+from simplear.hashing import Int64, sha256_of
 from simplear.text_files import PROMPT_SUFFIXES, read_prompts
 
 logger = logging.getLogger(__name__)
-
-FORMAT_VERSION = 3
-"""Raised when a shard, sidecar or manifest changes so that older code cannot read it or this code not the older."""
-
-MANIFEST_FILE = "manifest.json"
-SETTINGS_FILE = "settings.json"
-OWN_FILES = (MANIFEST_FILE, SETTINGS_FILE)
-MANIFEST_KEYS = ("rows", "shards", "missing", "set_aside", "left_out", "drops")
-"""What a manifest has beside the settings: ``missing`` names units of the set that have no whole shard, ``set_aside``
-has the places, rows and grids of those of them that had one, and ``left_out`` names units that are there but no longer
-in the source."""
-
-SCHEMA = pa.schema(
-    {
-        "key": pa.string(),
-        "tokens": pa.list_(pa.uint16()),
-        "height": pa.int32(),
-        "width": pa.int32(),
-        "captions": pa.list_(pa.string()),
-        "metadata": pa.string(),
-        "source": pa.string(),
-        "checksum": pa.uint64(),
-    }
-)
-MAX_CODEBOOK_SIZE = 2**16
-"""Codes are stored as uint16."""
-
-TEXT_END = "\0"
-"""Between the texts of a row where they are read as one; a text may still have one inside."""
-
-DAMAGED = "delete it and run the same `simplear tokenize` again"
-"""What to do about a damaged shard; `simplear data repair` sets all that are damaged aside."""
-
-SETTINGS_DIGITS = 16
-"""Of the SHA-256 of a directory's settings, as each sidecar holds it."""
-
-Grid = tuple[int, int]
-Int64 = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class TokenRow:
-    """One tokenized image."""
-
-    key: str
-    """Names the image within its source."""
-    codes: npt.NDArray[np.uint16]
-    """(h, w) codes; (0, 0) for text alone."""
-    captions: Sequence[str]
-    """At least one."""
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    """Anything that JSON holds."""
-    source: str = ""
-    """The unit of work that the row comes from."""
-
-
-def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    """The file appears complete or not at all, also when the machine stops; an older one is replaced.
-
-    Raises OSError, naming the file, when the disk takes no more.
-    """
-    temporary = temporary_name(path)
-    with whole_file(path, temporary):
-        temporary.write_bytes(content)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """`write_atomically` of indented JSON."""
-    write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def row_checksum(codes: memoryview, grid: Grid, texts: bytes) -> int:
-    """XXH3 (64 bits, in [0, 2**64)) of what training reads of a row.
-
-    Args:
-        codes: uint16, in raster order, contiguous.
-        grid: (h, w).
-        texts: key, captions and metadata, as UTF-8 with `TEXT_END` between them.
-    """
-    height, width = grid
-    shape = (height & 0xFFFFFFFF) << 32 | width & 0xFFFFFFFF
-    return xxh3_64_intdigest(texts, xxh3_64_intdigest(codes, shape))
-
-
-def rows_table(rows: Sequence[TokenRow]) -> pa.Table:
-    """Rows as an Arrow table of one chunk.
-
-    Raises ValueError, naming the row, for one without a caption, or with text that is no valid Unicode.
-    """
-    metadata, checksums = [], []
-    for row in rows:
-        if not row.captions:
-            raise UserError(f"row {row.key!r} of {row.source!r} has no caption; an empty string would be one.")
-        metadata.append(json.dumps(row.metadata, ensure_ascii=False))
-        try:
-            texts = TEXT_END.join((row.key, *row.captions, metadata[-1])).encode()
-        except UnicodeEncodeError as error:
-            raise UserError(f"row {row.key!r} of {row.source!r} has text that is no valid Unicode: {error}.") from error
-        checksums.append(
-            row_checksum(np.ascontiguousarray(row.codes).data, (row.codes.shape[0], row.codes.shape[1]), texts)
-        )
-    ends = np.cumsum([0, *(row.codes.size for row in rows)], dtype=np.int32)
-    values = np.concatenate([np.empty(0, np.uint16), *(row.codes.reshape(-1) for row in rows)])
-    columns = {
-        "key": [row.key for row in rows],
-        "tokens": pa.ListArray.from_arrays(pa.array(ends), pa.array(values, pa.uint16())),
-        "height": [row.codes.shape[0] for row in rows],
-        "width": [row.codes.shape[1] for row in rows],
-        "captions": [list(row.captions) for row in rows],
-        "metadata": metadata,
-        "source": [row.source for row in rows],
-        "checksum": checksums,
-    }
-    return pa.table(columns, schema=SCHEMA)
-
-
-def write_shard(
-    directory: Path,
-    name: str,
-    rows: Sequence[TokenRow],
-    drops: Mapping[str, int] | None = None,
-    identity: str | None = None,
-) -> None:
-    """Write and commit the shard of one unit.
-
-    Args:
-        directory: existing directory.
-        name: name of the unit, which names the files.
-        rows: the unit's rows in their order; may be empty.
-        drops: pictures that gave no row, counted by reason.
-        identity: of what the unit was read from, see `simplear.data.Unit`.
-    """
-    table = rows_table(rows)
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, SCHEMA) as writer:
-        writer.write_table(table)
-    content = memoryview(sink.getvalue())
-    grids: dict[str, int] = {}
-    for row in rows:
-        grid = "x".join(map(str, row.codes.shape))
-        grids[grid] = grids.get(grid, 0) + 1
-    sidecar: dict[str, Any] = {"grids": dict(sorted(grids.items())), "drops": dict(sorted((drops or {}).items()))}
-    if (directory / SETTINGS_FILE).exists():
-        sidecar["settings"] = settings_digest(read_json(directory / SETTINGS_FILE))
-    commit(directory, f"{name}.arrow", content, len(rows), sidecar, identity)
-
-
-def commit(
-    directory: Path,
-    file: str,
-    content: bytes | memoryview,
-    rows: int,
-    sidecar: Mapping[str, Any],
-    identity: str | None = None,
-) -> None:
-    """Write a unit's file, and then the sidecar that commits it.
-
-    Args:
-        directory: existing directory.
-        file: the file's name.
-        content: of the file.
-        rows: in it.
-        sidecar: what the sidecar states beside rows, bytes and SHA-256.
-        identity: of what the unit was read from.
-    """
-    stated = {"file": file, "rows": rows, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    write_atomically(directory / file, content)
-    origin = {} if identity is None else {"identity": identity}
-    write_json(directory / f"{Path(file).stem}.json", {**stated, **sidecar, **origin})
-
-
-def settings_digest(settings: Mapping[str, Any]) -> str:
-    """Names the settings of a directory; a shard whose sidecar has another one was made for another directory."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:SETTINGS_DIGITS]
-
-
-def committed_sidecar(directory: Path, name: str, identity: str | None = None) -> dict[str, Any] | None:
-    """The sidecar of a unit whose file is there and has the size that the sidecar states; else None.
-
-    Args:
-        directory: of shards or captions.
-        name: of the unit.
-        identity: of what it should have been read from; None: not compared.
-
-    Raises ValueError, naming both, where it was read from something else.
-    """
-    file = directory / f"{name}.json"
-    try:
-        sidecar = read_json(file)
-        if (directory / sidecar["file"]).stat().st_size != sidecar["bytes"]:
-            return None
-    except FileNotFoundError:
-        return None
-    except KeyError as error:
-        raise UserError(f"{file} states no {error}: delete it and run the same again.") from error
-    if identity is not None and sidecar.get("identity", identity) != identity:
-        raise UserError(
-            f"{directory / sidecar['file']} was made from {name} of {sidecar['identity']}; the source's {name} has "
-            f"{identity}: take another directory for another corpus, or, where the file was fetched again, delete "
-            f"{file} and run the same again."
-        )
-    return sidecar
-
-
-def is_committed(directory: Path, name: str) -> bool:
-    """Whether a unit's shard is there with its sidecar and has the size that the sidecar states."""
-    return committed_sidecar(directory, name) is not None
-
-
-def claim_directory(directory: Path, settings: Mapping[str, Any]) -> None:
-    """Make the directory one of these settings, or make sure that it is already.
-
-    Args:
-        settings: ``visual_tokenizer`` (fingerprint), ``codebook_size``, ``downsample``, and whatever else decides what
-            the shards hold; JSON values.
-
-    Raises:
-        ValueError: the directory holds shards of other settings; names the first that differs.
-    """
-    atomic.claim_directory(directory / SETTINGS_FILE, {"format_version": FORMAT_VERSION, **settings})
-
-
-def merge_manifest(directory: Path, names: Iterable[str]) -> dict[str, Any]:
-    """Write and return ``manifest.json`` from ``settings.json`` and the sidecars of the named units, in their order.
-
-    Other units that are committed there, of a source that had them before, are left out of it, with a line that counts
-    them.
-
-    Raises ValueError naming the first unit that is not committed, or that was made for another directory.
-    """
-    settings = read_json(directory / SETTINGS_FILE)
-    shards: dict[str, Mapping[str, Any]] = {}
-    for name in names:
-        sidecar = committed_sidecar(directory, name)
-        if sidecar is None:
-            raise UserError(f"unit {name} in {directory} is not finished: run the same command again.")
-        if is_foreign(sidecar, settings):
-            raise UserError(
-                f"{directory / sidecar['file']} was made for another directory, of other settings: run `simplear data "
-                "repair` on this one, which sets it aside, and then the same tokenization again."
-            )
-        shards[name] = sidecar
-    others = {file.stem for file in directory.glob("*.json") if file.name not in OWN_FILES} - shards.keys()
-    left_out = sorted(name for name in others if _is_committed_here(directory, name))
-    if left_out:
-        logger.warning(
-            "%d units in %s are not of the source now and are left out of the manifest, the first is %s",
-            len(left_out),
-            directory,
-            left_out[0],
-        )
-    return write_manifest(directory, settings, list(shards.values()), left_out=left_out)
-
-
-def _is_committed_here(directory: Path, name: str) -> bool:
-    """Of any JSON file: whether it is a sidecar."""
-    try:
-        return is_committed(directory, name)
-    except (ValueError, TypeError):
-        return False
-
-
-def is_foreign(sidecar: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
-    """Whether a sidecar says that its shard was made under other settings; those written before it said so do not."""
-    return sidecar.get("settings") not in (None, settings_digest(settings))
-
-
-def write_manifest(
-    directory: Path, settings: Mapping[str, Any], shards: Sequence[Mapping[str, Any]], **notes: Any
-) -> dict[str, Any]:
-    """Write and return ``manifest.json``.
-
-    Args:
-        directory: of the shards.
-        settings: what ``settings.json`` holds.
-        shards: sidecars, in the order of the rows.
-        notes: ``missing``, ``set_aside`` and ``left_out`` (see `MANIFEST_KEYS`); empty ones are not written.
-    """
-    manifest = {**settings, "rows": sum(shard["rows"] for shard in shards), "shards": list(shards)}
-    manifest |= {name: note for name, note in notes.items() if note}
-    write_json(directory / MANIFEST_FILE, manifest)
-    return manifest
-
-
-def settings_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``settings.json`` holds, from a manifest."""
-    return {key: value for key, value in manifest.items() if key not in MANIFEST_KEYS}
-
-
-def all_entries(manifest: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Sidecars of a manifest by the names of their units, and in their places what is known of shards set aside."""
-    entries = [(Path(entry["file"]).stem, entry) for entry in manifest.get("shards", [])]
-    for name, note in sorted(manifest.get("set_aside", {}).items(), key=lambda item: item[1]["place"]):
-        entries.insert(note["place"], (name, note))
-    return dict(entries)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """An object of JSON. Raises ValueError, naming the file, for one that is cut short or no object."""
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:  # no JSON, or no UTF-8
-        raise UserError(f"{path} is no JSON ({error}): delete it and tokenize again.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is no JSON object: delete it and tokenize again.")
-    return content
-
-
-def require_version(path: Path, content: Mapping[str, Any]) -> None:
-    """Raises ValueError, naming the file, for settings or a manifest of another format version."""
-    if (version := content.get("format_version")) != FORMAT_VERSION:
-        newer = isinstance(version, int) and version > FORMAT_VERSION
-        remedy = "update simplear" if newer else "remove the directory and tokenize again"
-        raise UserError(f"{path} has format version {version}, this code reads {FORMAT_VERSION}: {remedy}.")
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

@@ -16,15 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from simplear.atomic import remove_abandoned, sync
-from simplear.data.shards.reader import (
-    MANIFEST_FILE,
-    SETTINGS_FILE,
-    all_entries,
-    read_json,
-    write_json,
-    write_manifest,
-)
+from simplear.data.shards.format import MANIFEST_FILE, SETTINGS_FILE, all_entries, read_json
 from simplear.data.shards.verify import Findings, examine
+from simplear.data.shards.writer import write_json, write_manifest
 from simplear.errors import MissingFileError, UserError
 
 logger = logging.getLogger(__name__)

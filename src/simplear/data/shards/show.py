@@ -28,9 +28,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from simplear.atomic import whole_file
-from simplear.data.shards.reader import Grid, TokenShards, read_manifest, settings_of
-from simplear.data.training.order import permutation
+from simplear.data.shards.format import Grid, settings_of
+from simplear.data.shards.reader import TokenShards, read_manifest
 from simplear.errors import UserError
+from simplear.hashing import permutation
 from simplear.visual_tokenizer import VisualTokenizer, load_visual_tokenizer
 
 ROWS_AT_ONCE = 256

@@ -22,18 +22,16 @@ from typing import Any
 import numpy as np
 
 from simplear.atomic import TEMPORARY_MARK
-from simplear.data.shards.reader import (
+from simplear.data.shards.format import (
     MANIFEST_FILE,
     OWN_FILES,
     SETTINGS_FILE,
-    Columns,
-    Damage,
     is_foreign,
     read_json,
     require_version,
     settings_of,
-    stated_shard,
 )
+from simplear.data.shards.reader import Columns, Damage, stated_shard
 from simplear.errors import MissingFileError, UserError
 from simplear.hashing import sha256_of
 from simplear.progress import progress_bar

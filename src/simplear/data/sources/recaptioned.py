@@ -23,9 +23,9 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from simplear.atomic import difference, shortened
+from simplear.data.sample import Sample, drop
 from simplear.data.shards import MANIFEST_FILE, commit, settings_digest, settings_of
-from simplear.data.shards.drops import drop
-from simplear.data.sources.base import Sample, Source, Unit, decoded
+from simplear.data.sources.base import Source, Unit, decoded
 from simplear.errors import MissingFileError, UserError
 
 logger = logging.getLogger(__name__)

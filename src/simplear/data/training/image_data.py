@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from simplear.data.sample import Drop, Pixels, resize_and_crop, warn_of_drops
-from simplear.data.sources import IndexedSource, Sample, Source
+from simplear.data.prepare.crops import resize_and_crop
+from simplear.data.sample import Drop, Pixels, Sample, warn_of_drops
+from simplear.data.sources.base import IndexedSource, Source
 from simplear.data.training.order import MicroBatch, choose_captions
 from simplear.data.training.ordered_data import BatchDataset, OrderedDataModule
 from simplear.errors import UserError

@@ -22,8 +22,9 @@ from functools import cached_property
 
 import numpy as np
 
-from simplear.data.training.order import ROW_ORDER, GlobalBatch, Int64, permutation, permute_each
+from simplear.data.training.order import ROW_ORDER, GlobalBatch
 from simplear.errors import UserError
+from simplear.hashing import Int64, permutation, permute_each
 
 
 class Apportionment:

@@ -1,10 +1,10 @@
 """The order of training data as a pure function: which rows make up global batch g of epoch e.
 
 Rows are bucketed by grid, so that a batch has one shape. Each epoch permutes the rows of each bucket and then the
-batches of all buckets; rows that fill no batch sit that epoch out. The permutations are Feistel networks with cycle
-walking: they need no memory and any batch is computed alone, so starting in the middle of 43 million rows takes as
-long as starting at the first. Ranks and accumulation only cut a global batch up, and every random choice about a
-sample is a hash of (seed, epoch, row): so another world size, or a run that was stopped and resumed, sees the same.
+batches of all buckets; rows that fill no batch sit that epoch out. The permutations (`simplear.hashing.Permutation`)
+need no memory and any batch is computed alone, so starting in the middle of 43 million rows takes as long as starting
+at the first. Ranks and accumulation only cut a global batch up, and every random choice about a sample is a hash of
+(seed, epoch, row): so another world size, or a run that was stopped and resumed, sees the same.
 
 Nothing here knows of files, captions or Lightning's loops.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -21,85 +21,19 @@ import numpy.typing as npt
 from torch.utils.data import DistributedSampler, SequentialSampler
 
 from simplear.errors import UserError
-from simplear.hashing import UInt64, mix
-
-Int64 = npt.NDArray[np.int64]
+from simplear.hashing import Int64, hash_key, mix, permutation
 
 Epoch = int | Int64
 """Times that rows were passed through before: one number, or one for each row (B,) where sets are mixed."""
-
-FEISTEL_ROUNDS = 6
-"""Four rounds of a Feistel network are a strong pseudo-random permutation (Luby and Rackoff); two more for tiny
-halves."""
 
 # What a random number is for; keeps the numbers of one sample independent of each other.
 ROW_ORDER, BATCH_ORDER, CAPTION, PREFIX, DROPOUT, STAND_IN = range(6)
 
 
-def _key(*words: Epoch) -> UInt64:
-    """64-bit keys from several integers: an array of length 1, whose arithmetic wraps silently, or as many as rows."""
-    key = np.zeros(1, dtype=np.uint64)
-    for word in words:
-        bits = word.astype(np.uint64) if isinstance(word, np.ndarray) else np.array([word % 2**64], dtype=np.uint64)
-        key = mix(key ^ bits)
-    return key
-
-
 def uniforms(seed: int, epoch: Epoch, rows: Int64, purpose: int) -> npt.NDArray[np.float64]:
     """One number in [0, 1) for each row, a pure function of (seed, epoch, row, purpose), shape (B,)."""
-    bits = mix(_key(seed, epoch, purpose) ^ mix(rows.astype(np.uint64)))
+    bits = mix(hash_key(seed, epoch, purpose) ^ mix(rows.astype(np.uint64)))
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-class Permutation:
-    """A pseudo-random permutation of ``range(size)``, evaluated where it is asked and held nowhere.
-
-    A Feistel network permutes the next larger power of four; a value outside the range is sent through it again until
-    it falls inside (cycle walking), which takes fewer than four turns on average.
-    """
-
-    def __init__(self, size: int, *key: int) -> None:
-        self.size = size
-        self.half_bits = np.uint64((max(size - 1, 1).bit_length() + 1) // 2)
-        self.round_keys = [_key(*key, turn) for turn in range(FEISTEL_ROUNDS)]
-
-    def __call__(self, positions: Int64) -> Int64:
-        """Images of positions, each in ``[0, size)``, shape (B,)."""
-        values = _network(positions.astype(np.uint64), self.half_bits, self.round_keys)
-        while (outside := values >= self.size).any():
-            values[outside] = _network(values[outside], self.half_bits, self.round_keys)
-        return values.astype(np.int64)
-
-
-def permute_each(permutations: Sequence[Permutation], which: Int64, positions: Int64) -> Int64:
-    """Images of positions (B,), each under one of several permutations; as fast as under one.
-
-    Args:
-        permutations: what to choose among.
-        which: (B,) the number of each position's permutation.
-        positions: (B,), each in ``[0, size)`` of its permutation.
-    """
-    sizes = np.array([one.size for one in permutations], np.uint64)[which]
-    half_bits = np.array([one.half_bits for one in permutations], np.uint64)[which]
-    keys = np.stack([np.concatenate(one.round_keys) for one in permutations], axis=1)[:, which]
-    values = _network(positions.astype(np.uint64), half_bits, keys)
-    while (outside := values >= sizes).any():
-        values[outside] = _network(values[outside], half_bits[outside], keys[:, outside])
-    return values.astype(np.int64)
-
-
-def _network(values: UInt64, half_bits: np.uint64 | UInt64, round_keys: Sequence[UInt64] | UInt64) -> UInt64:
-    mask = (np.uint64(1) << half_bits) - np.uint64(1)
-    left, right = values >> half_bits, values & mask
-    for key in round_keys:
-        left, right = right, left ^ (mix(right ^ key) & mask)
-    return (left << half_bits) | right
-
-
-@lru_cache(maxsize=256)
-def permutation(size: int, *key: int) -> Permutation:
-    """As `Permutation`; consecutive batches share their epoch's."""
-    return Permutation(size, *key)
 
 
 class GlobalBatch(NamedTuple):
