@@ -43,7 +43,16 @@ class Filter(Described, ABC):
         """All reasons that this filter drops for, each its own."""
 
 
-class ShortEdge(Filter):
+class SingleReasonFilter(Filter):
+    """Base of filters that drop for one reason."""
+
+    reason: str
+
+    def reasons(self) -> list[str]:
+        return [self.reason]
+
+
+class ShortEdge(SingleReasonFilter):
     """Drops pictures whose short edge has fewer pixels; the paper keeps 1,024 and more for fine-tuning."""
 
     def __init__(self, minimum: int) -> None:
@@ -58,11 +67,8 @@ class ShortEdge(Filter):
         if min(sample.size) < self.minimum:
             raise Drop(self.reason)
 
-    def reasons(self) -> list[str]:
-        return [self.reason]
 
-
-class AspectRatio(Filter):
+class AspectRatio(SingleReasonFilter):
     """Drops pictures that are longer, long side over short, however they are turned."""
 
     def __init__(self, maximum: float) -> None:
@@ -79,11 +85,8 @@ class AspectRatio(Filter):
         if max(sample.size) > self.maximum * min(sample.size):
             raise Drop(self.reason)
 
-    def reasons(self) -> list[str]:
-        return [self.reason]
 
-
-class PixelLimit(Filter):
+class PixelLimit(SingleReasonFilter):
     """Drops pictures with more pixels, before they are decoded and fill the memory.
 
     Without it the limit is Pillow's, 179 million pixels. A picture takes 4 to 8 bytes a pixel while it is decoded, as
@@ -101,9 +104,6 @@ class PixelLimit(Filter):
     def check(self, sample: Sample) -> None:
         if sample.size[0] * sample.size[1] > self.maximum:
             raise Drop(self.reason)
-
-    def reasons(self) -> list[str]:
-        return [self.reason]
 
 
 class CaptionLength(Filter):
@@ -192,7 +192,7 @@ class Column(Filter):
         return [reason for reason, possible in asked.items() if possible]
 
 
-class Listed(Filter):
+class Listed(SingleReasonFilter):
     """Drops what a list names: duplicates, pictures of a benchmark, wishes to be left out."""
 
     not_described = frozenset({"path"})
@@ -218,9 +218,6 @@ class Listed(Filter):
         if value is not None and str(value) in self.listed:
             raise Drop(self.reason)
 
-    def reasons(self) -> list[str]:
-        return [self.reason]
-
     def describe(self) -> dict[str, Any]:
         """The entries in place of the list's path."""
         return {**super().describe(), "entries": sha256_of_lines(sorted(self.listed))}
@@ -234,7 +231,7 @@ class Scorer(Protocol):
         """Scores (B,) of images (B, 3, H, W) in [0, 1], B captions and B dictionaries."""
 
 
-class MinimumScore(Filter):
+class MinimumScore(SingleReasonFilter):
     """Drops pictures whose score is lower, as they are tokenized: cropped, with their first caption."""
 
     def __init__(self, scorer: Scorer, minimum: float) -> None:
@@ -264,6 +261,3 @@ class MinimumScore(Filter):
                 f"batch that begins with {samples[0].key!r}."
             )
         return scores.to(images.device) >= self.minimum
-
-    def reasons(self) -> list[str]:
-        return [self.reason]

@@ -18,7 +18,7 @@ from pathlib import Path
 from simplear.atomic import remove_abandoned, sync
 from simplear.data.shards.format import MANIFEST_FILE, SETTINGS_FILE, all_entries, read_json
 from simplear.data.shards.verify import Findings, examine
-from simplear.data.shards.writer import write_json, write_manifest
+from simplear.data.shards.writer import manifest_of, write_json
 from simplear.errors import MissingFileError, UserError
 
 logger = logging.getLogger(__name__)
@@ -147,10 +147,8 @@ def _write_manifest(found: Findings) -> Sequence[str]:
         if name not in found.whole
     }
     left_out = [name for name in found.left_out if name in found.whole]
-    notes = {"missing": missing, "set_aside": set_aside, "left_out": left_out}
-    content = {**found.settings, "rows": sum(shard["rows"] for shard in shards), "shards": shards}
-    content |= {name: note for name, note in notes.items() if note}
-    if found.manifest is None or {k: v for k, v in before.items() if k != "drops"} != content:
-        write_manifest(found.directory, found.settings, shards, **notes)
+    manifest = manifest_of(found.settings, shards, missing=missing, set_aside=set_aside, left_out=left_out)
+    if found.manifest is None or {k: v for k, v in before.items() if k != "drops"} != manifest:
+        write_json(found.directory / MANIFEST_FILE, manifest)
         print(f"{found.directory / MANIFEST_FILE} is written anew")
     return missing

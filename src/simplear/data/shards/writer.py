@@ -179,7 +179,9 @@ def merge_manifest(directory: Path, names: Iterable[str]) -> dict[str, Any]:
             directory,
             left_out[0],
         )
-    return write_manifest(directory, settings, list(shards.values()), left_out=left_out)
+    manifest = manifest_of(settings, list(shards.values()), left_out=left_out)
+    write_json(directory / MANIFEST_FILE, manifest)
+    return manifest
 
 
 def _is_committed_here(directory: Path, name: str) -> bool:
@@ -190,18 +192,13 @@ def _is_committed_here(directory: Path, name: str) -> bool:
         return False
 
 
-def write_manifest(
-    directory: Path, settings: Mapping[str, Any], shards: Sequence[Mapping[str, Any]], **notes: Any
-) -> dict[str, Any]:
-    """Write and return ``manifest.json``.
+def manifest_of(settings: Mapping[str, Any], shards: Sequence[Mapping[str, Any]], **notes: Any) -> dict[str, Any]:
+    """What ``manifest.json`` holds.
 
     Args:
-        directory: of the shards.
         settings: what ``settings.json`` holds.
         shards: sidecars, in the order of the rows.
-        notes: ``missing``, ``set_aside`` and ``left_out`` (see `MANIFEST_KEYS`); empty ones are not written.
+        notes: ``missing``, ``set_aside`` and ``left_out`` (see `MANIFEST_KEYS`); empty ones are left out.
     """
     manifest = {**settings, "rows": sum(shard["rows"] for shard in shards), "shards": list(shards)}
-    manifest |= {name: note for name, note in notes.items() if note}
-    write_json(directory / MANIFEST_FILE, manifest)
-    return manifest
+    return manifest | {name: note for name, note in notes.items() if note}

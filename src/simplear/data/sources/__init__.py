@@ -24,24 +24,22 @@ A source of your own derives from `Source` (two methods) and is named by its cla
 by their addresses, which img2dataset does.
 """
 
-from simplear.data.sample import Sample
-from simplear.data.sources.base import CAPTION_KEYS, IndexedSource, Source, Unit, captions_and_metadata
+from simplear.data.sources.base import IndexedSource, Source, Unit
 from simplear.data.sources.folders import ImageFolderSource
 from simplear.data.sources.hugging_face import HuggingFaceSource
+from simplear.data.sources.recaptioned import RecaptionedSource
 from simplear.data.sources.scenes import ScenesSource
 from simplear.data.sources.tars import WebDatasetSource
 from simplear.data.sources.token_files import TokenFilesSource
 
 __all__ = [
-    "CAPTION_KEYS",
     "HuggingFaceSource",
     "ImageFolderSource",
     "IndexedSource",
-    "Sample",
+    "RecaptionedSource",
     "ScenesSource",
     "Source",
     "TokenFilesSource",
     "Unit",
     "WebDatasetSource",
-    "captions_and_metadata",
 ]

@@ -122,33 +122,6 @@ class DataOrder:
         return GlobalBatch(epoch, bucket, positions)
 
 
-@dataclass(frozen=True)
-class FirstBatches:
-    """The first global batches of an order, the very same again and again."""
-
-    order: Order
-    count: int
-
-    @property
-    def global_batch_size(self) -> int:
-        """As the order's."""
-        return self.order.global_batch_size
-
-    @property
-    def batches_per_epoch(self) -> int:
-        """As the order's: the Trainer limits it."""
-        return self.order.batches_per_epoch
-
-    @property
-    def rows_left_out(self) -> int:
-        """As the order's."""
-        return self.order.rows_left_out
-
-    def __getitem__(self, number: int) -> GlobalBatch:
-        """Global batch `number`, counted from the beginning of the first epoch."""
-        return self.order[number % self.count]
-
-
 def micro_batch_size(global_batch_size: int, world_size: int, accumulation: int) -> int:
     """Rows of one forward and backward pass on one rank. Raises ValueError when it is no whole number."""
     if accumulation < 1:
@@ -206,6 +179,8 @@ class MicroBatchSampler(DistributedSampler[MicroBatch], SequentialSampler):  # t
         """
         self.order, self.rank, self.world_size, self.accumulation = order, rank, world_size, accumulation
         self.start, self.endless = start, endless
+        self.period = 0
+        """The order begins again after this many global batches; 0: never."""
         self.size = micro_batch_size(order.global_batch_size, world_size, accumulation)
 
     def __len__(self) -> int:
@@ -216,7 +191,7 @@ class MicroBatchSampler(DistributedSampler[MicroBatch], SequentialSampler):  # t
         number = self.start()
         end = (number // self.order.batches_per_epoch + 1) * self.order.batches_per_epoch
         while self.endless or number < end:
-            batch = self.order[number]
+            batch = self.order[number % self.period if self.period else number]
             for step in range(self.accumulation):
                 first = (step * self.world_size + self.rank) * self.size
                 part = slice(first, first + self.size)

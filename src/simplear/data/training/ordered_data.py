@@ -25,7 +25,7 @@ import torch
 from lightning.pytorch.loops.progress import _ProcessedTracker
 from torch.utils.data import DataLoader, Dataset
 
-from simplear.data.training.order import DataOrder, FirstBatches, MicroBatch, MicroBatchSampler, Order
+from simplear.data.training.order import DataOrder, MicroBatch, MicroBatchSampler, Order
 from simplear.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ class OrderedDataModule(lightning.LightningDataModule):
         if self.trainer is not None:
             self._check_limits(self.trainer, sampler)
             if self.trainer.overfit_batches:  # type: ignore[attr-defined]
-                sampler.order = FirstBatches(sampler.order, self.steps_per_epoch)
+                sampler.period = self.steps_per_epoch
         sampler.start = lambda: self.global_batches_consumed
         if self._restored is not None:
             self._require_same_order(self._restored)
