@@ -242,7 +242,7 @@ def recaption(
         "source": source.describe(),
     }
     claim_directory(directory, settings)
-    trainer = make_trainer(accelerator, devices, num_nodes, strategy, [CaptionWriter(directory)])
+    trainer = make_trainer(accelerator, devices, num_nodes, strategy, callbacks=[CaptionWriter(directory)])
     wanted = {
         "long": Wanted(long_prompt, long_tokens, long_characters),
         "short": Wanted(short_prompt, short_tokens, short_characters),

@@ -292,7 +292,7 @@ def tokenize(
     claim_directory(directory, settings)
     precision = "bf16-mixed" if bf16 else "32-true"
     writer = ShardWriter(directory)
-    trainer = make_trainer(accelerator, devices, num_nodes, strategy, [writer], precision=precision)
+    trainer = make_trainer(accelerator, devices, num_nodes, strategy, callbacks=[writer], precision=precision)
     preparation = Preparation(
         size, tokenizer.downsample, tokenizer.codebook_size, crop or CentreCrop(), tuple(filters or ())
     )

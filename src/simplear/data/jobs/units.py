@@ -23,7 +23,7 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import BasePredictionWriter, Callback
+from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor, distributed
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
@@ -114,26 +114,12 @@ def checked_units(source: Source) -> list[Unit]:
     return units
 
 
-def make_trainer(
-    accelerator: str = "auto",
-    devices: int = 1,
-    num_nodes: int = 1,
-    strategy: str = "auto",
-    callbacks: Sequence[Callback] = (),
-    **options: Any,
-) -> lightning.Trainer:
+def make_trainer(accelerator: str, devices: int, num_nodes: int, strategy: str, **options: Any) -> lightning.Trainer:
     """A Trainer that predicts and keeps nothing. Arguments as Lightning's."""
+    shown = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    options |= dict.fromkeys(shown, False)
     return lightning.Trainer(
-        accelerator=accelerator,
-        devices=devices,
-        num_nodes=num_nodes,
-        strategy=strategy,
-        callbacks=list(callbacks),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options,
+        accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=strategy, **options
     )
 
 

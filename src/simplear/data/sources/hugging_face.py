@@ -70,7 +70,6 @@ class HuggingFaceSource(IndexedSource):
         """
         import datasets  # takes a second to import, which other sources need not pay
 
-        self.path = path
         self.images = [image] if isinstance(image, str) else list(image)
         self.captions = [captions] if isinstance(captions, str) else captions
         self.key_column, self.metadata = key, metadata

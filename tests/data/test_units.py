@@ -21,7 +21,7 @@ from simplear.data.jobs.units import RanksTogether
 from simplear.data.shards import is_committed
 
 from .conftest import MeanTokenizer
-from .test_recaptioning import MeanCaptioner
+from .test_recaption import MeanCaptioner
 
 SHORT = timedelta(seconds=1)
 PATIENCE = 60.0

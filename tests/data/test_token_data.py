@@ -318,7 +318,7 @@ import json, sys, lightning, torch
 from pathlib import Path
 from lightning.pytorch.strategies import DDPStrategy
 sys.path.insert(0, sys.argv[4])
-from data.test_tokens import Recorder
+from data.test_token_data import Recorder
 from simplear.data import TokenDataModule
 
 if __name__ == "__main__":

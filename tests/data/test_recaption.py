@@ -375,7 +375,7 @@ def test_with_a_server_that_stops_on_the_way(tmp_path: Path) -> None:
 TWO_PROCESSES = """
 import sys
 sys.path.insert(0, sys.argv[2])
-from data.test_recaptioning import MeanCaptioner
+from data.test_recaption import MeanCaptioner
 from simplear.data import ScenesSource, recaption
 
 if __name__ == "__main__":
