@@ -37,13 +37,13 @@ from simplear.data.shards import TokenRow, TokenShards, merge_manifest, write_sh
 from simplear.data.sources import (
     HuggingFaceSource,
     ImageFolderSource,
+    RecaptionedSource,
     ScenesSource,
     Source,
     TokenFilesSource,
     Unit,
     WebDatasetSource,
 )
-from simplear.data.sources.recaptioned import RecaptionedSource
 from simplear.data.training.image_data import ImageDataModule
 from simplear.data.training.token_data import TokenDataModule
 
