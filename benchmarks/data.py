@@ -47,10 +47,11 @@ from simplear.data import (
     tokenize,
     write_shard,
 )
-from simplear.data.order import Int64, MicroBatch, MicroBatchSampler
-from simplear.data.pictures import resize_and_crop
+from simplear.data.prepare.crops import resize_and_crop
 from simplear.data.shards import claim_directory, write_json
-from simplear.data.tokens import TokenBatches
+from simplear.data.training.order import MicroBatch, MicroBatchSampler
+from simplear.data.training.token_data import TokenBatches
+from simplear.hashing import Int64
 from simplear.language_model import train_text_tokenizer
 from simplear.visual_tokenizer import FSQAutoencoder
 

@@ -15,7 +15,7 @@ import pytest
 
 from corpora import png, write_tar
 from simplear.data import ImageFolderSource, Listed, Source, TokenFilesSource, TokenShards, WebDatasetSource
-from simplear.data.texts import write_texts
+from simplear.data.jobs.texts import write_texts
 from simplear.errors import UserError
 from simplear.evaluation.dpg_rules import COLUMNS, read_questions
 from simplear.text_files import decode, parse_json, read_json, read_lines, read_objects, read_prompts, read_table

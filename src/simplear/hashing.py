@@ -1,12 +1,13 @@
-"""The hash behind every random number that must be the same on any machine and in any order, for arrays and tensors;
-and that of files.
+"""The hash behind every random number and permutation that must be the same on any machine and in any order, for arrays
+and tensors; and that of files.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,14 @@ from torch import Tensor
 from simplear.errors import SystemRefusedError
 
 UInt64 = npt.NDArray[np.uint64]
+Int64 = npt.NDArray[np.int64]
 
 INCREMENT, FIRST, SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 """SplitMix64's constants: its step from one state to the next, and the factors of its finaliser."""
+
+FEISTEL_ROUNDS = 6
+"""Four rounds of a Feistel network are a strong pseudo-random permutation (Luby and Rackoff); two more for tiny
+halves."""
 
 IDENTITY_BYTES, IDENTITY_DIGITS = 64 * 1024, 16
 """Of each end of a file, that `file_identity` hashes, and of the hash, that it keeps."""
@@ -30,6 +36,15 @@ def mix(words: UInt64) -> UInt64:
     words = (words ^ (words >> np.uint64(30))) * np.uint64(FIRST)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(SECOND)
     return words ^ (words >> np.uint64(31))
+
+
+def hash_key(*words: int | Int64) -> UInt64:
+    """64-bit keys from several integers: an array of length 1, whose arithmetic wraps silently, or as many as rows."""
+    key = np.zeros(1, dtype=np.uint64)
+    for word in words:
+        bits = word.astype(np.uint64) if isinstance(word, np.ndarray) else np.array([word % 2**64], dtype=np.uint64)
+        key = mix(key ^ bits)
+    return key
 
 
 def mix_tensor(words: Tensor) -> Tensor:
@@ -49,6 +64,57 @@ def signed(word: int) -> int:
     """The int64 of the same bits."""
     word %= 2**64
     return word - 2**64 if word >= 2**63 else word
+
+
+class Permutation:
+    """A pseudo-random permutation of ``range(size)``, evaluated where it is asked and held nowhere.
+
+    A Feistel network permutes the next larger power of four; a value outside the range is sent through it again until
+    it falls inside (cycle walking), which takes fewer than four turns on average.
+    """
+
+    def __init__(self, size: int, *key: int) -> None:
+        self.size = size
+        self.half_bits = np.uint64((max(size - 1, 1).bit_length() + 1) // 2)
+        self.round_keys = [hash_key(*key, turn) for turn in range(FEISTEL_ROUNDS)]
+
+    def __call__(self, positions: Int64) -> Int64:
+        """Images of positions, each in ``[0, size)``, shape (B,)."""
+        values = _network(positions.astype(np.uint64), self.half_bits, self.round_keys)
+        while (outside := values >= self.size).any():
+            values[outside] = _network(values[outside], self.half_bits, self.round_keys)
+        return values.astype(np.int64)
+
+
+def permute_each(permutations: Sequence[Permutation], which: Int64, positions: Int64) -> Int64:
+    """Images of positions (B,), each under one of several permutations; as fast as under one.
+
+    Args:
+        permutations: what to choose among.
+        which: (B,) the number of each position's permutation.
+        positions: (B,), each in ``[0, size)`` of its permutation.
+    """
+    sizes = np.array([one.size for one in permutations], np.uint64)[which]
+    half_bits = np.array([one.half_bits for one in permutations], np.uint64)[which]
+    keys = np.stack([np.concatenate(one.round_keys) for one in permutations], axis=1)[:, which]
+    values = _network(positions.astype(np.uint64), half_bits, keys)
+    while (outside := values >= sizes).any():
+        values[outside] = _network(values[outside], half_bits[outside], keys[:, outside])
+    return values.astype(np.int64)
+
+
+def _network(values: UInt64, half_bits: np.uint64 | UInt64, round_keys: Sequence[UInt64] | UInt64) -> UInt64:
+    mask = (np.uint64(1) << half_bits) - np.uint64(1)
+    left, right = values >> half_bits, values & mask
+    for key in round_keys:
+        left, right = right, left ^ (mix(right ^ key) & mask)
+    return (left << half_bits) | right
+
+
+@lru_cache(maxsize=256)
+def permutation(size: int, *key: int) -> Permutation:
+    """As `Permutation`; consecutive batches share their epoch's."""
+    return Permutation(size, *key)
 
 
 def sha256_of(file: Path) -> str:

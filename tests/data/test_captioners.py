@@ -13,8 +13,8 @@ from PIL import Image, ImageChops
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from simplear.data import ServerCaptioner, TransformersCaptioner
-from simplear.data.captioners import Answer
-from simplear.data.recaptioning import Wanted, caption_of, shrunk
+from simplear.data.jobs.captioners import Answer
+from simplear.data.jobs.recaption import Wanted, caption_of, shrunk
 
 from .caption_server import MODEL, CaptionServer, caption_server
 from .vision_language import write_vision_language_model

@@ -9,8 +9,7 @@ import pytest
 from PIL import Image
 
 from simplear.data import AspectBuckets, CentreCrop, ImageFolderSource, RandomCrop, ScenesSource, TokenShards, tokenize
-from simplear.data.crops import Crop
-from simplear.data.pictures import resize_and_crop
+from simplear.data.prepare.crops import Crop, resize_and_crop
 from simplear.data.shards import MANIFEST_FILE
 
 from .conftest import MeanTokenizer

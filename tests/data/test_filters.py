@@ -26,10 +26,9 @@ from simplear.data import (
     WebDatasetSource,
     tokenize,
 )
-from simplear.data.drops import DROPS_FILE
-from simplear.data.funnel import FUNNEL_FILE, funnel
-from simplear.data.pictures import Drop, PictureFile
+from simplear.data.sample import Drop, PictureFile
 from simplear.data.shards import MANIFEST_FILE
+from simplear.data.shards.drops import DROPS_FILE, FUNNEL_FILE, funnel
 
 from .conftest import MeanTokenizer
 

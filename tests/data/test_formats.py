@@ -29,7 +29,7 @@ from simplear.data import (
     recaption,
     tokenize,
 )
-from simplear.data.drops import DROPS_FILE
+from simplear.data.shards.drops import DROPS_FILE
 from simplear.generation import SimpleARPipeline
 from toys import write_pretraining
 

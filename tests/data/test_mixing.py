@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from simplear.data import TokenDataModule
-from simplear.data.mixing import Apportionment, MixedOrder
-from simplear.data.order import DataOrder, MicroBatchSampler
+from simplear.data.training.mixing import Apportionment, MixedOrder
+from simplear.data.training.order import DataOrder, MicroBatchSampler
 
 from .conftest import make_rows, write_rows
-from .test_tokens import fit
+from .test_token_data import fit
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*dirpath has changed.*", "ignore:.*exists and is not empty.*")
 

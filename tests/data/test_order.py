@@ -5,16 +5,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from simplear.data.order import (
-    CAPTION,
-    DROPOUT,
-    DataOrder,
-    MicroBatchSampler,
-    Permutation,
-    micro_batch_size,
-    permute_each,
-    uniforms,
-)
+from simplear.data.training.order import CAPTION, DROPOUT, DataOrder, MicroBatchSampler, micro_batch_size, uniforms
+from simplear.hashing import Permutation, permute_each
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 100, 1023, 4097])

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from simplear.data.pictures import Drop, PictureFile, resize_and_crop
+from simplear.data.prepare.crops import resize_and_crop
+from simplear.data.sample import Drop, PictureFile
 from simplear.pictures import open_rgb
 from simplear.visual_tokenizer import to_pixels
 

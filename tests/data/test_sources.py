@@ -28,8 +28,7 @@ from simplear.data import (
     TokenFilesSource,
     WebDatasetSource,
 )
-from simplear.data.drops import Drops
-from simplear.data.sources import Sample
+from simplear.data.sample import Drops, Sample
 from simplear.data.sources.tars import expand_braces
 from simplear.errors import UserError
 

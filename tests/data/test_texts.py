@@ -14,9 +14,9 @@ import pytest
 
 from simplear.cli import main
 from simplear.data import TokenDataModule, TokenShards
-from simplear.data.inspection import examine
+from simplear.data.jobs.texts import pieces, write_texts
 from simplear.data.shards import MANIFEST_FILE
-from simplear.data.texts import pieces, write_texts
+from simplear.data.shards.verify import examine
 
 from .conftest import CODEBOOK_SIZE
 

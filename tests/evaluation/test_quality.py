@@ -17,7 +17,7 @@ from PIL import Image
 from evaluation.test_reconstruction import MeanColors
 from rewards.toys import NAME, random_weights, register
 from simplear.cli import main
-from simplear.data.pictures import resize_and_crop
+from simplear.data.prepare.crops import resize_and_crop
 from simplear.evaluation.quality import evaluate_quality, measure_name
 from simplear.rewards import CLIPReward, HPSv2Reward
 

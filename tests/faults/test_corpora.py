@@ -43,8 +43,8 @@ from simplear.data import (
     WebDatasetSource,
     tokenize,
 )
-from simplear.data.drops import DROPS_FILE
 from simplear.data.shards import MANIFEST_FILE, is_committed
+from simplear.data.shards.drops import DROPS_FILE
 from simplear.errors import UserError
 from simplear.pictures import open_rgb
 from simplear.sequence import START_OF_IMAGE, TEXT_TO_IMAGE
@@ -516,7 +516,7 @@ def test_a_picture_that_is_written_while_it_is_read_is_named(tmp_path: Path, mon
                 file.write(b"more")
         return status(descriptor)
 
-    monkeypatch.setattr("simplear.data.pictures.os.fstat", late)
+    monkeypatch.setattr("simplear.data.sample.os.fstat", late)
     with pytest.raises(OSError, match=r"pictures/000\.png changed while it was read"):
         list(source.read(source.units()[0], Counter()))
 

@@ -20,8 +20,8 @@ from faults.processes import finish, logged_steps, start
 from simplear.atomic import TEMPORARY_MARK
 from simplear.callbacks.preemption import RESUME_ME
 from simplear.data import TokenShards
-from simplear.data.drops import DROPS_FILE
 from simplear.data.shards import MANIFEST_FILE
+from simplear.data.shards.drops import DROPS_FILE
 from simplear.language_model import load_checkpoint
 from simplear.states import damage
 from toys import write_grpo, write_pretraining

@@ -19,7 +19,7 @@ from PIL import Image
 
 from simplear.cli import main
 from simplear.data import ImageDataModule, ImageFolderSource, TokenShards, WebDatasetSource
-from simplear.data.pictures import Drop, PictureFile
+from simplear.data.sample import Drop, PictureFile
 from simplear.pictures import open_rgb
 
 CUT, NO_PICTURE, BOMB = "truncated or damaged picture", "not a picture", "decompression bomb"

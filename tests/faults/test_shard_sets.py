@@ -19,10 +19,6 @@ import pytest
 from simplear.atomic import TEMPORARY_MARK
 from simplear.cli import main
 from simplear.data import TokenDataModule, TokenShards
-from simplear.data.inspection import examine, ranges
-from simplear.data.joining import merge, unit_names
-from simplear.data.order import MicroBatch
-from simplear.data.repair import repair, sole_keeper
 from simplear.data.shards import (
     MANIFEST_FILE,
     SETTINGS_FILE,
@@ -34,6 +30,10 @@ from simplear.data.shards import (
     settings_digest,
     write_shard,
 )
+from simplear.data.shards.merge import merge, unit_names
+from simplear.data.shards.repair import repair, sole_keeper
+from simplear.data.shards.verify import examine, ranges
+from simplear.data.training.order import MicroBatch
 
 CODEBOOK = 27
 

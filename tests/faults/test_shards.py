@@ -115,7 +115,7 @@ def test_large_sets_are_hashed_at_start_when_asked(
     found: bool,
 ) -> None:
     """Where they are not, no damaged row gets into a batch all the same."""
-    monkeypatch.setattr("simplear.data.tokens.VERIFIED_AT_START", 100)
+    monkeypatch.setattr("simplear.data.training.token_data.VERIFIED_AT_START", 100)
     shard = tmp_path / "shards" / "unit.arrow"
     flip(shard, shard.read_bytes().index(b"row3") + 3)
     data = TokenDataModule(str(tmp_path / "shards"), 4, tiny_text_tokenizer, verify=verify)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from simplear.cli import main
 from simplear.data import TokenShards
-from simplear.data.drops import DROPS_FILE
+from simplear.data.shards.drops import DROPS_FILE
 from simplear.rewards import CLIPReward
 
 from .toys import pictures

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from simplear.callbacks import FiniteGradients
 from simplear.data import TokenDataModule
-from simplear.data.texts import write_texts
+from simplear.data.jobs.texts import write_texts
 from simplear.language_model import Adapter, CheckpointSettings, LanguageModel, save_checkpoint
 from simplear.sequence import text_target_mask
 from simplear.stages import GRPOModule, MuonWithAdamW, NextTokenObjective, PretrainModule, SFTModule

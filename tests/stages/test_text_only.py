@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from simplear.data import TokenDataModule
-from simplear.data.texts import write_texts
+from simplear.data.jobs.texts import write_texts
 from simplear.language_model import LanguageModel
 from simplear.sequence import encode_captions, text_batch
 from simplear.stages import GRPOModule, NextTokenObjective, PretrainModule

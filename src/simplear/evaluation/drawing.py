@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from simplear.atomic import claim_directory, require_writable, whole_directory, whole_file
-from simplear.data.prediction import make_trainer
+from simplear.data.jobs.units import make_trainer
 from simplear.errors import UserError
 from simplear.evaluation.prediction import predict_prompts
 from simplear.evaluation.scenes import image_seed

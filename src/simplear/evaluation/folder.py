@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from simplear.data.pictures import resize_and_crop
+from simplear.data.prepare.crops import resize_and_crop
 from simplear.data.sources.folders import pictures_below
 from simplear.errors import UserError
 from simplear.pictures import read_rgb
@@ -43,7 +43,7 @@ def picture_batches(
         files: pictures.
         batch_size: pictures at a time.
         size: height and width; pictures of another size are resized and their middle is cut out (see
-            `simplear.data.pictures.resize_and_crop`), and a line says how many were smaller and so enlarged. If not
+            `simplear.data.sample.resize_and_crop`), and a line says how many were smaller and so enlarged. If not
             given, all must have the size of the first.
 
     Raises ValueError, naming the file, for a picture that cannot be read or, where no size is given, has another size.

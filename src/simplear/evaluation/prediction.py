@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
-from simplear.data.prediction import RanksTogether
+from simplear.data.jobs.units import RanksTogether
 from simplear.progress import progress_bar
 
 
@@ -41,7 +41,7 @@ def predict_prompts(trainer: lightning.Trainer, task: PromptTask, count: int, pr
     """Have `task` done for prompts 0 to ``count - 1``; returns on every rank when all ranks are through.
 
     Args:
-        trainer: of `simplear.data.prediction.make_trainer`, without inference mode, for engines keep to no_grad by
+        trainer: of `simplear.data.jobs.units.make_trainer`, without inference mode, for engines keep to no_grad by
             themselves and compile for it; one may be used for several tasks in turn.
         task: what is made.
         count: prompts.

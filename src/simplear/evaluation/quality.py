@@ -23,7 +23,7 @@ from torch import nn
 from tqdm import tqdm
 
 from simplear.atomic import whole_directory, whole_file
-from simplear.data.pictures import Drop
+from simplear.data.sample import Drop
 from simplear.data.sources import ImageFolderSource
 from simplear.errors import UserError
 from simplear.evaluation.drawing import draw_prompts

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from simplear.data.datamodule import OrderedDataModule
+from simplear.data.training.ordered_data import OrderedDataModule
 from simplear.device import limit_threads
 from simplear.errors import UserError
 from simplear.stages.averaging import check_averaging

@@ -13,65 +13,20 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-from PIL import Image
-
-from simplear.data.drops import drop
-from simplear.data.pictures import Drop, PictureFile, Pixels
+from simplear.data.sample import Drop, Sample, column, drop
 from simplear.described import Described
-from simplear.errors import UserError
 from simplear.text_files import NotUTF8Error, read_lines, utf16_encoding, valid_unicode
 
 CAPTION_KEYS = ("captions", "caption", "text")
 """Where metadata holds captions when nothing is said; the first that is there counts."""
 CAPTION_SUFFIXES = (".txt", ".caption")
 """Of files of captions, in any case; they have the picture's name without its suffix, or with it (a.jpg.txt)."""
-NO_CAPTION = "no caption"
 RESERVED_NAMES = frozenset({"settings", "manifest", "drops"})
 """Of files that a directory of shards or captions has for itself; no unit can have one."""
 NO_TEXT = "captions are no text"
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One picture with its captions."""
-
-    key: str
-    """Names the sample within its source."""
-    picture: Image.Image | Pixels | PictureFile
-    """RGB, or a file that is decoded when the image is asked for."""
-    captions: Sequence[str]
-    """At least one, none empty, unless the source was told that captions are not required."""
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    codes: npt.NDArray[np.int64] | None = None
-    """(h, w), of a source whose pictures are tokenized already; then the picture is empty."""
-
-    @cached_property
-    def image(self) -> Image.Image | Pixels:
-        """RGB. Raises `Drop` when the picture cannot be decoded, ValueError where there are codes in its place."""
-        if self.codes is not None:
-            raise UserError(f"sample {self.key!r} has codes and no picture: this needs a source of pictures.")
-        return self.picture.open() if isinstance(self.picture, PictureFile) else self.picture
-
-    @cached_property
-    def size(self) -> tuple[int, int]:
-        """Width and height in pixels, from the header alone where there is one: before an orientation is applied.
-
-        Raises `Drop` as `image` does, and ValueError where there are codes in place of a picture.
-        """
-        if self.codes is not None:
-            raise UserError(f"sample {self.key!r} has codes and no picture: filters by size cannot judge it.")
-        if isinstance(self.picture, np.ndarray):
-            return self.picture.shape[1], self.picture.shape[0]
-        return self.picture.size if isinstance(self.picture, Image.Image) else self.picture.size()
-
-
-NO_PICTURE: Pixels = np.empty((0, 0, 3), np.uint8)
 
 
 @dataclass(frozen=True)
@@ -179,17 +134,6 @@ def decoded(samples: Iterator[Sample], drops: Counter[str]) -> Iterator[Sample]:
             drop(drops, sample.key, reason)
         else:
             yield sample
-
-
-def column(row: Mapping[str, Any], name: str) -> Any:
-    """The value of a column, None without one; "a.b" is b of the object a unless there is a column of that name."""
-    if name in row:
-        return row[name]
-    for part in name.split("."):
-        if not isinstance(row, Mapping) or part not in row:
-            return None
-        row = row[part]
-    return row
 
 
 def captions_and_metadata(

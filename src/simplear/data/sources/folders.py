@@ -10,14 +10,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from simplear.data.pictures import ADDRESS, Drop, picture_at, read_unchanged
+from simplear.data.sample import ADDRESS, NO_CAPTION, Drop, Sample, picture_at, read_unchanged
 from simplear.data.sources.base import (
     CAPTION_KEYS,
     CAPTION_SUFFIXES,
-    NO_CAPTION,
     NO_TEXT,
     IndexedSource,
-    Sample,
     caption_lines,
     captions_and_metadata,
     valid_text,

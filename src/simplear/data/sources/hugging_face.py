@@ -15,18 +15,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from simplear.data.drops import drop
-from simplear.data.pictures import Drop, PictureFile, picture_at
-from simplear.data.sources.base import (
-    CAPTION_KEYS,
-    NO_CAPTION,
-    IndexedSource,
-    Sample,
-    Unit,
-    captions_and_metadata,
-    column,
-    valid_text,
-)
+from simplear.data.sample import NO_CAPTION, Drop, PictureFile, Sample, column, drop, picture_at
+from simplear.data.sources.base import CAPTION_KEYS, IndexedSource, Unit, captions_and_metadata, valid_text
 from simplear.errors import UserError
 
 TYPE_LENGTH = 80
@@ -80,7 +70,6 @@ class HuggingFaceSource(IndexedSource):
         """
         import datasets  # takes a second to import, which other sources need not pay
 
-        self.path = path
         self.images = [image] if isinstance(image, str) else list(image)
         self.captions = [captions] if isinstance(captions, str) else captions
         self.key_column, self.metadata = key, metadata

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from simplear.data.sources.base import IndexedSource, Sample
+from simplear.data.sample import Sample
+from simplear.data.sources.base import IndexedSource
 from simplear.scenes import captions, draw, metadata, sample_scene
 
 

@@ -21,14 +21,11 @@ from typing import Any, Self
 
 import pyarrow as pa
 
-from simplear.data.drops import drop
-from simplear.data.pictures import ADDRESS, MAX_BYTES, TOO_LARGE, Drop, PictureFile
+from simplear.data.sample import ADDRESS, MAX_BYTES, NO_CAPTION, TOO_LARGE, Drop, PictureFile, Sample, drop
 from simplear.data.sources.base import (
     CAPTION_KEYS,
     CAPTION_SUFFIXES,
-    NO_CAPTION,
     NO_TEXT,
-    Sample,
     Source,
     Unit,
     caption_lines,

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from simplear.data.pictures import Drop, read_unchanged
-from simplear.data.sources.base import NO_CAPTION, NO_PICTURE, IndexedSource, Sample, caption_lines, valid_text
+from simplear.data.sample import NO_CAPTION, NO_PICTURE, Drop, Sample, read_unchanged
+from simplear.data.sources.base import IndexedSource, caption_lines, valid_text
 from simplear.errors import MissingFileError, UserError
 from simplear.hashing import sha256_of_lines
 from simplear.text_files import read_json, read_objects
