@@ -18,7 +18,6 @@ from matplotlib.figure import Figure
 
 import runs
 from measure import RESULTS
-from simplear.callbacks.curves import read_curves
 from simplear.cli import main as simplear
 from simplear.evaluation import read_report, stratified_interval
 
@@ -41,14 +40,14 @@ def evaluate(checkpoint: Path, run: Path) -> dict[str, dict[str, float]]:
 
 def curve(run: Path, stage: str, start: float) -> list[tuple[float, float]]:
     """(CPU-seconds, accuracy) of a stage; `start` CPU-seconds were spent before it."""
-    curves = read_curves(run / "logs" / stage, ["scenes/overall", "cpu_seconds"])
+    curves = runs.read_curves(run / "logs" / stage, ["scenes/overall", "cpu_seconds"])
     spent = dict(zip(*curves["cpu_seconds"], strict=True))
     return [(start + spent[step], value) for step, value in zip(*curves["scenes/overall"], strict=True)]
 
 
 def spent(run: Path, stage: str) -> float:
     """CPU-seconds of a stage."""
-    return read_curves(run / "logs" / stage, ["cpu_seconds"])["cpu_seconds"][1][-1]
+    return runs.read_curves(run / "logs" / stage, ["cpu_seconds"])["cpu_seconds"][1][-1]
 
 
 def measure(root: Path, seeds: int, quick: bool) -> dict[str, Any]:

@@ -3,7 +3,6 @@ gradients that are finite, and what a job does when it is pre-empted.
 """
 
 from simplear.callbacks.checkpointing import AtomicCheckpoint, HuggingFaceCheckpoint
-from simplear.callbacks.curves import TrainingCurves
 from simplear.callbacks.drawing import DrawingCallback
 from simplear.callbacks.finite import FiniteGradients
 from simplear.callbacks.preemption import Preemption
@@ -23,6 +22,5 @@ __all__ = [
     "SampleImages",
     "SceneAccuracy",
     "StageProgressBar",
-    "TrainingCurves",
     "TrainingMonitor",
 ]
