@@ -10,14 +10,13 @@ Accuracy during training is of 120 held-out captions, that of each end of 600. W
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
 import runs
-from measure import RESULTS
+from measure import RESULTS, result_text
 from simplear.cli import main as simplear
 from simplear.evaluation import read_report, stratified_interval
 
@@ -133,8 +132,10 @@ def main() -> None:
     out = arguments.out or (root if arguments.quick else RESULTS)
     result = measure(root, arguments.seeds, arguments.quick)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
     plot(result, out / "demo.png")
+    for run in (*result["runs"], result["pretraining_alone"]):
+        del run["curve"]
+    (out / "demo.json").write_text(result_text(result))
     print(table(result))
 
 

@@ -288,9 +288,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         result = write_result("grpo_ablations", settings, ablate(settings))
         print(ablation_table(result))
     else:
-        result = write_result("grpo", settings, measure(settings))
+        measured = measure(settings)
+        curves = measured.pop("curves")
+        result = write_result("grpo", settings, measured)
         if (out := result_file("grpo", settings)) is not None:
-            plot(result["curves"], out.with_suffix(".png"))
+            plot(curves, out.with_suffix(".png"))
         print(table(result))
 
 
