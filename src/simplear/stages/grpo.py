@@ -25,12 +25,11 @@ from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedTokenizerBase
 
 from simplear.data import TokenDataModule
 from simplear.errors import UserError
 from simplear.generation import Engine, SamplingSettings, make_engine
-from simplear.language_model import Architecture, Checkpoint, LanguageModel, NamedWeights, StepWork
+from simplear.language_model import Architecture, Checkpoint, LanguageModel, StepWork
 from simplear.rewards import Reward, move, score
 from simplear.sequence import text_lengths, training_batch
 from simplear.stages.grpo_objective import group_advantages, grpo_loss
@@ -142,15 +141,6 @@ class GRPOModule(LanguageModelModule):
         loaded = super().load_checkpoint(checkpoint, with_weights)
         self.grid = self.grid or loaded.settings.grid
         return loaded
-
-    def load_language_model(self) -> tuple[LanguageModel, PreTrainedTokenizerBase]:
-        """Load the checkpoint's weights in float32, to be trained."""
-        loaded = self.load_checkpoint(self.checkpoint)
-        return loaded.model, loaded.tokenizer
-
-    def empty_language_model(self) -> tuple[LanguageModel, PreTrainedTokenizerBase, NamedWeights]:
-        """As above, one weight at a time."""
-        return self.empty_checkpoint(self.checkpoint)
 
     def copy_model(self, model: LanguageModel) -> None:
         """Copy the reference before the policy is trained; with an adapter it is the policy without."""
