@@ -175,18 +175,7 @@ class LanguageModelModule(OptimizedModule):
         """Take what copies a stage needs of the model, whole or sharded, before it is trained; none here."""
 
     def on_fit_start(self) -> None:
-        """Check that data and model belong together before the first step is paid for."""
-        self._check_data()
-
-    def on_validation_start(self) -> None:
-        """As `on_fit_start`, for validation on its own."""
-        self._check_data()
-
-    def on_test_start(self) -> None:
-        """As `on_fit_start`, for a test on its own."""
-        self._check_data()
-
-    def _check_data(self) -> None:
+        """Check that data and model belong together, before the first step is paid for."""
         data = getattr(self.trainer, "datamodule", None)
         if not isinstance(data, TokenDataModule):
             return
@@ -218,6 +207,9 @@ class LanguageModelModule(OptimizedModule):
                     f"positions, the model has {self.language_model.max_positions}: lower --data.max_text_tokens or "
                     "raise max_position_embeddings (--model.init_args.language_model.architecture)."
                 )
+
+    on_validation_start = on_test_start = on_fit_start
+    """Validation and test may also run on their own."""
 
     @property
     def trained_module(self) -> LanguageModel:
