@@ -10,15 +10,13 @@ Accuracy during training is of 120 held-out captions, that of each end of 600. W
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
 import runs
-from measure import RESULTS
-from simplear.callbacks.curves import read_curves
+from measure import RESULTS, result_text
 from simplear.cli import main as simplear
 from simplear.evaluation import read_report, stratified_interval
 
@@ -41,14 +39,14 @@ def evaluate(checkpoint: Path, run: Path) -> dict[str, dict[str, float]]:
 
 def curve(run: Path, stage: str, start: float) -> list[tuple[float, float]]:
     """(CPU-seconds, accuracy) of a stage; `start` CPU-seconds were spent before it."""
-    curves = read_curves(run / "logs" / stage, ["scenes/overall", "cpu_seconds"])
+    curves = runs.read_curves(run / "logs" / stage, ["scenes/overall", "cpu_seconds"])
     spent = dict(zip(*curves["cpu_seconds"], strict=True))
     return [(start + spent[step], value) for step, value in zip(*curves["scenes/overall"], strict=True)]
 
 
 def spent(run: Path, stage: str) -> float:
     """CPU-seconds of a stage."""
-    return read_curves(run / "logs" / stage, ["cpu_seconds"])["cpu_seconds"][1][-1]
+    return runs.read_curves(run / "logs" / stage, ["cpu_seconds"])["cpu_seconds"][1][-1]
 
 
 def measure(root: Path, seeds: int, quick: bool) -> dict[str, Any]:
@@ -134,8 +132,10 @@ def main() -> None:
     out = arguments.out or (root if arguments.quick else RESULTS)
     result = measure(root, arguments.seeds, arguments.quick)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
     plot(result, out / "demo.png")
+    for run in (*result["runs"], result["pretraining_alone"]):
+        del run["curve"]
+    (out / "demo.json").write_text(result_text(result))
     print(table(result))
 
 

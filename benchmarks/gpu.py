@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import signal
 import sys
 import tempfile
@@ -38,7 +37,7 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]  # on a machine where no
 
 from bounds import Shape, image_seconds, measured_machine  # noqa: E402
 from generation.near_ties import margins  # noqa: E402
-from measure import RESULTS, _rounded, environment  # noqa: E402
+from measure import RESULTS, environment, result_text  # noqa: E402
 from simplear.atomic import whole_file  # noqa: E402
 from simplear.generation import Engine, SamplingSettings, make_engine  # noqa: E402
 from simplear.language_model import Architecture, LanguageModel, LanguageModelConfig  # noqa: E402
@@ -455,7 +454,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 took = time.monotonic() - begin
                 result["sections"][section] = {"seconds": took, "rows": bench.rows, "error": error}
                 with whole_file(settings.out) as partial:
-                    partial.write_text(json.dumps(_rounded(result), indent=2, ensure_ascii=False) + "\n")
+                    partial.write_text(result_text(result))
             torch._dynamo.reset()
             if device.type == "cuda":
                 torch.cuda.empty_cache()

@@ -22,7 +22,6 @@ from matplotlib.figure import Figure
 
 import runs
 from measure import parser, result_file, write_result
-from simplear.callbacks.curves import read_curves, smooth
 from simplear.cli import main as simplear
 from simplear.evaluation import clustered_interval, read_report
 from simplear.evaluation.scenes import FOLDER, VERDICTS_FILE
@@ -47,7 +46,6 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "advantages scaled by the group's spread": {"scale_advantages": True},
     "16 captions × 4 images": {"group_size": 4},
     "4 captions × 16 images": {"group_size": 16},
-    "SimilarityTokenWeights": {"token_weights": {"class_path": "simplear.stages.SimilarityTokenWeights"}},
 }
 IMAGES_A_ROLLOUT = 64
 
@@ -182,14 +180,14 @@ def measure(settings: argparse.Namespace) -> dict[str, Any]:
             evaluate(checkpoint, name, guidance, settings)
     return {
         "models": judged({model: names[model] for model in MODELS}, settings),
-        "curves": {name: read_curves(log, list(PANELS.values())) for name, log in logs.items()},
+        "curves": {name: runs.read_curves(log, list(PANELS.values())) for name, log in logs.items()},
         "share_of_time": {reward: shares(logs[f"{reward}-0"]) for reward in ("scene", "clip")},
     }
 
 
 def shares(log: Path) -> dict[str, float]:
     """Of each part in the time of a training step, medians over the run."""
-    curves = read_curves(log, [f"seconds/{part}" for part in PARTS])
+    curves = runs.read_curves(log, [f"seconds/{part}" for part in PARTS])
     seconds = {part: statistics.median(curves[f"seconds/{part}"][1]) for part in PARTS}
     return {part: value / sum(seconds.values()) for part, value in seconds.items()}
 
@@ -204,7 +202,7 @@ def ablate(settings: argparse.Namespace) -> dict[str, Any]:
         run = settings.root / name
         checkpoints[name] = train("scene", run, 0, settings.steps, options, watched=False)
         names[title] = [name]
-        curves = read_curves(log_directory(run), ["policy/kl", "policy/entropy", "reward/mean"])
+        curves = runs.read_curves(log_directory(run), ["policy/kl", "policy/entropy", "reward/mean"])
         last[title] = {tag: statistics.fmean(found[1][-20:]) for tag, found in curves.items()}
     for name, checkpoint in checkpoints.items():
         for guidance in GUIDANCE:
@@ -275,7 +273,7 @@ def plot(curves: Mapping[str, Mapping[str, Any]], file: Path) -> None:
             for name in (name for name in curves if name.rpartition("-")[0] == reward):
                 steps, found = curves[name][tag]
                 noisy = len(found) > 30
-                axes.plot(steps, smooth(found) if noisy else found, label=f"seed {name.rpartition('-')[2]}")
+                axes.plot(steps, runs.smooth(found) if noisy else found, label=f"seed {name.rpartition('-')[2]}")
             axes.set_title(title if reward == rewards[0] else "", fontsize="medium")
             axes.set_ylabel(f"{TITLES[reward]} reward" if axes is row[0] else "")
             axes.set_xlabel("optimizer step" if reward == rewards[-1] else "")
@@ -290,9 +288,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         result = write_result("grpo_ablations", settings, ablate(settings))
         print(ablation_table(result))
     else:
-        result = write_result("grpo", settings, measure(settings))
+        measured = measure(settings)
+        curves = measured.pop("curves")
+        result = write_result("grpo", settings, measured)
         if (out := result_file("grpo", settings)) is not None:
-            plot(result["curves"], out.with_suffix(".png"))
+            plot(curves, out.with_suffix(".png"))
         print(table(result))
 
 

@@ -14,6 +14,7 @@ import json
 import operator
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -182,7 +183,7 @@ def write_result(name: str, arguments: argparse.Namespace, content: Mapping[str,
     result = {"benchmark": name, "environment": environment(), "settings": settings, **content}
     if (out := result_file(name, arguments)) is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(_rounded(result), indent=2, ensure_ascii=False) + "\n")
+        out.write_text(result_text(result))
         print(f"written to {out}")
     return result
 
@@ -203,6 +204,12 @@ def markdown_table(result: Mapping[str, Any]) -> str:
         lines.append(f"| {row['what']}{': ' * bool(row['note'])}{row['note']} | {measured} | {bar} |")
     where = result["environment"]
     return "\n".join([*lines, "", f"{where['processor']}, {where['threads']} threads, torch {where['torch']}."])
+
+
+def result_text(result: Any) -> str:
+    """JSON with four digits of each number, and lists of numbers in one line."""
+    text = json.dumps(_rounded(result), indent=2, ensure_ascii=False)
+    return re.sub(r'\[\s+([^][{}"]+?)\s+\]', lambda numbers: f"[{' '.join(numbers[1].split())}]", text) + "\n"
 
 
 def _rounded(value: Any) -> Any:

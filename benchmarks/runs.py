@@ -7,12 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from simplear.cli import main as simplear
 
 CONFIGS = Path("configs/demo")
 GRPO_PARTS = ("rollout", "decode", "reward", "update")
 """What GRPO logs seconds of."""
+SMOOTHING = 0.9
+"""Of the exponential moving average of a noisy curve."""
+Curve = tuple[list[int], list[float]]
+"""Steps and values."""
 
 
 def configured_steps(stage: str) -> int:
@@ -78,3 +83,25 @@ def scene_accuracy(every: int, prompts_per_category: int) -> dict[str, Any]:
     """The callback that draws and judges held-out captions during training."""
     options = {"every_n_steps": every, "prompts_per_category": prompts_per_category, "seed": 1}
     return {"class_path": "simplear.callbacks.SceneAccuracy", "init_args": options}
+
+
+def read_curves(directory: str | Path, tags: Sequence[str]) -> dict[str, Curve]:
+    """Scalars of a directory of events; of a step that was logged twice, as after a resume, the later value."""
+    events = EventAccumulator(str(directory), size_guidance={"scalars": 0})
+    events.Reload()
+    curves = {}
+    for tag in set(tags) & set(events.Tags()["scalars"]):
+        values = {event.step: event.value for event in sorted(events.Scalars(tag), key=lambda event: event.wall_time)}
+        steps = sorted(values)
+        curves[tag] = (steps, [values[step] for step in steps])
+    return curves
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """Exponential moving average, without the pull of its beginning towards 0."""
+    smoothed, total, weight = [], 0.0, 0.0
+    for value in values:
+        total = SMOOTHING * total + (1 - SMOOTHING) * value
+        weight = SMOOTHING * weight + (1 - SMOOTHING)
+        smoothed.append(total / weight)
+    return smoothed

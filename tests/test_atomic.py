@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -140,6 +142,15 @@ def test_what_cannot_be_removed_stays(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_this_process_is_running() -> None:
     assert is_running(os.getpid()) and not is_running(2**22 + 1)
+
+
+def test_a_process_that_has_ended_is_not_running() -> None:
+    """Before its parent has asked how it ended too: such a first rank would be taken for one that is alive."""
+    with subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE) as ended:
+        assert ended.stdout is not None
+        os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+        assert is_running(os.getpid()) and not is_running(ended.pid)
+    assert not is_running(ended.pid)
 
 
 def test_a_full_disk_leaves_no_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

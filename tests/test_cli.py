@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from faults.processes import is_running
-from simplear.cli import _is_running, main
+from simplear.atomic import is_running
+from simplear.cli import main
 from toys import write_pretraining
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "demo"
@@ -269,15 +269,6 @@ def test_flags_are_spelled_with_dashes_or_underscores(tmp_path: Path, tiny_visua
         code, printed = run("tokenize", *SOURCE, flag, tiny_visual_tokenizer, "--out", str(tmp_path / str(number)))
         assert code == 0, printed
         assert (tmp_path / str(number) / "manifest.json").exists()
-
-
-def test_a_process_that_has_ended_is_not_running() -> None:
-    """Before its parent has asked how it ended too: such a first rank would be taken for one that is alive."""
-    with subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE) as ended:
-        assert ended.stdout is not None
-        os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
-        assert _is_running(os.getpid()) and not _is_running(ended.pid)
-    assert not _is_running(ended.pid)
 
 
 FIRST_RANK = """

@@ -27,7 +27,7 @@ from simplear.language_model.checkpoint import RELEASED_VISUAL_TOKENIZER
 from simplear.language_model.rope import Qwen2Rope2DForCausalLM
 from simplear.lightning_cli import ConfigurationCLI
 from simplear.sequence import SPECIAL_TOKENS
-from simplear.stages import GRPOModule, PretrainModule, SFTModule, SimilarityTokenWeights
+from simplear.stages import GRPOModule, PretrainModule, SFTModule
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 QWEN_TEXT_IDS = 151_665
@@ -288,19 +288,6 @@ def test_demo_configurations_parse(name: str) -> None:
     else:
         composed = compose(f"demo/{name}")
         assert composed.config["trainer"]["max_steps"] > 0
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        "simplear.stages.SimilarityTokenWeights",
-        "{class_path: simplear.stages.SimilarityTokenWeights, init_args: {floor: 0.3}}",
-    ],
-)
-def test_token_weights_are_chosen_on_the_command_line(value: str) -> None:
-    composed = compose("demo/grpo-scene", arguments=("--model.init_args.token_weights", value))
-    assert isinstance(composed.model.token_weights, SimilarityTokenWeights)
-    assert composed.model.token_weights.floor == (0.3 if "floor" in value else 0.1)
 
 
 def tiny_overrides(directory: Path, text_tokenizer: str, visual_tokenizer: str, shards: str) -> dict[str, str]:

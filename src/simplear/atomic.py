@@ -28,6 +28,8 @@ REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS)
 """What the system answers where a file cannot have a second name."""
 TEMPORARY_MARK = ".tmp-"
+ENDED = ("Z", "X")
+"""States of a process in Linux's /proc: a zombie, and one that is about to go."""
 READABLE = 200
 """Characters of a setting in a message."""
 LOOKS, SECONDS_BETWEEN_LOOKS = 5, 0.1
@@ -149,7 +151,10 @@ def remove_abandoned(directory: Path) -> None:
 
 
 def is_running(process: int) -> bool:
-    """Whether a process of this machine, perhaps another user's, has not ended."""
+    """Whether a process of this machine, perhaps another user's, has not ended; a zombie has."""
+    with suppress(OSError):  # no such process, or a system without /proc
+        if Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in ENDED:
+            return False
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):

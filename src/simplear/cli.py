@@ -7,7 +7,6 @@ imports only what it runs, so that ``--help`` answers at once. How options are r
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import importlib
 import importlib.util
@@ -20,8 +19,8 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+from simplear.atomic import is_running
 from simplear.command_line import errors_for_the_reader, fail, run_function
 from simplear.errors import UserError
 
@@ -33,6 +32,8 @@ class Verb:
     function: str
     """MODULE:NAME; its arguments are the verb's options."""
     summary: str
+    configured: bool = False
+    """Over the stage and data module of a configuration: the function takes the whole command line and parses it."""
 
 
 @dataclass(frozen=True)
@@ -43,21 +44,12 @@ class Group:
     summary: str
 
 
-@dataclass(frozen=True)
-class ConfiguredVerb:
-    """A verb over the stage and data module of a configuration; it parses its own command line."""
-
-    function: str
-    """MODULE:NAME, called with all words of the command line."""
-    summary: str
-
-
 LIGHTNING = "simplear.lightning_cli:run"
-VERBS: dict[str, Verb | Group | ConfiguredVerb] = {
-    "fit": ConfiguredVerb(LIGHTNING, "train a stage: --config configs/….yaml, repeated; --key value overrides"),
-    "validate": ConfiguredVerb(LIGHTNING, "loss on held-out data"),
-    "test": ConfiguredVerb(LIGHTNING, "as validate, on test data"),
-    "predict": ConfiguredVerb(LIGHTNING, "Lightning's predict"),
+VERBS: dict[str, Verb | Group] = {
+    "fit": Verb(LIGHTNING, "train a stage: --config configs/….yaml, repeated; --key value overrides", configured=True),
+    "validate": Verb(LIGHTNING, "loss on held-out data", configured=True),
+    "test": Verb(LIGHTNING, "as validate, on test data", configured=True),
+    "predict": Verb(LIGHTNING, "Lightning's predict", configured=True),
     "train-text-tokenizer": Verb("simplear.data:train_text_tokenizer_on", "train a byte-level BPE on captions"),
     "recaption": Verb("simplear.data:recaption", "pictures → long and short captions by a vision-language model"),
     "tokenize": Verb("simplear.data:tokenize", "pictures and captions → token shards"),
@@ -76,7 +68,7 @@ VERBS: dict[str, Verb | Group | ConfiguredVerb] = {
         },
         "token shards",
     ),
-    "plan": ConfiguredVerb("simplear.plan:plan", "memory of a GPU and days of a training, from the options of fit"),
+    "plan": Verb("simplear.plan:plan", "memory of a GPU and days of a training, from the options of fit", True),
     "evaluate": Group(
         {
             "scenes": Verb("simplear.evaluation:evaluate_scenes", "accuracy on drawn scenes by an exact detector"),
@@ -96,8 +88,6 @@ VERBS: dict[str, Verb | Group | ConfiguredVerb] = {
 }
 STARTED_BY = "SIMPLEAR_STARTED_BY"
 """Environment variable: the process whose further ranks Lightning starts."""
-ENDED = ("Z", "X")
-"""States of a process in Linux's /proc: a zombie, and one that is about to go."""
 LAST_WORDS = 10
 """Seconds that a rank has to end by itself when the first one is gone, say with the message that explains it."""
 NO_LIGHTNING = "simplear: this environment has no Lightning, it is for drawing with vLLM: use .venv/bin/simplear."
@@ -139,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             remedy = f"did you mean {nearest[0]!r}?" if nearest else f"one of {', '.join(level.verbs)}."
             fail(f"{program}: no verb {word!r}; {remedy}")
         program, level, words = f"{program} {word}", level.verbs[word], words[1:]  # type: ignore[assignment]
-    verb: Verb | ConfiguredVerb = level
+    verb: Verb = level
     _quieten()
     module, _, name = verb.function.partition(":")
     with errors_for_the_reader():
@@ -151,10 +141,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if error.name != "lightning":
                 raise
             fail(NO_LIGHTNING)
-        if isinstance(verb, Verb):
-            run_function(function, words, program)
-        else:
+        if verb.configured:
             function(arguments)
+        else:
+            run_function(function, words, program)
 
 
 def _wait_passively() -> None:
@@ -195,7 +185,7 @@ def _help(program: str, group: Group) -> str:
     return "\n".join([head, "", *lines, "", tail, f"{IMPORT} MODULE imports a module of yours first."])
 
 
-def _summary(entry: Verb | Group | ConfiguredVerb) -> str:
+def _summary(entry: Verb | Group) -> str:
     return entry.summary + (f": {'|'.join(entry.verbs)}" if isinstance(entry, Group) else "")
 
 
@@ -210,22 +200,8 @@ def _end_with_first_rank() -> None:
     elif first := int(os.environ.get(STARTED_BY, "0")):
         if os.getppid() == first:
             threading.Thread(target=_wait_for_the_end_of, args=(first,), daemon=True).start()
-        elif not _is_running(first):  # it ended before this rank could look
+        elif not is_running(first):  # it ended before this rank could look
             fail("the first process of this training has ended, so this one ends too", 1)
-
-
-def _is_running(process: int) -> bool:
-    """Also False for one that has ended and only waits for its parent to ask how."""
-    with contextlib.suppress(OSError):  # no such process, or a system without /proc
-        if Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in ENDED:
-            return False
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        pass
-    return True
 
 
 def _wait_for_the_end_of(parent: int) -> None:

@@ -121,6 +121,6 @@ def _summary() -> str:
             f"report       {REPORT}",
             f"checkpoints  {CHECKPOINTS / 'sft'}, {CHECKPOINTS / 'grpo'}",
             "draw         make generate ARGS='--prompt \"a photo of a red circle\"'",
-            f"curves       make tensorboard; {CHECKPOINTS / 'logs' / 'grpo' / 'curves.png'}",
+            "curves       make tensorboard",
         ]
     )

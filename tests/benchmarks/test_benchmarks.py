@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from torch._inductor.graph import GraphLowering
 from torch._inductor.utils import fresh_cache
@@ -25,6 +26,7 @@ import grpo
 import grpo_speed
 import inference
 import measure
+import runs
 import tables
 import training
 import training_cost
@@ -320,6 +322,24 @@ def test_predictions_count_the_kernels_of_a_compiled_pass(monkeypatch: pytest.Mo
             CompiledEngine(model).generate(prompts(3), prompts(2), (2, 2), sampling, [0])
     layer = kernels[1] - kernels[0]
     assert (layer, kernels[0] - layer) == (bounds.LAYER_KERNELS, bounds.OTHER_KERNELS)
+
+
+def test_curves_of_a_resumed_run_take_the_later_value_of_a_step(tmp_path: Path) -> None:
+    for part, values in enumerate([[0.0, 0.1, 0.9], [0.2, 0.3, 0.4]]):
+        logger = TensorBoardLogger(tmp_path, name="", version="")
+        for step, value in enumerate(values, start=2 * part):
+            logger.experiment.add_scalar("reward/mean", value, step, walltime=100 * part + step)
+        logger.experiment.close()
+    curves = runs.read_curves(tmp_path, ["reward/mean", "absent"])
+    assert list(curves) == ["reward/mean"]
+    steps, found = curves["reward/mean"]
+    assert steps == [0, 1, 2, 3, 4]
+    assert found == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
+
+
+def test_the_average_does_not_start_at_zero() -> None:
+    assert runs.smooth([2.0, 2.0, 2.0]) == pytest.approx([2.0, 2.0, 2.0])
+    assert runs.smooth([0.0, 1.0])[1] == pytest.approx(0.1 / 0.19)
 
 
 class TestGRPO:

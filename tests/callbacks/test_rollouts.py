@@ -1,4 +1,4 @@
-"""What GRPO's callbacks show: the best and the worst of a group, and curves that survive a resume."""
+"""What GRPO's callback shows: the best and the worst of a group."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from simplear.callbacks import RolloutImages, TrainingCurves
-from simplear.callbacks.curves import read_curves, smooth
+from simplear.callbacks import RolloutImages
 from toys import PictureLogger
 
 
@@ -46,32 +45,3 @@ def test_best_and_worst_of_each_group_are_shown(tmp_path: Path) -> None:
 def test_a_stage_without_rollouts_is_refused() -> None:
     with pytest.raises(TypeError, match="SampleImages"):
         RolloutImages(1).on_fit_start(SimpleNamespace(), SimpleNamespace())  # type: ignore[arg-type]
-
-
-def test_curves_of_a_resumed_run_take_the_later_value_of_a_step(tmp_path: Path) -> None:
-    for run, values in enumerate([[0.0, 0.1, 0.9], [0.2, 0.3, 0.4]]):
-        logger = TensorBoardLogger(tmp_path, name="", version="")
-        for step, value in enumerate(values, start=2 * run):
-            logger.experiment.add_scalar("reward/mean", value, step, walltime=100 * run + step)
-        logger.experiment.close()
-    curves = read_curves(tmp_path, ["reward/mean", "absent"])
-    assert list(curves) == ["reward/mean"]
-    steps, found = curves["reward/mean"]
-    assert steps == [0, 1, 2, 3, 4]
-    assert found == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
-
-
-def test_a_picture_of_the_curves_is_written(tmp_path: Path) -> None:
-    logger = TensorBoardLogger(tmp_path, name="", version="")
-    for step in range(40):
-        logger.experiment.add_scalar("reward/mean", step / 40, step)
-    callback = TrainingCurves({"reward": ["reward/mean"], "accuracy": ["scenes/overall"]})
-    trainer: Any = SimpleNamespace(loggers=[logger], is_global_zero=True)
-    callback.on_train_end(trainer, SimpleNamespace())  # type: ignore[arg-type]
-    with Image.open(tmp_path / "curves.png") as picture:
-        assert picture.width > 2 * picture.height
-
-
-def test_the_average_does_not_start_at_zero() -> None:
-    assert smooth([2.0, 2.0, 2.0]) == pytest.approx([2.0, 2.0, 2.0])
-    assert smooth([0.0, 1.0])[1] == pytest.approx(0.1 / 0.19)

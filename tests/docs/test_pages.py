@@ -76,7 +76,9 @@ def parse(arguments: list[str]) -> None:
     arguments, _ = cli._without_imports(arguments)
     verb, rest = arguments[0], arguments[1:]
     entry = cli.VERBS[verb]
-    if isinstance(entry, cli.ConfiguredVerb):
+    if isinstance(entry, cli.Group):
+        entry, rest = entry.verbs[rest[0]], rest[1:]
+    if entry.configured:
         rest = [word for index, word in enumerate(rest) if "--ckpt_path" not in rest[max(0, index - 1) : index + 1]]
         configuration = plan._Configuration if verb == "plan" else ParsedAlone
         configuration(
@@ -91,8 +93,6 @@ def parse(arguments: list[str]) -> None:
             args=rest,
         )
         return
-    if isinstance(entry, cli.Group):
-        entry, rest = entry.verbs[rest[0]], rest[1:]
     module, _, name = entry.function.partition(":")
     command_line.parse(getattr(importlib.import_module(module), name), rest, f"simplear {verb}")
 

@@ -94,14 +94,6 @@ def finish(arguments: Sequence[str], log: Path, ranks: int = 1) -> None:
     assert run.wait() == [0] * ranks, run.printed()
 
 
-def is_running(number: int) -> bool:
-    """Whether a process is neither gone nor a mere entry that nobody has asked for yet."""
-    try:
-        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 def logged_steps(root: Path) -> int:
     """Lines in all tables of curves below a directory, in which others come and go: one a logged step."""
     # Not `rglob`, which a directory that vanishes meanwhile stops.

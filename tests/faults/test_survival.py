@@ -23,7 +23,8 @@ import pytest
 import torch
 import yaml
 
-from faults.processes import PATIENCE, Run, finish, is_running, logged_steps, start
+from faults.processes import PATIENCE, Run, finish, logged_steps, start
+from simplear.atomic import is_running
 from simplear.callbacks.preemption import RESUME_ME
 from simplear.states import LIGHTNING_METADATA, damage
 from toys import make_shards, write_grpo, write_pretraining, write_sft, write_visual_tokenizer_training

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from simplear.stages import SimilarityTokenWeights, group_advantages, grpo_loss
+from simplear.stages import group_advantages, grpo_loss
 
 Advantages = Callable[..., Tensor]
 Loss = Callable[..., tuple[Tensor, dict[str, Tensor]]]
@@ -491,39 +491,3 @@ def test_shapes_that_would_broadcast_and_a_missing_reference_are_refused() -> No
                 token_weights=given["token weights"],
                 **CLIP,
             )
-
-
-# Token weights by similarity.
-
-
-def test_similarity_weights_are_those_of_a_plain_count() -> None:
-    codes = torch.randint(0, 3, (6, 7), generator=torch.Generator().manual_seed(0))
-    weights = SimilarityTokenWeights(floor=0.2)(codes, 3)
-    for image, token in itertools.product(range(6), range(7)):
-        others = [other for other in range(image // 3 * 3, image // 3 * 3 + 3) if other != image]
-        share = sum(int(codes[other, token] == codes[image, token]) for other in others) / 2
-        assert float(weights[image, token]) == pytest.approx(1 - 0.8 * share, abs=1e-6)
-
-
-def test_similarity_looks_at_the_group_alone() -> None:
-    """Two groups of one constant code each, alike across groups too: all weights the floor. Unlike tokens: all 1."""
-    same = torch.zeros(4, 3, dtype=torch.long)
-    torch.testing.assert_close(SimilarityTokenWeights(floor=0.25)(same, 2), torch.full((4, 3), 0.25))
-    unlike = torch.tensor([[0, 1, 2], [1, 2, 0]]).repeat(2, 1)  # rows 0 and 2 are equal, in different groups
-    assert (SimilarityTokenWeights()(unlike, 2) == 1).all()
-
-
-def test_images_all_alike_keep_a_loss() -> None:
-    weights = SimilarityTokenWeights()(torch.zeros(2, 3, dtype=torch.long), 2)
-    new, advantages = -torch.ones(2, 3), torch.tensor([1.0, -0.5])
-    loss, _ = grpo_loss(new, None, None, advantages, beta=0.0, token_weights=weights, **CLIP)
-    torch.testing.assert_close(loss, grpo_loss(new, None, None, advantages, beta=0.0, **CLIP)[0])
-
-
-def test_settings_and_batches_that_make_no_weights_are_refused() -> None:
-    for floor in (0.0, -0.1, 1.1):
-        with pytest.raises(ValueError, match="floor"):
-            SimilarityTokenWeights(floor)
-    for size in (1, 3):
-        with pytest.raises(ValueError, match="group"):
-            SimilarityTokenWeights()(torch.zeros(4, 2, dtype=torch.long), size)

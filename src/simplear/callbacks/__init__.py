@@ -3,14 +3,11 @@ gradients that are finite, and what a job does when it is pre-empted.
 """
 
 from simplear.callbacks.checkpointing import AtomicCheckpoint, HuggingFaceCheckpoint
-from simplear.callbacks.curves import TrainingCurves
-from simplear.callbacks.drawing import DrawingCallback
+from simplear.callbacks.drawing import DrawingCallback, SampleImages, SceneAccuracy
 from simplear.callbacks.finite import FiniteGradients
 from simplear.callbacks.preemption import Preemption
 from simplear.callbacks.progress import StageProgressBar
 from simplear.callbacks.rollouts import RolloutImages
-from simplear.callbacks.samples import SampleImages
-from simplear.callbacks.scene_accuracy import SceneAccuracy
 from simplear.callbacks.throughput import TrainingMonitor
 
 __all__ = [
@@ -23,6 +20,5 @@ __all__ = [
     "SampleImages",
     "SceneAccuracy",
     "StageProgressBar",
-    "TrainingCurves",
     "TrainingMonitor",
 ]

@@ -1,4 +1,4 @@
-"""What callbacks share that draw images during training: when, with which pipeline, and without leaving a trace.
+"""Callbacks that draw during training, without leaving a trace: fixed prompts, and the accuracy of scenes.
 
 Drawing changes nothing of the training: the engines take their randomness from seeds of their own, and the global
 generators, which building a visual tokenizer would use, are put back as they were, as is each module's mode. All ranks
@@ -11,12 +11,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from simplear.errors import UserError
+from simplear.evaluation import Cell, draw_and_judge, image_grid, scene_result
 from simplear.generation import SimpleARPipeline
+from simplear.scenes import evaluation_prompts
 from simplear.stages.averaging import averaged_weights
+from simplear.stages.picture_loggers import log_picture, picture_loggers
 from simplear.visual_tokenizer import VisualTokenizer, load_visual_tokenizer
 
 
@@ -74,6 +79,90 @@ class DrawingCallback(Callback):
                 module.language_model, module.text_tokenizer, module.checkpoint_settings(), self._visual_tokenizer
             )
             self.draw(trainer, pipeline)
+
+
+class SampleImages(DrawingCallback):
+    """Draws the same prompts from the same seeds again and again, into the loggers as ``samples``.
+
+    Args:
+        prompts: captions to draw.
+        every_n_steps: optimizer steps between drawings; the end of training draws too.
+        guidance_scale: classifier-free guidance; None takes the default that the checkpoint will have.
+        seed: of the first prompt; the k-th further one has this plus k.
+        image_size: pixels of an image as shown.
+    """
+
+    def __init__(
+        self,
+        prompts: list[str],
+        every_n_steps: int,
+        guidance_scale: float | None = None,
+        seed: int = 0,
+        image_size: int = 128,
+    ) -> None:
+        super().__init__(every_n_steps)
+        if not prompts:
+            raise UserError("SampleImages has no prompts to draw.")
+        self.prompts = prompts
+        self.guidance_scale = guidance_scale
+        self.seed = seed
+        self.image_size = image_size
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As `DrawingCallback`, and says so when no logger takes pictures."""
+        super().on_fit_start(trainer, pl_module)
+        if not picture_loggers(trainer):
+            rank_zero_warn(
+                "SampleImages draws nothing: the trainer has no TensorBoardLogger, WandbLogger or other logger that "
+                "takes pictures (--trainer.logger)."
+            )
+
+    def draw(self, trainer: Trainer, pipeline: SimpleARPipeline) -> None:
+        # Loggers are the same on every rank, so all of them leave here or none.
+        if not picture_loggers(trainer):
+            return
+        seeds = [self.seed + number for number in range(len(self.prompts))]
+        images: Any = pipeline(self.prompts, guidance_scale=self.guidance_scale, seed=seeds).images
+        cells = [Cell(prompt, (image,)) for prompt, image in zip(self.prompts, images, strict=True)]
+        log_picture(trainer, "samples", np.asarray(image_grid({"": cells}, image_size=self.image_size)))
+
+
+class SceneAccuracy(DrawingCallback):
+    """Logs ``scenes/overall`` and ``scenes/`` each category; the intervals are those of `simplear evaluate scenes`.
+
+    Args:
+        every_n_steps: optimizer steps between evaluations; the end of training evaluates too.
+        prompts_per_category: prompts of each of the six categories.
+        guidance_scale: classifier-free guidance; None takes the default that the checkpoint will have.
+        seed: of prompts and images; with the evaluation's own, prompts and images are the evaluation's.
+        batch_size: images drawn at a time.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int,
+        prompts_per_category: int = 10,
+        guidance_scale: float | None = None,
+        seed: int = 0,
+        batch_size: int = 60,
+    ) -> None:
+        super().__init__(every_n_steps)
+        self.prompts = evaluation_prompts(prompts_per_category, seed)
+        self.guidance_scale = guidance_scale
+        self.seed = seed
+        self.batch_size = batch_size
+
+    def draw(self, trainer: Trainer, pipeline: SimpleARPipeline) -> None:
+        judged = draw_and_judge(
+            pipeline,
+            self.prompts,
+            seed=self.seed,
+            guidance_scale=self.guidance_scale,
+            batch_size=self.batch_size,
+        )
+        values = {f"scenes/{category}": entry["accuracy"] for category, entry in scene_result(judged).items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(values, trainer.global_step)
 
 
 @contextmanager

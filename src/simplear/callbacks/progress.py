@@ -23,13 +23,11 @@ class StageProgressBar(TQDMProgressBar):
     Args:
         stage: name shown at the left; the module's class name without "Module" if empty.
         metric: logged value to show, if there is one of that name.
-        refresh_rate: steps between updates of the bar.
     """
 
-    def __init__(self, stage: str = "", metric: str = "train/loss", refresh_rate: int = 1) -> None:
-        super().__init__(refresh_rate)
-        self.stage = stage
-        self.metric = metric
+    def __init__(self, stage: str = "", metric: str = "train/loss") -> None:
+        super().__init__()
+        self.stage, self.metric = stage, metric
         self._total: int | None = None
         self._first_step = 0
         self._started = 0.0
@@ -68,7 +66,7 @@ class StageProgressBar(TQDMProgressBar):
         step = trainer.global_step
         bar = self.train_progress_bar
         if not bar.disable:
-            if step != bar.n and (step % self.refresh_rate == 0 or step == self._total):
+            if step != bar.n:
                 bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
                 bar.n = step
                 bar.refresh()

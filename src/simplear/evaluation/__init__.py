@@ -8,14 +8,12 @@ from simplear.evaluation.page import PageImage, write_page
 from simplear.evaluation.report import (
     Result,
     accuracy_result,
-    clustered_accuracy_result,
     markdown_table,
     merge_run,
     read_report,
     write_tensorboard,
 )
 from simplear.evaluation.scenes import (
-    JudgedImage,
     blind_accuracy,
     draw_and_judge,
     evaluate_scenes,
@@ -26,12 +24,10 @@ from simplear.evaluation.scenes import (
 
 __all__ = [
     "Cell",
-    "JudgedImage",
     "PageImage",
     "Result",
     "accuracy_result",
     "blind_accuracy",
-    "clustered_accuracy_result",
     "clustered_interval",
     "clustered_proportion",
     "compare",

@@ -17,7 +17,7 @@ from typing import Any
 from simplear.atomic import require_writable, whole_file
 from simplear.errors import UserError
 from simplear.evaluation.intervals import clustered_interval
-from simplear.evaluation.report import OVERALL, REPORT_FILE, read_report
+from simplear.evaluation.report import OVERALL, REPORT_FILE, markdown_rows, read_report
 from simplear.text_files import read_objects
 
 COMPARISON_FILE = "comparison.json"
@@ -181,7 +181,7 @@ def comparison_table(comparison: Mapping[str, Any]) -> str:
     if names[0] == names[1]:
         names = [f"{comparison[side]['run']} ({comparison[side]['report']})" for side in ("first", "second")]
     scale, digits = (100, 1) if comparison["kind"] == "accuracy" else (1, 3)
-    rows = [["category", *names, "difference (95 %)", "prompts"], ["---", *["---:"] * 4]]
+    rows = []
     differences = comparison["differences"]
     for category in [*(name for name in differences if name != OVERALL), OVERALL]:
         entry = {key: scale * value for key, value in differences[category].items()}
@@ -195,5 +195,5 @@ def comparison_table(comparison: Mapping[str, Any]) -> str:
                 str(differences[category]["n"]),
             ]
         )
-    table = "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+    table = markdown_rows(["category", *names, "difference (95 %)", "prompts"], rows)
     return table + "".join(f"\n{note}\n" for note in comparison["notes"])

@@ -20,26 +20,11 @@ from PIL import Image
 
 from simplear.atomic import claim_directory, whole_file
 from simplear.errors import UserError
-from simplear.evaluation.dpg_rules import (
-    PromptAnswers,
-    Question,
-    dpg_result,
-    image_score,
-    prompt_score,
-    read_questions,
-)
-from simplear.evaluation.drawing import SETTINGS_FILE, DrawnPrompts, draw_prompts
-from simplear.evaluation.grid import Cell, image_grid
-from simplear.evaluation.page import PageImage, write_page
+from simplear.evaluation.dpg_rules import PromptAnswers, Question, dpg_result, image_score, read_questions
+from simplear.evaluation.drawing import SETTINGS_FILE, draw_prompts
 from simplear.evaluation.prediction import predict_prompts
-from simplear.evaluation.report import (
-    REPORT_FILE,
-    VERDICTS_FILE,
-    markdown_table,
-    merge_run,
-    name_run,
-    write_tensorboard,
-)
+from simplear.evaluation.publish import publish
+from simplear.evaluation.report import name_run
 from simplear.evaluation.visual_questions import VisualJudge, judge_processor
 from simplear.pictures import read_rgb
 from simplear.text_files import FreeText, parse_json, read_objects
@@ -54,10 +39,6 @@ MOST_SAMPLES = 4
 """Images of a prompt that the official program can cut out of its picture."""
 QUARTERS = ((0, 0), (1, 0), (0, 1), (1, 1))
 """Column and row of each image, in the official order."""
-SHOWN = 8
-"""Prompts in each part of the picture: the first ones, and the worst ones."""
-CAPTION_LENGTH = 160
-"""Letters of a prompt in the picture."""
 
 
 class QuarterLayout:
@@ -173,54 +154,25 @@ def evaluate_dpg(
     if not drawn.trainer.is_global_zero:
         return None
     judged = [PromptAnswers(of_row, task.read(number)) for number, of_row in enumerate(of_rows)]
-    return _report(Path(out), name, drawn, judged, {"checkpoint": checkpoint, **drawn.settings, **judging})
-
-
-def _report(
-    out: Path, name: str, drawn: DrawnPrompts, judged: Sequence[PromptAnswers], settings: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Write all that people read."""
-    run, images = f"{name}-{JUDGE}", out / FOLDER / name
-    verdicts = images / JUDGE / VERDICTS_FILE
+    boxes = quarter_boxes(read_rgb(drawn.paths[0]).width, samples)
     lines = [
         {
-            "file": str(path.relative_to(images)),
+            "file": str(path.relative_to(directory)),
             "sample": sample,
             "item_id": row["item_id"],
             "prompt": row["prompt"],
+            "box": box,
             "score": image_score(item.questions, answers),
             "no": [question.text for question in item.questions if not answers[question.number]],
         }
         for row, path, item in zip(drawn.rows, drawn.paths, judged, strict=True)
-        for sample, answers in enumerate(item.answers)
+        for sample, (answers, box) in enumerate(zip(item.answers, boxes, strict=True))
     ]
-    with whole_file(verdicts) as partial:
-        partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    result = dpg_result(judged)
-    picture = _picture(name, [row["prompt"] for row in drawn.rows], drawn.paths, judged)
-    with whole_file(out / FOLDER / f"{run}.png") as partial:
-        picture.save(partial, "PNG")
-    write_tensorboard(images / JUDGE, result, picture, tag=FOLDER)
-    stated = {"benchmark": FOLDER, "judge": JUDGE, **settings, "prompts": len(drawn.rows)}
-    report = merge_run(out / REPORT_FILE, run, result, {**stated, "verdicts": str(verdicts.relative_to(out))})
-    boxes = quarter_boxes(read_rgb(drawn.paths[0]).width, drawn.settings["samples"])
-    shown = [
-        PageImage(
-            images / line["file"],
-            line["prompt"],
-            FOLDER,
-            score=line["score"],
-            reason="\n".join(line["no"]),
-            box=boxes[line["sample"]],
-        )
-        for line in lines
-    ]
-    page = out / FOLDER / f"{run}.html"
-    write_page(page, "DPG-Bench", report, run, shown)
-    if len(drawn.rows) < len(dpg_prompts()):
-        logger.warning("only the first %d of %d prompts: no number of DPG-Bench.", len(drawn.rows), len(dpg_prompts()))
-    print(f"\n{markdown_table(report)}\nreport: {out / REPORT_FILE}\nimages: {page}")
-    return report
+    if len(drawn.rows) < len(prompts):
+        logger.warning("only the first %d of %d prompts: no number of DPG-Bench.", len(drawn.rows), len(prompts))
+    settings = {"benchmark": FOLDER, "judge": JUDGE, "checkpoint": checkpoint, **drawn.settings, **judging}
+    settings["prompts"] = len(drawn.rows)
+    return publish(directory, f"{name}-{JUDGE}", dpg_result(judged), settings, lines, title="DPG-Bench", part=JUDGE)
 
 
 def questions_of(prompts: Sequence[Mapping[str, Any]], file: str | Path) -> dict[str, list[Question]]:
@@ -303,24 +255,3 @@ class Judging:
 
 def _sha256(file: str | Path | None) -> str | None:
     return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
-
-
-def _picture(name: str, prompts: Sequence[str], paths: Sequence[Path], judged: Sequence[PromptAnswers]) -> Image.Image:
-    """The first prompts and the worst ones, their images as they stand in the files."""
-    scores = [prompt_score(item) for item in judged]
-
-    def cells(numbers: Sequence[int]) -> list[Cell]:
-        return [
-            Cell(f"{scores[number]:.0%}: {_shortened(prompts[number])}", (read_rgb(paths[number]),))
-            for number in numbers
-        ]
-
-    worst = sorted(range(len(scores)), key=lambda number: scores[number])[:SHOWN]
-    return image_grid(
-        {f"{name}: the first prompts": cells(range(len(scores))[:SHOWN]), "the worst by the judge": cells(worst)},
-        image_size=256,
-    )
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= CAPTION_LENGTH else text[: CAPTION_LENGTH - 1].rstrip() + "…"

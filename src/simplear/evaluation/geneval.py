@@ -23,18 +23,10 @@ from simplear.atomic import claim_directory, whole_file
 from simplear.evaluation.drawing import SETTINGS_FILE, DrawnPrompts, draw_prompts
 from simplear.evaluation.geneval_models import DETECTOR, DETECTOR_SIZE, ColorClassifier, InstanceDetector
 from simplear.evaluation.geneval_rules import CATEGORIES, Detection, counted, judge, threshold_of
-from simplear.evaluation.grid import Cell, image_grid, tiled
-from simplear.evaluation.page import PageImage, write_page
+from simplear.evaluation.grid import tiled
 from simplear.evaluation.prediction import predict_prompts
-from simplear.evaluation.report import (
-    REPORT_FILE,
-    VERDICTS_FILE,
-    clustered_accuracy_result,
-    markdown_table,
-    merge_run,
-    name_run,
-    write_tensorboard,
-)
+from simplear.evaluation.publish import publish
+from simplear.evaluation.report import clustered_accuracy_result, name_run
 from simplear.pictures import read_rgb
 from simplear.rewards import load_clip
 from simplear.text_files import FreeText, read_objects
@@ -46,8 +38,6 @@ JUDGE = "geneval-hf"
 METADATA_FILE = "metadata.jsonl"
 SAMPLES_FOLDER = "samples"
 GRID_FILE = "grid.png"
-SHOWN_PER_CATEGORY = 4
-"""Prompts of each category in the picture: the first ones, not chosen ones."""
 
 
 def evaluate_geneval(
@@ -114,7 +104,18 @@ def evaluate_geneval(
     predict_prompts(drawn.trainer, task, len(drawn.rows), prompts_per_batch=1)
     if not drawn.trainer.is_global_zero:
         return None
-    return _report(Path(out), f"{name}-{JUDGE}", directory, drawn, {"checkpoint": checkpoint, **judge_settings})
+    rows = [row for number in range(len(drawn.rows)) for _, row in read_objects(task.file(number))]
+    verdicts: dict[str, dict[str, list[bool]]] = {}
+    for row in rows:
+        verdicts.setdefault(row["tag"], {}).setdefault(row["prompt"], []).append(row["correct"])
+    if len(drawn.rows) < len(prompts()):
+        logger.warning("only the first %d of %d prompts: no number of GenEval.", len(drawn.rows), len(prompts()))
+    if missing := [category for category in CATEGORIES if category not in verdicts]:
+        logger.warning("no prompt of %s: overall is the mean of the others.", ", ".join(missing))
+    settings = {"benchmark": FOLDER, "judge": JUDGE, "checkpoint": checkpoint, **judge_settings, **drawn.settings}
+    settings["prompts"] = len(drawn.rows)
+    result = clustered_accuracy_result(verdicts)
+    return publish(directory, f"{name}-{JUDGE}", result, settings, rows, title="GenEval", part=JUDGE)
 
 
 def prompts() -> list[dict[str, Any]]:
@@ -204,50 +205,3 @@ class _Judging:
 def _described(item: Detection) -> list[float]:
     """Box and confidence."""
     return [round(value, 4) for value in (*item.box, item.score)]
-
-
-def _report(out: Path, run: str, images: Path, drawn: DrawnPrompts, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Gather the verdicts, and write all that people read."""
-    judged = images / JUDGE
-    texts = [(judged / f"{number:05d}.jsonl").read_text() for number in range(len(drawn.rows))]
-    with whole_file(judged / VERDICTS_FILE) as partial:
-        partial.write_text("".join(texts))
-    rows = [row for _, row in read_objects(judged / VERDICTS_FILE)]
-    verdicts: dict[str, dict[str, list[bool]]] = {}
-    for row in rows:
-        verdicts.setdefault(row["tag"], {}).setdefault(row["prompt"], []).append(row["correct"])
-    result = clustered_accuracy_result(verdicts)
-    sections: dict[str, list[Cell]] = {}
-    for number, prompt in enumerate(drawn.rows):
-        cells = sections.setdefault(prompt["tag"].replace("_", " "), [])
-        if len(cells) < SHOWN_PER_CATEGORY:
-            samples = rows[number * drawn.settings["samples"] :][: drawn.settings["samples"]]
-            pictures = tuple(read_rgb(images / row["file"]) for row in samples)
-            cells.append(Cell(prompt["prompt"], pictures, tuple(row["correct"] for row in samples)))
-    picture = image_grid(sections, columns=2)
-    picture.save(out / FOLDER / f"{run}.png")
-    write_tensorboard(judged, result, picture, tag=FOLDER)
-    report = merge_run(
-        out / REPORT_FILE,
-        run,
-        result,
-        {
-            "benchmark": FOLDER,
-            "judge": JUDGE,
-            **settings,
-            **drawn.settings,
-            "prompts": len(drawn.rows),
-            "verdicts": str((judged / VERDICTS_FILE).relative_to(out)),
-        },
-    )
-    page = out / FOLDER / f"{run}.html"
-    shown = [
-        PageImage(images / row["file"], row["prompt"], row["tag"], row["correct"], reason=row["reason"]) for row in rows
-    ]
-    write_page(page, "GenEval", report, run, shown)
-    if len(drawn.rows) < len(prompts()):
-        logger.warning("only the first %d of %d prompts: no number of GenEval.", len(drawn.rows), len(prompts()))
-    if missing := [category for category in CATEGORIES if category not in verdicts]:
-        logger.warning("no prompt of %s: overall is the mean of the others.", ", ".join(missing))
-    print(f"\n{markdown_table(report)}\nreport: {out / REPORT_FILE}\nimages: {page}")
-    return report

@@ -44,7 +44,7 @@ def image_grid(sections: Mapping[str, Sequence[Cell]], columns: int = 4, image_s
     """Lay cells out in rows, section after section.
 
     Args:
-        sections: cells under each heading; an empty heading is left out. All cells hold the same number of images.
+        sections: cells under each heading; an empty heading is left out.
         columns: cells in a row.
         image_size: pixels of the longer side of each image as shown. Small pictures are enlarged by whole pixels where
             that is a whole number of times, others are resampled smoothly.
@@ -56,7 +56,7 @@ def image_grid(sections: Mapping[str, Sequence[Cell]], columns: int = 4, image_s
     if not cells:
         raise ValueError("there are no images to show.")
     columns = min(columns, max(len(members) for members in sections.values()))
-    images = len(cells[0].images)
+    images = max(len(cell.images) for cell in cells)
     cell_width = images * image_size + (images - 1) * GAP
     width = columns * cell_width + (columns + 1) * MARGIN
     parts = []

@@ -90,11 +90,7 @@ def clustered_proportion(clusters: Sequence[Sequence[bool]]) -> tuple[float, flo
     """
     if len({len(right) for right in clusters}) != 1 or not clusters[0]:
         raise ValueError("clusters must have one size, of 1 or more.")
-    images = len(clusters) * len(clusters[0])
-    shares = [fmean(right) for right in clusters]
-    share = fmean(shares)
-    spread = variance(shares) / len(shares) if len(shares) > 1 else 0.0
-    return share, *effective_interval(share, spread, len(clusters), images)
+    return ratio_proportion([(sum(right), len(right)) for right in clusters])
 
 
 def clustered_interval(strata: Sequence[Sequence[float]]) -> tuple[float, float, float]:

@@ -14,6 +14,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from tqdm import tqdm
 
 from simplear.atomic import whole_file
@@ -29,9 +30,10 @@ JPEG_QUALITY = 85
 class PageImage:
     """An image and what was found about it."""
 
-    file: Path
+    file: Path | Image.Image
+    """Where it is, or the image itself."""
     prompt: str
-    category: str
+    category: str = ""
     right: bool | None = None
     """The verdict; None where there is a score alone."""
     score: float | None = None
@@ -40,6 +42,13 @@ class PageImage:
     """What is wrong, line by line."""
     box: tuple[int, int, int, int] | None = None
     """Left, top, right and bottom of the image in its file; None where the file is the image."""
+    label: str = ""
+    """Above it in the picture, such as the name of its run."""
+
+    def open(self) -> Image.Image:
+        """The image alone, RGB."""
+        picture = self.file if isinstance(self.file, Image.Image) else read_rgb(self.file)
+        return picture.crop(self.box) if self.box else picture
 
 
 def write_page(file: str | Path, title: str, report: Mapping[str, Any], run: str, images: Sequence[PageImage]) -> None:
@@ -125,8 +134,7 @@ def _figure(number: int, item: PageImage, prompt_failure: float) -> str:
 
 def _thumbnail(item: PageImage) -> str:
     buffer = io.BytesIO()
-    picture = read_rgb(item.file)
-    picture = picture.crop(item.box) if item.box else picture
+    picture = item.open()
     small = max(picture.size) <= THUMBNAIL
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
     if small:

@@ -8,9 +8,6 @@ Drawing goes on after a stop and runs on any number of processes; measuring is t
 
 from __future__ import annotations
 
-import heapq
-import json
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -22,30 +19,17 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from simplear.atomic import whole_directory, whole_file
 from simplear.data.sample import Drop
 from simplear.data.sources import ImageFolderSource
 from simplear.errors import UserError
 from simplear.evaluation.drawing import draw_prompts
 from simplear.evaluation.fid import FrechetDistance, InceptionFeatures
 from simplear.evaluation.folder import picture_batches
-from simplear.evaluation.grid import Cell, image_grid
 from simplear.evaluation.intervals import ratio_interval
-from simplear.evaluation.page import PageImage, write_page
-from simplear.evaluation.report import (
-    OVERALL,
-    REPORT_FILE,
-    Result,
-    markdown_table,
-    merge_run,
-    name_run,
-    write_tensorboard,
-)
-from simplear.pictures import read_rgb
+from simplear.evaluation.publish import publish
+from simplear.evaluation.report import OVERALL, Result, name_run
 from simplear.rewards import CLIPReward, HPSv2Reward, score
 from simplear.text_files import FreeText, read_prompts
-
-logger = logging.getLogger(__name__)
 
 FOLDER = "quality"
 IMAGES = "images"
@@ -54,11 +38,6 @@ SCORES_FILE = "scores.jsonl"
 HPS_V2_1_FILE = "HPS_v2.1"
 """How the file of the weights of version 2.1 begins."""
 PERCENT = 100
-SHOWN = 12
-"""Images in each part of the picture: the first ones, and the worst ones."""
-MOST_ON_PAGE = 2000
-"""Images on the page, which holds them all."""
-CAPTION_LENGTH = 120
 
 
 class FolderLayout:
@@ -162,18 +141,6 @@ def evaluate_quality(
         measure_name(network): _scores(network, files, prompts, measure_batch_size, device)
         for network in networks.values()
     }
-    result = quality_result(scores, prompts, distance)
-    run_name = f"{name}-{FOLDER}"
-    picture = _picture(name, files, prompts, scores)
-    with whole_file(directory.with_name(f"{run_name}.png")) as partial:
-        picture.save(partial, "PNG")
-    with whole_directory(directory / MEASURES) as partial:
-        lines = [
-            {"file": str(file.relative_to(directory)), "prompt": prompt, **{key: scores[key][place] for key in scores}}
-            for place, (file, prompt) in enumerate(zip(files, prompts, strict=True))
-        ]
-        (partial / SCORES_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
-        write_tensorboard(partial, result, picture, tag=FOLDER)
     settings = {
         "benchmark": FOLDER,
         "checkpoint": checkpoint,
@@ -183,16 +150,15 @@ def evaluate_quality(
         **drawn.settings,
         "prompts": len(drawn.rows),
     }
-    if scores:  # of each image, so that runs can be compared by prompt
-        verdicts = directory / MEASURES / SCORES_FILE
-        settings |= {"verdicts": str(verdicts.relative_to(out)), "verdict": next(iter(scores))}
-    report = merge_run(Path(out) / REPORT_FILE, run_name, result, settings)
-    page = directory.with_name(f"{run_name}.html")
-    write_page(page, "Quality", report, run_name, _page_images(files[:MOST_ON_PAGE], prompts, scores))
-    if len(files) > MOST_ON_PAGE:
-        logger.warning("the page shows the first %d of %d images.", MOST_ON_PAGE, len(files))
-    print(f"\n{markdown_table(report)}\nreport: {Path(out) / REPORT_FILE}\nimages: {page}")
-    return report
+    if scores:
+        settings["verdict"] = next(iter(scores))
+    lines: list[dict[str, Any]] = [
+        {"file": str(file.relative_to(directory)), "prompt": prompt, **{key: scores[key][place] for key in scores}}
+        for place, (file, prompt) in enumerate(zip(files, prompts, strict=True))
+    ]
+    result = quality_result(scores, prompts, distance)
+    run_name = f"{name}-{FOLDER}"
+    return publish(directory, run_name, result, settings, lines, title="Quality", part=MEASURES, rows_file=SCORES_FILE)
 
 
 def measure_name(network: CLIPReward) -> str:
@@ -270,31 +236,3 @@ def _scores(
             found += (PERCENT * (cosines if isinstance(network, HPSv2Reward) else cosines.clamp(min=0))).tolist()
             bar.update(len(part))
     return found
-
-
-def _page_images(
-    files: Sequence[Path], prompts: Sequence[str], scores: Mapping[str, Sequence[float]]
-) -> list[PageImage]:
-    """Images with the first measure of single ones as their score."""
-    first = next(iter(scores.values()), None)
-    return [
-        PageImage(file, prompts[place], FOLDER, score=None if first is None else first[place])
-        for place, file in enumerate(files)
-    ]
-
-
-def _picture(
-    name: str, files: Sequence[Path], prompts: Sequence[str], scores: Mapping[str, Sequence[float]]
-) -> Image.Image:
-    """The first images, and the worst ones by the first measure of single images."""
-
-    def cell(place: int) -> Cell:
-        prompt = prompts[place] if len(prompts[place]) <= CAPTION_LENGTH else f"{prompts[place][:CAPTION_LENGTH]}…"
-        numbers = ", ".join(f"{measure} {values[place]:.1f}" for measure, values in scores.items())
-        return Cell(f"{prompt} ({numbers})" if numbers else prompt, (read_rgb(files[place]),))
-
-    sections = {f"{name}: the first images": [cell(place) for place in range(len(files))[:SHOWN]]}
-    for measure, values in list(scores.items())[:1]:
-        worst = heapq.nsmallest(SHOWN, range(len(values)), key=lambda place: values[place])
-        sections[f"the worst by {measure}"] = [cell(place) for place in worst]
-    return image_grid(sections, image_size=192)

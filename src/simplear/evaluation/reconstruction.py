@@ -10,7 +10,6 @@ Left out: LPIPS, whose network would have to be downloaded too.
 from __future__ import annotations
 
 import heapq
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,29 +24,20 @@ from torch import Tensor, nn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from tqdm import tqdm
 
-from simplear.atomic import require_writable, whole_directory, whole_file
+from simplear.atomic import require_writable
 from simplear.device import resolve_device
 from simplear.errors import UserError
 from simplear.evaluation.fid import FrechetDistance, InceptionFeatures
 from simplear.evaluation.folder import picture_batches, picture_files
-from simplear.evaluation.grid import Cell, image_grid
 from simplear.evaluation.intervals import clustered_interval
-from simplear.evaluation.report import (
-    OVERALL,
-    REPORT_FILE,
-    Result,
-    markdown_table,
-    merge_run,
-    name_run,
-    write_tensorboard,
-)
+from simplear.evaluation.page import PageImage
+from simplear.evaluation.publish import SHOWN, publish
+from simplear.evaluation.report import OVERALL, Result, name_run
 from simplear.text_files import FreeText
 from simplear.visual_tokenizer import VisualTokenizer, load_visual_tokenizer, to_pixels
 
 FOLDER = "reconstruction"
 ROWS_FILE = "pictures.jsonl"
-SHOWN = 8
-"""Pictures in each part of the page: the first ones, and the worst ones."""
 SMALLEST_SIDE = 11
 """Pixels of SSIM's window."""
 PSNR_CEILING = 10 * float(np.log10(255**2 * 12))
@@ -145,22 +135,6 @@ def evaluate_tokenizer(
             bar.update()
 
     result = reconstruction_result([(psnr, ssim) for _, psnr, ssim in scores], counts, distance)
-    page = image_grid(
-        {
-            f"{name}: the first pictures": [_cell(item, images) for item in first],
-            "the worst by PSNR": [_cell(item, images) for _, _, item in sorted(worst, reverse=True)],
-        },
-        image_size=max(128, min(256, *first[0].original.shape[:2])),
-    )
-    directory = Path(out) / FOLDER / name
-    with whole_directory(directory) as partial:
-        # A picture stands where other evaluations have a prompt: it is what two runs are compared by.
-        rows = [{"prompt": _shown(file, images), "psnr": psnr, "ssim": ssim} for file, psnr, ssim in scores]
-        (partial / ROWS_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
-        write_tensorboard(partial, result, page, tag=FOLDER)
-    picture = directory.with_name(f"{name}.png")
-    with whole_file(picture) as partial:
-        page.save(partial, "PNG")
     settings = {
         "benchmark": FOLDER,
         "tokenizer": tokenizer,
@@ -168,12 +142,16 @@ def evaluate_tokenizer(
         "images": images,
         "size": list(first[0].original.shape[:2]),
         "resized": size is not None,
-        "verdicts": str((directory / ROWS_FILE).relative_to(out)),
         "verdict": "psnr",
     }
-    report = merge_run(Path(out) / REPORT_FILE, name, result, settings)
-    print(f"\n{markdown_table(report)}\nreport: {Path(out) / REPORT_FILE}\npictures: {picture}")
-    return report
+    # A picture stands where other evaluations have a prompt: it is what two runs are compared by.
+    rows = [{"prompt": _path_in(images, file), "psnr": psnr, "ssim": ssim} for file, psnr, ssim in scores]
+    shown = [
+        PageImage(Image.fromarray(image), _path_in(images, item.file), score=item.psnr, label=label)
+        for item in {item.file: item for item in [*first, *(item for _, _, item in worst)]}.values()
+        for image, label in ((item.original, "original"), (item.decoded, "decoded"))
+    ]
+    return publish(Path(out) / FOLDER / name, name, result, settings, rows, shown=shown, rows_file=ROWS_FILE)
 
 
 def reconstructions(
@@ -268,14 +246,6 @@ def _check_size(height: int, width: int, downsample: int) -> None:
         raise UserError(f"pictures of {height} × {width} pixels are smaller than SSIM's window of {SMALLEST_SIDE}.")
 
 
-def _shown(file: Path, folder: str) -> str:
+def _path_in(folder: str, file: Path) -> str:
     """A picture's path in its folder as text: a name may hold bytes that are not."""
     return os.fsencode(file.relative_to(folder)).decode(errors="replace")
-
-
-def _cell(item: Reconstruction, folder: str) -> Cell:
-    return Cell(
-        f"{_shown(item.file, folder)}: {item.psnr:.1f} dB, SSIM {item.ssim:.3f}",
-        (Image.fromarray(item.original), Image.fromarray(item.decoded)),
-        labels=("original", "decoded"),
-    )

@@ -150,11 +150,15 @@ def markdown_table(report: Mapping[str, Any]) -> str:
     """All runs side by side with their 95 % intervals, and beside them what was published of the same benchmarks."""
     head, *rows = report_table(report)
     rows = [[f"**{row[0]}**" if row[0] == OVERALL else row[0], *row[1:]] for row in rows]
-    rule = ["---", *["---:" for _ in head[1:]]]
-    lines = [[cell.replace("|", "\\|") for cell in row] for row in [head, rule, *rows]]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    table = markdown_rows(head, rows)
     sources = [f"{PUBLISHED_MARK} {source}\n" for source in published_sources(report)]
     return table + "".join(["\n", *sources] if sources else [])
+
+
+def markdown_rows(head: Sequence[str], rows: Sequence[Sequence[str]], rule: str = "---:") -> str:
+    """A table in Markdown; the rule aligns its columns behind the first, to the right if not given."""
+    lines = [[cell.replace("|", "\\|") for cell in row] for row in [head, ["---", *[rule] * (len(head) - 1)], *rows]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def report_table(report: Mapping[str, Any]) -> list[list[str]]:

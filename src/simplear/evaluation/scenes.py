@@ -9,7 +9,6 @@ same prompts (what a model that ignores its caption reaches), and drawings that 
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -26,9 +25,8 @@ from tqdm import tqdm
 from simplear.atomic import require_writable
 from simplear.errors import UserError
 from simplear.evaluation.diversity import diversity
-from simplear.evaluation.grid import Cell, image_grid
 from simplear.evaluation.intervals import clustered_proportion
-from simplear.evaluation.page import PageImage, write_page
+from simplear.evaluation.publish import page_image, publish
 from simplear.evaluation.report import (
     OVERALL,
     REPORT_FILE,
@@ -36,13 +34,10 @@ from simplear.evaluation.report import (
     Result,
     accuracy_result,
     clustered_accuracy_result,
-    markdown_table,
     merge_run,
     name_run,
-    write_tensorboard,
 )
 from simplear.generation import DrawingOptions, SimpleARPipeline
-from simplear.pictures import read_rgb
 from simplear.scenes import Verdict, detect, draw, evaluation_prompts, metadata, sample_scene, strict_verdict, verdict
 from simplear.text_files import FreeText, read_objects
 from simplear.visual_tokenizer import VisualTokenizer, to_pixels
@@ -51,8 +46,6 @@ FOLDER = "scenes"
 TOKENIZER_RUN = "tokenizer"
 BLIND: dict[str, Any] = {"guidance_scale": 1.0, "prompt_prefix": "", "negative_prompt": ""}
 """Of images from the empty caption."""
-SHOWN_PER_CATEGORY = 4
-"""Images of each category in the grid: the first ones, not chosen ones."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +122,7 @@ def evaluate_scenes(
     prompts = evaluation_prompts(prompts_per_category, seed)
     name = name_run(run, checkpoint, out)
     if compare_with is not None:
-        _shown(Path(out), [compare_with], prompts)
+        earlier = _of_prompts(Path(out), compare_with, prompts)
     pipeline = options.pipeline(checkpoint, device)
     captions = [prompt["prompt"] for prompt in prompts]
     pipeline.check_prompts(captions, options.prompt_prefix, options.height, options.width)
@@ -148,26 +141,22 @@ def evaluate_scenes(
         blind = blind_accuracy(pipeline, prompts, blind_prompts, seed, **unconditional.arguments())
         merge_run(report_file, f"{name}-blind", blind, {**settings, **BLIND, "images": blind_prompts})
     judged = draw_and_judge(pipeline, prompts, images_per_prompt, seed, **options.arguments())
-    _write_images(Path(out) / FOLDER / name, judged, strict)
-    runs = [name] if compare_with is None else [compare_with, name]
-    picture = _shown(Path(out), runs, prompts)
-    picture.save(Path(out) / FOLDER / f"{name}.png")
-    result = scene_result(judged)
-    write_tensorboard(Path(out) / FOLDER / name, result, picture, tag=FOLDER)
-    settings |= {
-        "prompts_per_category": prompts_per_category,
-        "images_per_prompt": images_per_prompt,
-        "verdicts": f"{FOLDER}/{name}/{VERDICTS_FILE}",
-    }
+    images = Path(out) / FOLDER / name
+    rows = _write_images(images, judged, strict)
+    settings |= {"prompts_per_category": prompts_per_category, "images_per_prompt": images_per_prompt}
     if strict:
-        merge_run(report_file, f"{name}-strict", strict_result(judged), {**settings, "verdict": "strict"})
-    # Last, so that a run in the report has its images beside it.
+        of_verdicts = {"verdicts": f"{FOLDER}/{name}/{VERDICTS_FILE}", "verdict": "strict"}
+        merge_run(report_file, f"{name}-strict", strict_result(judged), {**settings, **of_verdicts})
+    shown = None
+    if compare_with is not None:
+        first = {row["prompt"]: row for row in reversed(rows)}  # of a prompt that has several images
+        shown = [
+            page_image(images.with_name(by), row, label=by)
+            for prompt in prompts
+            for by, row in ((compare_with, earlier[prompt["prompt"]]), (name, first[prompt["prompt"]]))
+        ]
     varied = diversity([item.image for item in judged], [item.prompt["prompt"] for item in judged])
-    report = merge_run(report_file, name, result, settings, varied)
-    page = Path(out) / FOLDER / f"{name}.html"
-    write_page(page, "Scenes", report, name, _page_images(Path(out) / FOLDER / name))
-    print(f"\n{markdown_table(report)}\nreport: {report_file}\nimages: {page}, {page.with_suffix('.png')}")
-    return report
+    return publish(images, name, scene_result(judged), settings, rows, title="Scenes", shown=shown, diversity=varied)
 
 
 def draw_and_judge(
@@ -290,7 +279,8 @@ def _judged(prompt: dict[str, Any], image: NDArray[np.uint8]) -> JudgedImage:
     return JudgedImage(prompt, image, verdict(prompt, detect(image)))
 
 
-def _write_images(directory: Path, judged: Sequence[JudgedImage], strict: bool) -> None:
+def _write_images(directory: Path, judged: Sequence[JudgedImage], strict: bool) -> list[dict[str, Any]]:
+    """Write the images, and return the lines that say what each shows."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     rows = []
@@ -300,35 +290,17 @@ def _write_images(directory: Path, judged: Sequence[JudgedImage], strict: bool) 
         rows.append({"file": file, **item.prompt, "correct": item.verdict.correct, "reason": item.verdict.reason})
         if strict:
             rows[-1] |= {"strict": item.strict.correct, "strict_reason": item.strict.reason}
-    (directory / VERDICTS_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
 
 
-def _page_images(directory: Path) -> list[PageImage]:
-    return [
-        PageImage(directory / row["file"], row["prompt"], row["tag"], row["correct"], reason=row["reason"])
-        for _, row in read_objects(directory / VERDICTS_FILE)
-    ]
-
-
-def _shown(out: Path, runs: Sequence[str], prompts: Sequence[dict[str, Any]]) -> Image.Image:
-    """The first prompts of each category as drawn by each run, side by side, from the files that the runs wrote."""
-    found: list[dict[str, dict[str, Any]]] = []
-    for run in runs:
-        file = out / FOLDER / run / VERDICTS_FILE
-        rows = [row for _, row in read_objects(file)] if file.exists() else []
-        # The first image of a prompt that has several.
-        found.append({row.get("prompt", ""): row for row in reversed(rows)})
-        if missing := [prompt["prompt"] for prompt in prompts if prompt["prompt"] not in found[-1]]:
-            raise UserError(
-                f"run {run!r} has no image of {missing[0]!r} in {file}: evaluate it into the same directory with the "
-                "same seed and as many prompts_per_category."
-            )
-    sections: dict[str, list[Cell]] = {}
-    for prompt in prompts:
-        cells = sections.setdefault(prompt["tag"].replace("_", " "), [])
-        if len(cells) < SHOWN_PER_CATEGORY:
-            rows = [by_prompt[prompt["prompt"]] for by_prompt in found]
-            images = tuple(read_rgb(out / FOLDER / run / row["file"]) for run, row in zip(runs, rows, strict=True))
-            marks = tuple(row["correct"] for row in rows)
-            cells.append(Cell(prompt["prompt"], images, marks, tuple(runs) if len(runs) > 1 else ()))
-    return image_grid(sections)
+def _of_prompts(out: Path, run: str, prompts: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The line of each prompt's first image in an earlier run. Raises UserError where a prompt has none."""
+    file = out / FOLDER / run / VERDICTS_FILE
+    rows = [row for _, row in read_objects(file)] if file.exists() else []
+    found = {row.get("prompt", ""): row for row in reversed(rows)}
+    if missing := [prompt["prompt"] for prompt in prompts if prompt["prompt"] not in found]:
+        raise UserError(
+            f"run {run!r} has no image of {missing[0]!r} in {file}: evaluate it into the same directory with the "
+            "same seed and as many prompts_per_category."
+        )
+    return found

@@ -18,7 +18,7 @@ from huggingface_hub import ModelCardData
 from simplear.data.shards import MANIFEST_FILE
 from simplear.errors import MissingFileError, UserError
 from simplear.evaluation import markdown_table, read_report
-from simplear.evaluation.report import REPORT_FILE
+from simplear.evaluation.report import REPORT_FILE, markdown_rows
 from simplear.hashing import sha256_of
 from simplear.language_model import Checkpoint
 from simplear.text_files import decode, read_object
@@ -196,7 +196,7 @@ def _configuration(content: CardContent) -> list[str]:
             if value is not None
         },
     }
-    return ["## Configuration\n", _table(["", ""], [[name, value] for name, value in rows.items()])]
+    return ["## Configuration\n", markdown_rows(["", ""], list(rows.items()), "---")]
 
 
 def _training(inputs: CardInputs) -> list[str]:
@@ -208,7 +208,9 @@ def _training(inputs: CardInputs) -> list[str]:
             [each["name"], f"{each['rows']:,}", f"`{each['sha256']}`", f"`{str(each['visual_tokenizer'])[:12]}…`"]
             for each in inputs.data
         ]
-        parts.append(_table(["token shards", "images", "SHA-256 of the manifest", "visual tokenizer"], rows))
+        parts.append(
+            markdown_rows(["token shards", "images", "SHA-256 of the manifest", "visual tokenizer"], rows, "---")
+        )
     if inputs.training_config is not None:
         fenced = f"```yaml\n{inputs.training_config.strip()}\n```"
         parts.append(f"<details><summary>Configuration of the run</summary>\n\n{fenced}\n\n</details>\n")
@@ -219,8 +221,3 @@ def _evaluation(inputs: CardInputs) -> list[str]:
     if inputs.report is None:
         return []
     return ["## Evaluation\n", "95 % intervals in brackets.\n", markdown_table(inputs.report)]
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *[[cell.replace("|", "\\|") for cell in row] for row in rows]]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

@@ -9,12 +9,10 @@ from simplear.generation.jacobi import JacobiEngine
 from simplear.generation.memory import OutOfMemoryError
 from simplear.generation.options import DrawingOptions
 from simplear.generation.pipeline import PipelineOutput, SimpleARPipeline, pil_images
-from simplear.generation.plain import BaselineEngine, KVCacheEngine
 from simplear.generation.sampling import SamplingSettings
 
 __all__ = [
     "ENGINES",
-    "BaselineEngine",
     "CachedEngine",
     "CompiledEngine",
     "DrawingOptions",
@@ -22,7 +20,6 @@ __all__ = [
     "FusedEngine",
     "GenerationStats",
     "JacobiEngine",
-    "KVCacheEngine",
     "OutOfMemoryError",
     "PipelineOutput",
     "SamplingSettings",

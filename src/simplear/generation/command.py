@@ -7,6 +7,7 @@ what would be drawn: a directory never mixes two checkpoints or two settings.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from simplear.atomic import require_writable
-from simplear.device import DType, default_dtype, resolve_device
+from simplear.device import default_dtype, resolve_device
 from simplear.errors import UserError
 from simplear.generation.options import DrawingOptions
 from simplear.generation.pipeline import seeds_from
@@ -41,23 +42,10 @@ def generate(
     prompts_file: str | None = None,
     num_images_per_prompt: int = 1,
     seed: int = 0,
-    guidance_scale: float | None = None,
-    do_sample: bool = True,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    negative_prompt: FreeText | None = None,
-    prompt_prefix: FreeText | None = None,
-    height: int | None = None,
-    width: int | None = None,
     image: str | None = None,
     mask: str | None = None,
-    engine: str = "fused",
-    engine_options: dict[str, Any] | None = None,
-    visual_tokenizer: str | None = None,
-    batch_size: int = 32,
     device: str | None = None,
-    dtype: DType | None = None,
+    **drawing: Any,
 ) -> None:
     """Draw prompts into PNG files, with prompt, seed, settings and the checkpoint's hash in each file's metadata.
 
@@ -71,24 +59,11 @@ def generate(
             standard input; blank lines do not count.
         num_images_per_prompt: images of each prompt.
         seed: in [0, 2**64); image k uses seed + k, counted over all prompts, those that are drawn already among them.
-        guidance_scale: classifier-free guidance; the checkpoint's default if not given.
-        do_sample: false takes the most probable code each time.
-        temperature: the checkpoint's default if not given.
-        top_k: the checkpoint's default if not given.
-        top_p: the checkpoint's default if not given.
-        negative_prompt: the checkpoint's default if not given.
-        prompt_prefix: put before every prompt; the checkpoint's default if not given.
-        height: pixels; the checkpoint's grid if not given.
-        width: pixels; the checkpoint's grid if not given.
         image: picture to keep a part of, for all prompts; height and width are its own.
         mask: picture of the same size that says where to draw: where it is transparent, or, if it has no transparency,
             where it is not black.
-        engine: how codes are drawn.
-        engine_options: of the engine, as ``'{window: 7}'`` for jacobi.
-        visual_tokenizer: directory or hub id to use in place of the checkpoint's own.
-        batch_size: images drawn at once.
         device: where to draw; a GPU where there is one if not given.
-        dtype: of the language model; bfloat16 on a GPU and float32 elsewhere if not given.
+        drawing: what is drawn with, see `simplear.generation.DrawingOptions`.
 
     Raises:
         ValueError: no prompt, an entry of the file without one, a prompt that cannot be drawn, or a directory with
@@ -99,32 +74,18 @@ def generate(
         raise UserError(f"num_images_per_prompt {num_images_per_prompt} must be at least 1.")
     place = resolve_device(device)
     seeds = seeds_from(seed, len(prompts) * num_images_per_prompt)
-    options = DrawingOptions(
-        guidance_scale=guidance_scale,
-        do_sample=do_sample,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        negative_prompt=negative_prompt,
-        prompt_prefix=prompt_prefix,
-        height=height,
-        width=width,
-        engine=engine,
-        engine_options=engine_options,
-        visual_tokenizer=visual_tokenizer,
-        batch_size=batch_size,
-        dtype=dtype or default_dtype(place),
-    )
+    options = DrawingOptions(**drawing)
+    options = dataclasses.replace(options, dtype=options.dtype or default_dtype(place))
     picture, anew = _opened(open_rgb, image), _opened(open_mask, mask)
     source = find_checkpoint(checkpoint)
     pipeline = options.pipeline(source, place)
-    size = (height, width) if picture is None else (picture.height, picture.width)
-    pipeline.check_prompts(prompts, prompt_prefix, *size)
+    size = (options.height, options.width) if picture is None else (picture.height, picture.width)
+    pipeline.check_prompts(prompts, options.prompt_prefix, *size)
     stated = options.stated(pipeline.settings)
     del stated["height"], stated["width"]
     settings = {
         **stated,
-        "do_sample": do_sample,
+        "do_sample": options.do_sample,
         "size": [rows * pipeline.settings.downsample for rows in pipeline.grid(*size)],
         "visual_tokenizer": pipeline.visual_tokenizer.fingerprint,
         "checkpoint_hash": checkpoint_hash(source),
@@ -141,8 +102,8 @@ def generate(
     missing = [(path, made) for path, made in images if path not in there]
     require_writable(directory, "pictures", "--out")
     with tqdm(total=len(images), initial=len(there), unit="image", desc="drawing") as bar:
-        for start in range(0, len(missing), batch_size):
-            part = missing[start : start + batch_size]
+        for start in range(0, len(missing), options.batch_size):
+            part = missing[start : start + options.batch_size]
             drawn = pipeline(
                 [made["prompt"] for _, made in part],
                 seed=[made["seed"] for _, made in part],

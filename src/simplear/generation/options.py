@@ -41,7 +41,8 @@ class DrawingOptions:
         engine_options: of the engine, as ``'{window: 7}'`` for jacobi.
         visual_tokenizer: directory or hub id to use in place of the checkpoint's own.
         batch_size: images drawn at once.
-        dtype: of the language model; the checkpoint's own if not given.
+        dtype: of the language model; if not given the checkpoint's own; with `simplear generate` bfloat16 on a GPU
+            and float32 elsewhere.
 
     Raises ValueError for a batch size below 1, and for an engine or options of an engine that are unknown.
     """

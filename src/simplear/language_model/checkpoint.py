@@ -142,20 +142,17 @@ def save_checkpoint(
     model: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
     settings: CheckpointSettings,
-    *,
-    state_dict: dict[str, Tensor] | None = None,
-    visual_tokenizer: str | Path | Callable[[Path], None] | None = None,
+    **options: Any,
 ) -> None:
     """Write a checkpoint directory whole or not at all; an existing one is replaced once the new one is complete.
 
     Args:
-        state_dict: gathered weights of ``model`` (the `LanguageModel`), for a sharded one; None takes the model's own.
-        visual_tokenizer: directory to copy into the checkpoint, or a function that makes one of the path it is given.
+        options: of `write_checkpoint`.
 
     Raises OSError, naming the directory, when the disk takes no more.
     """
     with whole_directory(directory) as partial:
-        write_checkpoint(partial, model, tokenizer, settings, state_dict=state_dict, visual_tokenizer=visual_tokenizer)
+        write_checkpoint(partial, model, tokenizer, settings, **options)
 
 
 def write_checkpoint(
@@ -171,6 +168,8 @@ def write_checkpoint(
     """Fill an empty directory, for whoever puts more into it before it gets its name; else as `save_checkpoint`.
 
     Args:
+        state_dict: gathered weights of ``model`` (the `LanguageModel`), for a sharded one; None takes the model's own.
+        visual_tokenizer: directory to copy into the checkpoint, or a function that makes one of the path it is given.
         max_shard_size: of a weights file, as "5GB"; more weights than that are several files and an index.
     """
     weights = model.state_dict() if state_dict is None else state_dict

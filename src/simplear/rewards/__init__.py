@@ -3,7 +3,6 @@
 from simplear.rewards.clip import CLIPReward
 from simplear.rewards.clip_model import LoadedCLIP, load_clip, preprocess, save_clip
 from simplear.rewards.hps import HPSv2Reward
-from simplear.rewards.probe import caption_accuracy
 from simplear.rewards.protocol import Reward, RewardOfParts, move, score
 from simplear.rewards.scene import SceneReward
 from simplear.rewards.weighted import WeightedReward
@@ -16,7 +15,6 @@ __all__ = [
     "RewardOfParts",
     "SceneReward",
     "WeightedReward",
-    "caption_accuracy",
     "load_clip",
     "move",
     "preprocess",

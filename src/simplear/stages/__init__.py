@@ -11,7 +11,6 @@ from simplear.stages.reference import ReferenceSettings
 from simplear.stages.schedules import CosineWithWarmup
 from simplear.stages.sft import SFTModule
 from simplear.stages.sharding import FSDP2
-from simplear.stages.token_weights import SimilarityTokenWeights, TokenWeights
 from simplear.stages.visual_tokenizer import VisualTokenizerModule
 
 __all__ = [
@@ -26,8 +25,6 @@ __all__ = [
     "PretrainModule",
     "ReferenceSettings",
     "SFTModule",
-    "SimilarityTokenWeights",
-    "TokenWeights",
     "VisualTokenizerModule",
     "group_advantages",
     "grpo_loss",

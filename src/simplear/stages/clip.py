@@ -5,9 +5,8 @@ a batch differ in a shape, a number or a relation alone; so each picture is also
 in one such respect (NegCLIP, Yuksekgonul et al., 2023, https://arxiv.org/abs/2210.01936). Pictures are blurred and made
 noisy a little, for a visual tokenizer's are, and no reward should see that instead of the scene.
 
-When training ends, the model is written as a directory that open_clip and `CLIPReward` read, and that reward is asked
-what it can tell apart. Every random choice follows from (seed, step, rank), so a resumed run repeats an uninterrupted
-one.
+When training ends, the model is written as a directory that open_clip and `CLIPReward` read. Every random choice
+follows from (seed, step, rank), so a resumed run repeats an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from simplear.errors import MissingFileError, UserError
-from simplear.rewards import CLIPReward, caption_accuracy, save_clip
-from simplear.scenes import HELD_OUT, PERTURBATIONS, perturb
+from simplear.rewards import save_clip
+from simplear.scenes import HELD_OUT, perturb
 from simplear.stages.averaging import averaged_weights
 from simplear.stages.optimized import OptimizedModule
 
@@ -35,12 +34,6 @@ LARGEST_LOGIT_SCALE = math.log(100)
 
 HARD = ("shape", "count", "relation", "binding")
 """What captions are made false in; colours and backgrounds are learnt without."""
-
-MEASURED_SCENES = 100
-"""Pictures for each accuracy that is reported at the end."""
-
-UNSEEN = 10**7
-"""Index of the first scene measured, beyond every training corpus."""
 
 
 def degrade(pixels: Tensor, noise: float, blur: float, generator: torch.Generator) -> Tensor:
@@ -131,7 +124,7 @@ class CLIPModule(OptimizedModule):
             blur: Largest share of a 3 x 3 mean in training pictures.
             candidates: Captions that a validation picture's own is to be found among.
             seed: Of false captions, noise and blur.
-            export_dir: Where to write the trained model when training ends, and measure it; none does neither.
+            export_dir: Where to write the trained model when training ends; None writes none.
         """
         super().__init__(optimizer, lr_scheduler)
         self.architecture, self.tokenizer_path = copy.deepcopy(model), tokenizer
@@ -203,24 +196,16 @@ class CLIPModule(OptimizedModule):
         self.log("validation/retrieval", sum(found) / len(captions), prog_bar=True, sync_dist=True)
 
     def on_fit_end(self) -> None:
-        """Export and measure; also when a training that had only this left to do is started again."""
+        """Export; also when a training that had only this left to do is started again."""
         trained = self.global_step and not self.trainer.fast_dev_run  # type: ignore[attr-defined]
         if self.export_dir is None or not self.trainer.is_global_zero or not trained:
             return
         with averaged_weights(self.trainer):
             save_clip(self.clip, self.architecture, self.tokenizer, self.export_dir)
-        reward = CLIPReward(self.export_dir)
-        resolution = self.preprocessing.input_size[1]
-        lines = [f"{'accuracy of':<24}" + "".join(f"{kind:>12}" for kind in PERTURBATIONS)]
-        for split, name in (("train", "pairs seen in training"), ("validation", "pairs never seen")):
-            found = caption_accuracy(reward, resolution=resolution, split=split, count=MEASURED_SCENES, first=UNSEEN)
-            lines.append(f"{name:<24}" + "".join(f"{found[kind]:>12.2f}" for kind in PERTURBATIONS))
-            for logger in self.loggers:
-                logger.log_metrics({f"{split}/{kind}": found[kind] for kind in found}, self.global_step)
         retrieval = self.trainer.callback_metrics.get("validation/retrieval")
         if retrieval is not None:
-            lines.append(f"caption found among {self.candidates}: {float(retrieval):.2f} of the validation pictures")
-        print("\n".join(lines), f"\nCLIP written to {self.export_dir}", flush=True)
+            print(f"caption found among {self.candidates}: {float(retrieval):.2f} of the validation pictures")
+        print(f"CLIP written to {self.export_dir}", flush=True)
 
 
 def _tokenizer(directory: str | None, text: dict[str, Any]) -> Any:

@@ -25,18 +25,16 @@ from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedTokenizerBase
 
 from simplear.data import TokenDataModule
 from simplear.errors import UserError
 from simplear.generation import Engine, SamplingSettings, make_engine
-from simplear.language_model import Architecture, Checkpoint, LanguageModel, NamedWeights, StepWork
+from simplear.language_model import Architecture, Checkpoint, LanguageModel, StepWork
 from simplear.rewards import Reward, move, score
 from simplear.sequence import text_lengths, training_batch
 from simplear.stages.grpo_objective import group_advantages, grpo_loss
 from simplear.stages.language_model_module import LanguageModelModule
 from simplear.stages.reference import Reference, ReferenceSettings
-from simplear.stages.token_weights import TokenWeights
 
 ROLLOUT_SEEDS = 2**48
 """Rollouts count their seeds from here, far from those that people choose for evaluations."""
@@ -74,8 +72,6 @@ class GRPOModule(LanguageModelModule):
         epsilon_low: the ratio is clipped below 1 − this.
         epsilon_high: the ratio is clipped above 1 + this.
         scale_advantages: divide by the group's standard deviation, as the paper does.
-        token_weights: makes the weights (P·G, T) of codes (P·G, T) in the loss, given the group size, such as
-            `simplear.stages.SimilarityTokenWeights`; None weighs all alike.
         gradient_clip_val: largest norm of the gradient; None does not clip. In place of the Trainer's own flag.
         micro_batch_size: images in one forward and backward pass; None takes a rank's whole rollout.
         rollout_batch_size: images drawn at once; None takes a rank's whole rollout.
@@ -103,7 +99,6 @@ class GRPOModule(LanguageModelModule):
         epsilon_low: float = 0.2,
         epsilon_high: float = 0.2,
         scale_advantages: bool = True,
-        token_weights: TokenWeights | None = None,
         gradient_clip_val: float | None = 1.0,
         micro_batch_size: int | None = None,
         rollout_batch_size: int | None = None,
@@ -129,7 +124,7 @@ class GRPOModule(LanguageModelModule):
         self.checkpoint, self.reward, self.group_size, self.sampling = checkpoint, reward, group_size, sampling
         self.inner_updates, self.beta = inner_updates, beta
         self.epsilon_low, self.epsilon_high = epsilon_low, epsilon_high
-        self.scale_advantages, self.token_weights = scale_advantages, token_weights
+        self.scale_advantages = scale_advantages
         self.gradient_clip_val, self.micro_batch_size = gradient_clip_val, micro_batch_size
         self.rollout_batch_size, self.engine_name = rollout_batch_size, engine
         self.reference_settings, self.chunk_rows, self.seed = reference, chunk_rows, seed
@@ -146,15 +141,6 @@ class GRPOModule(LanguageModelModule):
         loaded = super().load_checkpoint(checkpoint, with_weights)
         self.grid = self.grid or loaded.settings.grid
         return loaded
-
-    def load_language_model(self) -> tuple[LanguageModel, PreTrainedTokenizerBase]:
-        """Load the checkpoint's weights in float32, to be trained."""
-        loaded = self.load_checkpoint(self.checkpoint)
-        return loaded.model, loaded.tokenizer
-
-    def empty_language_model(self) -> tuple[LanguageModel, PreTrainedTokenizerBase, NamedWeights]:
-        """As above, one weight at a time."""
-        return self.empty_checkpoint(self.checkpoint)
 
     def copy_model(self, model: LanguageModel) -> None:
         """Copy the reference before the policy is trained; with an adapter it is the policy without."""
@@ -319,9 +305,6 @@ class GRPOModule(LanguageModelModule):
         parts = _parts(images, self.micro_batch_size)
         sequences = [self._sequences(prompts[part], rollout.codes[part]) for part in parts]
         advantages = group_advantages(rollout.scores, self.group_size, scale=self.scale_advantages)
-        weights = None
-        if self.token_weights is not None:
-            weights = self.token_weights(rollout.codes.flatten(1), self.group_size)
         references: Sequence[Tensor | None] = [None] * len(parts)
         olds = references
         if self._reference is not None:
@@ -345,7 +328,6 @@ class GRPOModule(LanguageModelModule):
                     epsilon_low=self.epsilon_low,
                     epsilon_high=self.epsilon_high,
                     beta=self.beta,
-                    token_weights=None if weights is None else weights[part],
                 )
                 share = len(ids) / images
                 # Ranks add up their gradients once an update, with its last micro-batch.

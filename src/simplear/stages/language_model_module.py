@@ -68,6 +68,8 @@ class LanguageModelModule(OptimizedModule):
 
     language_model: LanguageModel
     text_tokenizer: PreTrainedTokenizerBase
+    checkpoint: str
+    """Directory or hub id to start from, in stages that start from one."""
 
     def __init__(
         self,
@@ -99,18 +101,14 @@ class LanguageModelModule(OptimizedModule):
         """Of the checkpoint to go on from; None for a new model."""
 
     def load_language_model(self) -> tuple[LanguageModel, PreTrainedTokenizerBase]:
-        """The model to train and its text tokenizer; whole, on CPU, in float32."""
-        raise NotImplementedError
+        """The model to train and its text tokenizer, of ``checkpoint``; whole, on CPU, in float32."""
+        loaded = self.load_checkpoint(self.checkpoint)
+        return loaded.model, loaded.tokenizer
 
     def empty_language_model(self) -> tuple[LanguageModel, PreTrainedTokenizerBase, NamedWeights]:
-        """The same on the meta device, and its decoder's weights one at a time, for FSDP2.
-
-        This one has all of them in memory first; a stage that can do without overrides it.
-        """
-        model, tokenizer = self.load_language_model()
-        weights = dict(model.decoder.named_parameters())
-        model.to("meta").decoder.tie_weights()
-        return model, tokenizer, iter(weights.items())
+        """The same on the meta device, and its decoder's weights one at a time, for FSDP2."""
+        loaded = self.load_checkpoint(self.checkpoint, with_weights=False)
+        return loaded.model, loaded.tokenizer, stored_weights(loaded.model.decoder, loaded.directory)
 
     def load_checkpoint(self, checkpoint: str, with_weights: bool = True) -> Checkpoint:
         """A checkpoint to go on from, in float32; its own settings hold where the configuration says nothing.
@@ -128,11 +126,6 @@ class LanguageModelModule(OptimizedModule):
         if self.visual_tokenizer_path is None and loaded.visual_tokenizer_path is not None:
             self.visual_tokenizer_path = str(loaded.visual_tokenizer_path)
         return loaded
-
-    def empty_checkpoint(self, checkpoint: str) -> tuple[LanguageModel, PreTrainedTokenizerBase, NamedWeights]:
-        """As `empty_language_model`, of a checkpoint to go on from."""
-        loaded = self.load_checkpoint(checkpoint, with_weights=False)
-        return loaded.model, loaded.tokenizer, stored_weights(loaded.model.decoder, loaded.directory)
 
     def configure_model(self) -> None:
         """Build the model, and shard it under FSDP2."""
@@ -182,18 +175,7 @@ class LanguageModelModule(OptimizedModule):
         """Take what copies a stage needs of the model, whole or sharded, before it is trained; none here."""
 
     def on_fit_start(self) -> None:
-        """Check that data and model belong together before the first step is paid for."""
-        self._check_data()
-
-    def on_validation_start(self) -> None:
-        """As `on_fit_start`, for validation on its own."""
-        self._check_data()
-
-    def on_test_start(self) -> None:
-        """As `on_fit_start`, for a test on its own."""
-        self._check_data()
-
-    def _check_data(self) -> None:
+        """Check that data and model belong together, before the first step is paid for."""
         data = getattr(self.trainer, "datamodule", None)
         if not isinstance(data, TokenDataModule):
             return
@@ -225,6 +207,9 @@ class LanguageModelModule(OptimizedModule):
                     f"positions, the model has {self.language_model.max_positions}: lower --data.max_text_tokens or "
                     "raise max_position_embeddings (--model.init_args.language_model.architecture)."
                 )
+
+    on_validation_start = on_test_start = on_fit_start
+    """Validation and test may also run on their own."""
 
     @property
     def trained_module(self) -> LanguageModel:

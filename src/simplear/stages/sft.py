@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
-from simplear.language_model import LanguageModel, NamedWeights
 from simplear.stages.next_token import NextTokenModule
 
 
@@ -22,12 +19,3 @@ class SFTModule(NextTokenModule):
     def __init__(self, checkpoint: str, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.checkpoint = checkpoint
-
-    def load_language_model(self) -> tuple[LanguageModel, PreTrainedTokenizerBase]:
-        """Load the checkpoint's weights in float32, to be trained."""
-        loaded = self.load_checkpoint(self.checkpoint)
-        return loaded.model, loaded.tokenizer
-
-    def empty_language_model(self) -> tuple[LanguageModel, PreTrainedTokenizerBase, NamedWeights]:
-        """As above, one weight at a time."""
-        return self.empty_checkpoint(self.checkpoint)

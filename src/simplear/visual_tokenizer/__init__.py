@@ -7,7 +7,6 @@ tokenizer's directory on disk. This package knows nothing of captions, of sequen
 
 from simplear.visual_tokenizer.checkpoint import (
     copy_visual_tokenizer,
-    find_visual_tokenizer,
     load_visual_tokenizer,
     register_visual_tokenizer,
     save_visual_tokenizer,
@@ -23,7 +22,6 @@ __all__ = [
     "JanusTokenizer",
     "VisualTokenizer",
     "copy_visual_tokenizer",
-    "find_visual_tokenizer",
     "load_visual_tokenizer",
     "register_visual_tokenizer",
     "save_visual_tokenizer",
