@@ -33,7 +33,7 @@ WIDE = 4
 LAYER_SECONDS = {"cached": 0.46e-3, "fused": 0.13e-3, "jacobi": 0.13e-3, "compiled": 0.05e-3}
 """The least that a layer takes in a pass of one code, whatever the device: the host's time. Measured on one CPU core at
 24 layers so narrow that nothing else is left: 11 ms, 3.2 ms and, compiled, 1.2 ms a pass (beside other work up to twice
-that). Starting a GPU's kernels is assumed to take as long."""
+that). Starting a GPU's kernels is assumed to take as long, though in a CUDA graph it may take less."""
 
 
 @dataclass(frozen=True)
