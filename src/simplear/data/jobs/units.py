@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from simplear.atomic import remove_abandoned
-from simplear.data.sample import Dropped, Sample, warn_of_drops
+from simplear.data.sample import Dropped, Sample, as_made, warn_of_drops
 from simplear.data.shards import MANIFEST_FILE, committed_sidecar, is_committed, merge_manifest, read_json
 from simplear.data.sources.base import RESERVED_NAMES, Source, Unit
 from simplear.errors import SystemRefusedError, UserError
@@ -242,7 +242,7 @@ class UnitModule(lightning.LightningModule):
             batches,
             batch_size=None,
             num_workers=workers,
-            collate_fn=_as_made,
+            collate_fn=as_made,
             # A batch that ends a unit does not wait for a slower process.
             in_order=not workers,
             pin_memory=self.device.type == "cuda",
@@ -256,11 +256,6 @@ class UnitModule(lightning.LightningModule):
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """What is needed there moves by itself: captions and metadata need no walk through them."""
         return batch
-
-
-def _as_made(batch: Any) -> Any:
-    """In place of PyTorch's conversion, which would walk through all metadata."""
-    return batch
 
 
 class UnitWriter(BasePredictionWriter):

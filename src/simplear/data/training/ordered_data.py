@@ -25,6 +25,7 @@ import torch
 from lightning.pytorch.loops.progress import _ProcessedTracker
 from torch.utils.data import DataLoader, Dataset
 
+from simplear.data.sample import as_made
 from simplear.data.training.order import DataOrder, MicroBatch, MicroBatchSampler, Order
 from simplear.errors import UserError
 
@@ -228,12 +229,7 @@ class OrderedDataModule(lightning.LightningDataModule):
         return MicroBatchSampler(order, rank=rank, world_size=world_size, accumulation=accumulation, endless=endless)
 
     def _loader(self, dataset: BatchDataset, sampler: MicroBatchSampler) -> DataLoader[dict[str, Any]]:
-        return DataLoader(dataset, sampler=sampler, batch_size=None, num_workers=self.num_workers, collate_fn=_as_made)
-
-
-def _as_made(batch: Any) -> Any:
-    """In place of PyTorch's conversion, which would walk through all metadata."""
-    return batch
+        return DataLoader(dataset, sampler=sampler, batch_size=None, num_workers=self.num_workers, collate_fn=as_made)
 
 
 def _limited(trainer: lightning.Trainer, batches: int) -> int:
