@@ -8,13 +8,21 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from transformers import Qwen2Config
 
 MACHINES = {"A100": (2.0e12, 312e12), "H100": (3.35e12, 989e12), "H200": (4.8e12, 989e12)}
 """Bytes a second of memory and bf16 operations a second of the matrix units, from NVIDIA's data sheets (SXM; A100 and
 H100 of 80 GB)."""
+
+LAYER_KERNELS, OTHER_KERNELS = 11, 18
+"""Kernels of a compiled pass over one code: of a layer, and beside the layers (traced, see tests/benchmarks)."""
+KERNEL_SECONDS, REACHED = 2e-6, 0.8
+"""Assumed of a kernel in a CUDA graph, until memory delivers and after it does; and of memory's bytes a second."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,13 @@ class Shape:
     def cache_a_token(self) -> int:
         """Numbers of keys and values that a token leaves in a row's cache."""
         return 2 * self.layers * self.key_heads * self.head_size
+
+
+def paper_architecture(size: str) -> dict[str, Any]:
+    """Fields of a size of configs/paper: 0.5b or 1.5b."""
+    stated = yaml.safe_load((Path(__file__).parents[1] / "configs" / "paper" / f"{size}.yaml").read_text())
+    architecture: dict[str, Any] = stated["run"]["architecture"]
+    return architecture
 
 
 def image_bytes(shape: Shape, codes: int, batch: int, number_bytes: int, prompt: int = 0) -> float:
@@ -101,12 +116,6 @@ def _fastest(work, device: torch.device, tries: int = 5) -> float:
     return min(found)
 
 
-LAYER_KERNELS, OTHER_KERNELS = 11, 18
-"""Kernels of a compiled pass over one code: of a layer, and beside the layers (traced, see tests/benchmarks)."""
-KERNEL_SECONDS, REACHED = 2e-6, 0.8
-"""Assumed of a kernel in a CUDA graph, until memory delivers and after it does; and of memory's bytes a second."""
-
-
 def predicted_seconds(shape: Shape, codes: int, batch: int, machine: tuple[float, float]) -> float:
     """Seconds an image of the compiled engine in bf16 with guidance: the bound at what is assumed to be reached of it,
     and in each pass a start for each kernel.
@@ -117,24 +126,15 @@ def predicted_seconds(shape: Shape, codes: int, batch: int, machine: tuple[float
 
 def main() -> None:
     """Print bounds and predictions at 1024 px, as Markdown."""
-    qwen = {"num_key_value_heads": 2, "vocab_size": 215_672}
-    sizes = {
-        "0.5B": Qwen2Config(
-            hidden_size=896, num_hidden_layers=24, num_attention_heads=14, intermediate_size=4864, **qwen
-        ),
-        "1.5B": Qwen2Config(
-            hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, intermediate_size=8960, **qwen
-        ),
-    }
     columns = [(machine, batch) for machine in MACHINES for batch in (1, 32)]
     print(f"| | {' | '.join(f'{machine}, batch {batch}' for machine, batch in columns)} |")
     print("|---|" + "---:|" * len(columns))
-    for name, config in sizes.items():
-        shape = Shape.of(config, 64_000)
+    for name in ("0.5b", "1.5b"):
+        shape = Shape.of(Qwen2Config(**paper_architecture(name), vocab_size=215_672), 64_000)
         bound = [image_seconds(shape, 4096, batch, 2, MACHINES[machine]) for machine, batch in columns]
         predicted = [predicted_seconds(shape, 4096, batch, MACHINES[machine]) for machine, batch in columns]
         for what, seconds in (("bound", bound), ("predicted", predicted)):
-            print(f"| {name}, {what} | {' | '.join(f'{each:.3g}' for each in seconds)} |")
+            print(f"| {name.upper()}, {what} | {' | '.join(f'{each:.3g}' for each in seconds)} |")
 
 
 if __name__ == "__main__":

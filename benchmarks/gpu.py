@@ -29,13 +29,12 @@ from unittest import mock
 
 import torch
 import transformers
-import yaml
 from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]  # on a machine where nothing is installed
 
-from bounds import Shape, image_seconds, measured_machine  # noqa: E402
+from bounds import Shape, image_seconds, measured_machine, paper_architecture  # noqa: E402
 from generation.near_ties import margins  # noqa: E402
 from measure import RESULTS, environment, result_text  # noqa: E402
 from simplear.atomic import whole_file  # noqa: E402
@@ -85,8 +84,7 @@ class Bench:
 
     def model(self, size: str, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> LanguageModel:
         """Random weights, so large that codes depend on what stands before them."""
-        stated = yaml.safe_load((ROOT / "configs" / "paper" / f"{size}.yaml").read_text())
-        fields = stated["run"]["architecture"] | {"initializer_range": 0.05}
+        fields = paper_architecture(size) | {"initializer_range": 0.05}
         config = LanguageModelConfig(
             "", self.layout.codebook_size, architecture=fields | (TINY if self.tiny else {}) | changes
         )
