@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -61,39 +62,39 @@ def test_a_unit_is_committed_when_its_last_batch_has_come(tmp_path: Path, work: 
         assert (tmp_path / "manifest.json").exists()
 
 
+def rank(number: int, last: int, dies: bool, directory: Path) -> None:
+    """Ends with 0, or with 4 if it was told that another one has ended."""
+    torch.set_num_threads(1)
+    store = distributed.FileStore(str(directory / "store"), 3)
+    distributed.init_process_group("gloo", store=store, rank=number, world_size=3)
+    distributed.distributed_c10d._set_pg_timeout(SHORT, distributed.group.WORLD)
+    distributed.distributed_c10d._get_default_timeout = lambda backend: SHORT
+    ranks = RanksTogether()
+    if number == last:
+        time.sleep(2.5 * SHORT.total_seconds())
+        if dies:
+            os._exit(3)
+    try:
+        ranks.wait()
+    except OSError as error:
+        os._exit(4 if "another process of this job has ended before its work was done" in str(error) else 5)
+    ranks.close()
+    os._exit(0)
+
+
 @pytest.mark.parametrize(("last", "dies"), [(0, False), (2, False), (2, True)])
 def test_ranks_wait_longer_than_their_group_would_and_end_with_one_that_dies(
     tmp_path: Path, last: int, dies: bool
 ) -> None:
     """Whichever is the last, for the first has another part in the wait."""
-
-    def rank(number: int) -> int:
-        store = distributed.FileStore(str(tmp_path / "store"), 3)
-        distributed.init_process_group("gloo", store=store, rank=number, world_size=3)
-        distributed.distributed_c10d._set_pg_timeout(SHORT, distributed.group.WORLD)
-        distributed.distributed_c10d._get_default_timeout = lambda backend: SHORT
-        ranks = RanksTogether()
-        if number == last:
-            time.sleep(2.5 * SHORT.total_seconds())
-            if dies:
-                return 3
-        try:
-            ranks.wait()
-        except OSError as error:
-            return 4 if "another process of this job has ended before its work was done" in str(error) else 5
-        ranks.close()
-        return 0
-
-    processes = []
-    for number in range(3):
-        processes.append(os.fork())
-        if processes[-1] == 0:
-            torch.set_num_threads(1)
-            try:
-                os._exit(rank(number))
-            finally:
-                os._exit(6)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+    # Not forked from here: a lock that one of PyTorch's threads holds meanwhile would stay locked in the child.
+    context = multiprocessing.get_context("forkserver")
+    processes = [context.Process(target=rank, args=(number, last, dies, tmp_path), daemon=True) for number in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(2 * PATIENCE)
+    codes = [process.exitcode for process in processes]
     assert codes == [(3 if number == last else 4) if dies else 0 for number in range(3)]
 
 
