@@ -22,6 +22,7 @@ from PIL import Image
 
 from simplear.command_line import PARSER_MODE
 from simplear.data import recaption, tokenize
+from simplear.errors import UserError
 from simplear.language_model import Adapter, load_checkpoint
 from simplear.language_model.checkpoint import RELEASED_VISUAL_TOKENIZER
 from simplear.language_model.rope import Qwen2Rope2DForCausalLM
@@ -275,7 +276,21 @@ def test_overlay_changes_what_another_file_refers_to(tmp_path: Path) -> None:
     assert composed.datamodule.tokenizer_path == "somewhere/else"
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in (CONFIGS / "demo").glob("*.yaml")))
+def test_a_base_is_read_before_the_file_that_names_it_and_once(tmp_path: Path) -> None:
+    (tmp_path / "first.yaml").write_text("run: {name: [first]}\ntrainer: {max_steps: 1, max_epochs: 3}")
+    (tmp_path / "second.yaml").write_text("base: first.yaml\nrun: {name+: [second]}\ntrainer: {max_steps: 2}")
+    (tmp_path / "third.yaml").write_text(f"base: ../{tmp_path.name}/first.yaml\nrun: {{name+: [third]}}")
+    files = [f"--config={tmp_path}/second.yaml", "--config", f"{tmp_path}/third.yaml"]
+    config = compose("demo/pretrain", arguments=(*files, "--trainer.min_steps", "1")).config
+    trainer = config["trainer"]
+    assert config["run"]["name"] == ["first", "second", "third"]
+    assert (trainer["max_steps"], trainer["max_epochs"], trainer["min_steps"], config["base"]) == (2, 3, 1, None)
+    (tmp_path / "third.yaml").write_text("base: nowhere.yaml")
+    with pytest.raises(UserError, match=r"third.yaml names .*nowhere.yaml as its base, which does not exist"):
+        compose(arguments=("--config", f"{tmp_path}/third.yaml"))
+
+
+@pytest.mark.parametrize("name", sorted({path.stem for path in (CONFIGS / "demo").glob("*.yaml")} - {"base"}))
 def test_demo_configurations_parse(name: str) -> None:
     if name.startswith(("tokenize", "text_tokenizer")):
         from simplear.data import train_text_tokenizer_on

@@ -8,6 +8,7 @@ import inspect
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from simplear.command_line import PARSER_OPTIONS, SuggestingParser, in_home, ref
 from simplear.errors import UserError
 from simplear.stages.sharding import leave_ranks, refuse_fsdp1
 
+BASE = "base"
+"""Key of a configuration file: the file to read before it, relative to it."""
 STAGE_BASES = {"model": ("simplear.stages", LightningModule), "data": ("simplear.data", LightningDataModule)}
 """Keys of the configuration whose values are classes: the package that has them, and what they are."""
 
@@ -75,6 +78,8 @@ class RunSettings:
     """Of training on several GPUs."""
     activation_checkpointing: str = "selective"
     """Of training on GPUs."""
+    save_every: int | None = None
+    """Optimizer steps between states."""
 
 
 def joined(*parts: str | Sequence[str]) -> str:
@@ -85,17 +90,54 @@ def joined(*parts: str | Sequence[str]) -> str:
 OmegaConf.register_resolver("join", joined, replace=True)
 
 
+def with_bases(arguments: Sequence[str]) -> list[str]:
+    """The command line with the ``base`` of each configuration file before the file; one that was read is not repeated.
+
+    A base may have a base itself. Raises UserError, naming both files, for one that is missing.
+    """
+    words: list[str] = []
+    for word in arguments:
+        words += ["--config", word.removeprefix("--config=")] if word.startswith("--config=") else [word]
+    read: set[Path] = set()
+    place = 0
+    while "--config" in words[place:-1]:
+        place = words.index("--config", place)
+        file = Path(words[place + 1])
+        base = file.parent / _base(file)
+        if base == file.parent or base.resolve() in read:
+            read.add(file.resolve())
+            place += 2
+        elif base.is_file():
+            read.add(base.resolve())
+            words[place:place] = ["--config", str(base)]
+        else:
+            raise UserError(f"{file} names {base} as its base, which does not exist: correct the path, or remove it.")
+    return words
+
+
+def _base(file: Path) -> str:
+    """The base that a configuration file names; empty without one. The parser refuses what is not YAML."""
+    try:
+        content = yaml.safe_load(file.read_bytes())
+    except (OSError, yaml.YAMLError):
+        return ""
+    return str(content.get(BASE) or "") if isinstance(content, dict) else ""
+
+
 class ConfigurationCLI(LightningCLI):
     """Lightning's command line, as the project's verbs read theirs."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_class_arguments(RunSettings, "run", instantiate=False)
+        parser.add_argument(f"--{BASE}", type=str | None, help="in a file: the file to read before it, relative to it")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         refuse_repeated(args)
         StageParser.typed = args
-        super().parse_arguments(parser, args)
+        super().parse_arguments(parser, with_bases(args))
         self.config = in_home(self.config)
+        # The configuration that a run saves is complete.
+        self.config.get(self.config.get("subcommand"), self.config)[BASE] = None
 
 
 class ConfigurationOfTraining(SaveConfigCallback):
