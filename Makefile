@@ -21,6 +21,8 @@ FLOOR_READY := $(FLOOR_VENV)/.ready
 OLD_PYTHON := Python 3.11 or newer is needed; name one: make PYTHON=python3.11
 # The tests ask no network, and their models are so small that a second thread would only wait.
 OFFLINE := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
+# Two processes, a test file in one of them.
+PYTEST := python -m pytest --numprocesses 2 --dist loadscope
 define venv
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(OLD_PYTHON)"; exit 1; }
 test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
@@ -60,10 +62,10 @@ demo: $(READY)  ## train everything small from nothing and look at what it draws
 	@$(SIMPLEAR) demo $(ARGS)
 
 test: $(READY)  ## the tests
-	@$(OFFLINE) $(VENV)/bin/python -m pytest $(ARGS)
+	@$(OFFLINE) $(VENV)/bin/$(PYTEST) $(ARGS)
 
 test-floor: $(FLOOR_READY)  ## the tests in .venv-floor, at the oldest versions that pyproject.toml allows
-	@$(OFFLINE) $(FLOOR_VENV)/bin/python -m pytest $(ARGS)
+	@$(OFFLINE) $(FLOOR_VENV)/bin/$(PYTEST) $(ARGS)
 
 test-long: $(READY) $(VLLM_READY) $(if $(ARGS),,test-floor)  ## the tests that take many minutes
 	@$(OFFLINE) $(VENV)/bin/python -m pytest -m long $(ARGS)
