@@ -1,7 +1,7 @@
 # Thin aliases of the `simplear` verbs. Every target sets .venv up if need be; ARGS="…" is passed on.
 #   make demo                                      the whole story on two CPU cores, offline
 #   make train-sft ARGS="--trainer.max_steps 10"   one stage of the demo, with an override
-#   make paper-sft SIZE=1.5b VARIANTS=rope-2d      a stage of the paper on one machine of 8 GPUs (docs/paper.md)
+#   make paper-sft SIZE=1.5b VARIANTS=rope-2d      a stage of the paper on one machine of 8 GPUs (docs/scale.md)
 
 PYTHON ?= python3
 ARGS ?=

@@ -21,6 +21,9 @@ from simplear.lightning_cli import ConfigurationCLI
 
 OWN_FILES = {"my-changes.yaml": "trainer: {max_steps: 3}\n"}
 """Files that the pages' readers would have written."""
+EXTEND = ROOT / "docs" / "extend.md"
+REWARD, TOKENIZER = "A reward", "A visual tokenizer"
+"""Headings of the page, whose first snippets are modules that its readers write."""
 
 
 class ParsedAlone(ConfigurationCLI):
@@ -46,8 +49,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def write_modules(directory: Path) -> None:
-    for page, module in (("write-a-reward", "my_rewards"), ("write-a-visual-tokenizer", "my_tokenizers")):
-        (directory / f"{module}.py").write_text(blocks(ROOT / "docs" / f"{page}.md", "python")[0])
+    for heading, module in ((REWARD, "my_rewards"), (TOKENIZER, "my_tokenizers")):
+        (directory / f"{module}.py").write_text(blocks(EXTEND, "python", heading)[0])
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
@@ -108,16 +111,25 @@ def test_a_wrong_command_is_noticed() -> None:
             parse(arguments)
 
 
+def anchors(page: Path) -> set[str]:
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_links_files_and_classes_exist(page: Path) -> None:
     text = page.read_text()
-    for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
-        assert "://" in link or (page.parent / link).exists(), link
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" not in link:
+            file, _, anchor = link.partition("#")
+            target = page.parent / file if file else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
     for file in re.findall(r"`?((?:configs|docs|tests|benchmarks|notebooks|src)/[\w./-]+\.\w+)", text):
-        if not re.search(r"\.[tT]est\w*$", file):  # a test, as data.md names them; another test looks for these
-            assert (ROOT / file).exists() or (page.parent / file).exists(), file
-    for module, name in re.findall(r"\b(simplear(?:\.[a-z_]+)+)\.([A-Z]\w+)", text):
-        if "vllm_plugin" in module:  # needs vLLM's environment to be imported
+        assert (ROOT / file).exists() or (page.parent / file).exists(), file
+    for module, name in re.findall(r"\b(simplear(?:_vllm)?(?:\.[a-z_]+)+)[.:]([A-Z]\w+)", text):
+        if "vllm" in module:  # needs vLLM's environment to be imported
             source = ROOT / "src" / f"{module.replace('.', '/')}.py"
             assert f"class {name}" in source.read_text()
         else:
@@ -135,10 +147,10 @@ def test_what_python_snippets_import_is_there(page: Path) -> None:
 
 def test_overlays_compose() -> None:
     """The YAML of a page, put after the configuration that it belongs to."""
-    (overlay,) = blocks(ROOT / "docs" / "write-a-reward.md", "yaml")
+    (overlay,) = blocks(EXTEND, "yaml", REWARD)
     Path("overlay.yaml").write_text(overlay)
     parse(["fit", "--config", "configs/demo/grpo-scene.yaml", "--config", "overlay.yaml"])
-    (model,) = blocks(ROOT / "docs" / "write-a-visual-tokenizer.md", "yaml")
+    (model,) = blocks(EXTEND, "yaml", TOKENIZER)
     Path("overlay.yaml").write_text(model)
     parse(["fit", "--config", "configs/demo/visual_tokenizer.yaml", "--config", "overlay.yaml"])
 
@@ -154,20 +166,19 @@ def test_every_page_is_in_the_index() -> None:
     assert all(f"]({page.name})" in index for page in (ROOT / "docs").glob("*.md") if page.name != "README.md")
 
 
-def run_snippets(page: str, start: int = 0, **names: Any) -> dict[str, Any]:
-    for code in blocks(ROOT / "docs" / f"{page}.md", "python")[start:]:
-        exec(compile(code, page, "exec"), names)
-    return names
+def run_snippets(heading: str, start: int = 0, **names: Any) -> None:
+    for code in blocks(EXTEND, "python", heading)[start:]:
+        exec(compile(code, EXTEND, "exec"), names)
 
 
-def test_the_reward_page_runs(place: Path) -> None:
-    run_snippets("write-a-reward", __name__="page")
+def test_the_snippets_of_a_reward_run(place: Path) -> None:
+    run_snippets(REWARD, __name__="page")
 
 
-def test_the_visual_tokenizer_page_runs(place: Path) -> None:
+def test_the_snippets_and_the_command_of_a_visual_tokenizer_run(place: Path) -> None:
     """Its class is imported from a module, as the page says; then its command is run."""
     module = importlib.import_module("my_tokenizers")
-    run_snippets("write-a-visual-tokenizer", 1, torch=module.torch, CodebookTokenizer=module.CodebookTokenizer)
-    (command,) = [words for words in commands(ROOT / "docs" / "write-a-visual-tokenizer.md") if "tokenize" in words]
+    run_snippets(TOKENIZER, 1, torch=module.torch, CodebookTokenizer=module.CodebookTokenizer)
+    (command,) = [words for words in commands(EXTEND) if "tokenize" in words]
     cli.main(simplear_arguments(command))
     assert yaml.safe_load(Path("data/trial/tokens/manifest.json").read_text())["rows"] == 64
