@@ -134,11 +134,6 @@ def training_caption(caption: str, prefix: str, uniform: float, dropout: float) 
     return "" if uniform < dropout else prefix + caption
 
 
-def truncate(caption_ids: Sequence[int], max_text_tokens: int) -> tuple[list[int], bool]:
-    """The caption cut at its end to ``max_text_tokens``, and whether anything was cut."""
-    return list(caption_ids[:max_text_tokens]), len(caption_ids) > max_text_tokens
-
-
 def training_batch(caption_ids: Sequence[Sequence[int]], codes: Tensor, layout: TokenLayout) -> dict[str, Tensor]:
     """One right-padded batch for next-token prediction.
 

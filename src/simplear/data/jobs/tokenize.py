@@ -39,7 +39,7 @@ from simplear.data.jobs.units import (
 from simplear.data.prepare.crops import CentreCrop, Crop
 from simplear.data.prepare.filters import Filter, MinimumScore
 from simplear.data.prepare.preparation import Preparation
-from simplear.data.sample import NO_PICTURE, Drop, Dropped, Drops, Pixels, Sample, drop
+from simplear.data.sample import NO_PICTURE, Drop, Dropped, Pixels, Sample
 from simplear.data.shards import MAX_CODEBOOK_SIZE, TokenRow, claim_directory, write_shard
 from simplear.data.shards.drops import draw_funnel, merge_drops, write_unit_drops
 from simplear.data.sources.base import Source, Unit
@@ -59,17 +59,17 @@ class EncoderBatches(UnitDataset):
 
     def batches(self, unit: Unit, dropped: list[Dropped]) -> Iterator[UnitBatch]:
         """Images are tensors (B, H, W, 3) uint8."""
-        drops, seen = Drops(), set[str]()
+        seen = set[str]()
         # Pictures that keep their own size, or get the grid nearest their shape, are gathered by size.
         pending: dict[tuple[int, ...], list[tuple[int, Sample, Pixels | Int64]]] = {}
-        for index, sample in enumerate(self.source.candidates(unit, drops)):
+        for index, sample in enumerate(self.source.read(unit, dropped)):
             try:
                 if sample.key in seen:
                     raise Drop("duplicate key")
                 seen.add(sample.key)
                 prepared = self.preparation(sample)
             except Drop as reason:
-                drop(drops, sample.key, reason)
+                dropped.append((sample.key, str(reason)))
                 continue
             same_size = pending.setdefault(prepared.shape, [])
             same_size.append((index, replace(sample, picture=NO_PICTURE, codes=None), prepared))
@@ -77,7 +77,6 @@ class EncoderBatches(UnitDataset):
                 yield _batch(unit, pending.pop(prepared.shape))
         for rows in pending.values():
             yield _batch(unit, rows)
-        dropped += drops.listed()
 
 
 def _batch(unit: Unit, rows: list[tuple[int, Sample, Pixels | Int64]]) -> UnitBatch:
@@ -211,7 +210,7 @@ class ShardWriter(UnitWriter):
         logger.info("%d rows in %s", manifest["rows"], self.out)
         if any(shard["drops"] for shard in manifest["shards"]):
             listed = merge_drops(self.out, manifest["shards"])
-            picture = draw_funnel(self.out, manifest, [filter_.reasons() for filter_ in module.preparation.filters])
+            picture = draw_funnel(self.out, manifest, [])
             logger.info("what was dropped, by key: %s; by reason: %s", listed, picture)
         if module.committed_before:
             # A source is known by its settings: pictures or captions that changed since are not seen.

@@ -49,11 +49,9 @@ class Preparation:
         wanted = codes.shape if self.size is None else tuple(side // self.downsample for side in self.size)
         if codes.shape != wanted:
             raise UserError(f"{key} has the grid {codes.shape}, height and width ask for {wanted}: leave them out.")
-        outside = np.argwhere((codes < 0) | (codes >= self.codebook_size))
+        outside = codes[(codes < 0) | (codes >= self.codebook_size)]
         if len(outside):
-            row, column = outside[0].tolist()
             raise UserError(
-                f"{key} has the code {codes[row, column]} in row {row}, column {column}, outside "
-                f"[0, {self.codebook_size}): it is of another visual tokenizer, or damaged. Name the tokenizer that "
-                "made it, or take the file out."
+                f"{key} has the code {outside[0]}, outside [0, {self.codebook_size}): it is of another visual "
+                "tokenizer, or damaged. Name the tokenizer that made it, or take the file out."
             )
