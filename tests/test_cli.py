@@ -147,7 +147,7 @@ def test_what_a_constructor_refuses_is_said_without_a_trace(config: list[str], t
         assert code == 2 and message in printed and "Traceback" not in printed and "Given value" not in printed
 
 
-SOURCES = "HuggingFaceSource, ImageFolderSource, RecaptionedSource, ScenesSource, TokenFilesSource, WebDatasetSource"
+SOURCES = "HuggingFaceSource, ImageFolderSource, RecaptionedSource, ScenesSource, WebDatasetSource"
 OWN = "or the import path of one of your own"
 CLASSES = {
     "source": (

@@ -33,7 +33,6 @@ from simplear.data.shards import (
 from simplear.data.shards.merge import merge, unit_names
 from simplear.data.shards.repair import repair, sole_keeper
 from simplear.data.shards.verify import examine, ranges
-from simplear.data.training.order import MicroBatch
 
 CODEBOOK = 27
 
@@ -168,7 +167,7 @@ def trained_on(data: TokenDataModule) -> list[tuple[Grid, list[tuple[str, str, b
     assert data.training is not None
     order, read = data.training.order(data.global_batch_size, data.seed, data.shuffle, "rows"), []
     for number in range(30):
-        batch = data.training.make_batch(MicroBatch(number, *order[number]))
+        batch = data.training.make_batch(order[number])
         rows = zip(batch["keys"], batch["captions"], batch["dropped"].tolist(), strict=True)
         read.append((tuple(batch["codes"].shape[1:]), list(rows)))
     return read

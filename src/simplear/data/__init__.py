@@ -40,7 +40,6 @@ from simplear.data.sources.hugging_face import HuggingFaceSource
 from simplear.data.sources.recaptioned import RecaptionedSource
 from simplear.data.sources.scenes import ScenesSource
 from simplear.data.sources.tars import WebDatasetSource
-from simplear.data.sources.token_files import TokenFilesSource
 from simplear.data.training.image_data import ImageDataModule
 from simplear.data.training.token_data import TokenDataModule
 
@@ -66,7 +65,6 @@ __all__ = [
     "ShortEdge",
     "Source",
     "TokenDataModule",
-    "TokenFilesSource",
     "TokenRow",
     "TokenShards",
     "TransformersCaptioner",

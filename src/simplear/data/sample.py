@@ -47,14 +47,10 @@ class Sample:
     captions: Sequence[str]
     """At least one, none empty, unless the source was told that captions are not required."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    codes: npt.NDArray[np.int64] | None = None
-    """(h, w), of a source whose pictures are tokenized already; then the picture is empty."""
 
     @cached_property
     def image(self) -> Image.Image:
-        """RGB. Raises `Drop` if the picture cannot be decoded, ValueError if there are codes in its place."""
-        if self.codes is not None:
-            raise UserError(f"sample {self.key!r} has codes and no picture: this needs a source of pictures.")
+        """RGB. Raises `Drop` if the picture cannot be decoded."""
         if isinstance(self.picture, PictureFile):
             return self.picture.open()
         return self.picture if isinstance(self.picture, Image.Image) else Image.fromarray(self.picture)

@@ -15,7 +15,6 @@ One picture, 1600 × 1200 pixels, in a tokenization to 512 × 512 with the filte
 6. `MinimumScore` needs the cropped picture and a reward, so it runs on the encoder's device, beside the encoder.
 
 All of this follows from the sample alone. So the shards do not depend on the number of processes, nor on how often
-they were stopped. A sample that has codes already (`TokenFilesSource`) is filtered in the same way, and its codes are
-checked against grid and codebook. Pictures smaller than the size asked for are enlarged, unless a filter drops them.
+they were stopped. Pictures smaller than the size asked for are enlarged, unless a filter drops them.
 Nothing here knows of sources, encoders or files of shards.
 """

@@ -201,9 +201,7 @@ class MinimumScore(Filter):
         self.reason = f"{type(scorer).__name__} under {minimum:g}"
 
     def check(self, sample: Sample) -> None:
-        """Nothing: a score needs the cropped picture. Raises ValueError for a sample that has codes in its place."""
-        if sample.codes is not None:
-            raise UserError(f"sample {sample.key!r} has codes and no picture, which {self.reason} asks for.")
+        """Nothing: a score needs the cropped picture."""
 
     def keep(self, images: Tensor, samples: Sequence[Sample]) -> Tensor:
         """Which pictures (B, 3, H, W) in [0, 1] to keep, (B,) bool.

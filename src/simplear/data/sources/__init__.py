@@ -1,4 +1,4 @@
-"""Where pictures and captions come from: drawn scenes, folders, WebDataset tars, Hugging Face data sets, token files.
+"""Where pictures and captions come from: drawn scenes, folders, WebDataset tars, Hugging Face data sets.
 
 One picture, ``000017.jpg`` in the tar ``00042.tar`` of a `WebDatasetSource`:
 
@@ -17,7 +17,7 @@ One picture, ``000017.jpg`` in the tar ``00042.tar`` of a `WebDatasetSource`:
 A source whose samples have numbers is an `IndexedSource`, which `ImageDataModule` can read in any order.
 
 `RecaptionedSource` wraps another source: the pictures are that one's, the captions those that `simplear recaption`
-wrote, found by key. `TokenFilesSource` yields codes in place of pictures.
+wrote, found by key.
 
 A source of your own derives from `Source` (two methods) and is named by its class path. Left out: downloads of pictures
 by their addresses, which img2dataset does.

@@ -122,7 +122,7 @@ def decoded(samples: Iterable[Sample], dropped: list[Dropped]) -> Iterator[Sampl
     """The samples whose pictures can be decoded; the others are appended to `dropped`."""
     for sample in samples:
         try:
-            _ = sample.codes is None and sample.image
+            _ = sample.image
         except Drop as reason:
             dropped.append((sample.key, str(reason)))
         else:

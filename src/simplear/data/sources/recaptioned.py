@@ -33,16 +33,8 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 """Of the tables; raised when older code cannot read newer ones or the other way round."""
 KINDS = ("long", "short")
-SCHEMA = pa.schema(
-    {
-        "key": pa.string(),
-        "long": pa.string(),
-        "short": pa.string(),
-        "long_problem": pa.string(),
-        "short_problem": pa.string(),
-        "captions": pa.list_(pa.string()),
-    }
-)
+TEXTS = dict.fromkeys(("key", *KINDS, *(f"{kind}_problem" for kind in KINDS)), pa.string())
+SCHEMA = pa.schema(TEXTS | {"captions": pa.list_(pa.string())})
 """A caption is null where its problem is not; ``captions`` are those of the source."""
 
 
