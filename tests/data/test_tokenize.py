@@ -199,6 +199,7 @@ def test_filters_that_leave_nothing_are_named_and_the_same_is_tried_again(tmp_pa
         run(source, tmp_path / "out")
     for number in range(3):
         (tmp_path / f"in/{number}.txt").write_text("x")
+    source = ImageFolderSource(str(tmp_path / "in"))
     assert run(source, tmp_path / "out")
     with pytest.raises(UserError, match=r"\(3 short edge under 99 pixels\)\. Change that"):
         run(source, tmp_path / "filtered", filters=[ShortEdge(99)])

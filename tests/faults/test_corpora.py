@@ -439,7 +439,7 @@ def test_links_are_followed_and_one_that_comes_back_is_named(tmp_path: Path) -> 
     (tmp_path / "pictures/again").symlink_to(tmp_path / "elsewhere")
     assert len(ImageFolderSource(str(tmp_path / "pictures"))) == 4
     (tmp_path / "pictures/deep/up").symlink_to(tmp_path / "pictures")
-    with pytest.raises(OSError, match=r"pictures/deep/up.* cannot be read \(Too many levels of symbolic links\)"):
+    with pytest.raises(OSError, match=r"pictures/deep/up is a link to a folder above it"):
         ImageFolderSource(str(tmp_path / "pictures"))
 
 

@@ -98,7 +98,7 @@ DROPPED: dict[str, tuple[Callable[[], bytes], str]] = {
     "cut_png": (lambda: saved(noise())[:-100], CUT),
     "cut_jpeg": (lambda: saved(noise(), "JPEG")[:-100], CUT),
     "cut_webp": (lambda: saved(noise(), "WEBP")[:-100], CUT),
-    "nearly_nothing": (lambda: saved(noise())[:20], NO_PICTURE),
+    "nearly_nothing": (lambda: saved(noise())[:20], CUT),
     "text": (lambda: b"<html>404 not found</html>", NO_PICTURE),
     "nothing": (lambda: b"", NO_PICTURE),
     "bomb": (bomb, BOMB),

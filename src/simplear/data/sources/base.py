@@ -110,11 +110,12 @@ def distinct_names(files: Sequence[Path]) -> list[str]:
     So a name depends neither on the number of files nor on where the folders lie.
     """
     whole = [Path(os.path.abspath(file)) for file in files]
-    names: list[str] = []
     for folders in range(max((len(file.parts) for file in whole), default=0)):
         names = ["-".join([*file.parts[1:-1][-folders or len(file.parts) :], file.stem]) for file in whole]
         if len(set(names)) == len(names):
             break
+    else:  # two files of one name
+        names = [f"{number:06d}-{file.stem}" for number, file in enumerate(whole)]
     return [file.name if name in RESERVED_NAMES else name for name, file in zip(names, whole, strict=True)]
 
 

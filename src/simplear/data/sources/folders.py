@@ -141,7 +141,7 @@ def is_hidden(name: str) -> bool:
 def files_below(folder: Path) -> Iterator[Path]:
     """All files in a folder and those below it that are not hidden, links followed.
 
-    Raises OSError naming a folder that cannot be read, as one of a link to a folder above it.
+    Raises OSError naming a folder that cannot be read, or a link that leads back to a folder above it.
     """
 
     def refuse(error: OSError) -> NoReturn:
@@ -151,6 +151,9 @@ def files_below(folder: Path) -> Iterator[Path]:
         ) from error
 
     for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        place = Path(os.path.abspath(parent))
+        if place.parent.resolve().is_relative_to(place.resolve()):
+            raise SystemRefusedError(f"{parent} is a link to a folder above it, without end: remove the link.")
         folders[:] = [name for name in folders if not is_hidden(name)]
         yield from (Path(parent, name) for name in files if not is_hidden(name))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import logging
 import os
@@ -173,7 +174,8 @@ def _samples(tar: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
                 key, members[suffix] = name, file.read() if suffix in READ_SUFFIXES else b""
             _require_end(opened, tar)
     except Exception as error:  # damaged numbers and names lead to errors of a dozen kinds
-        if isinstance(error, OSError) and error.errno is not None:  # the system's
+        # A negative size is an invalid argument of the system's; its other errors are not of the tar.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
         raise UserError(
             f"{tar} is damaged or cut short ({first_line(error)}): fetch it again, or take it out of the paths."
