@@ -28,16 +28,13 @@ class NotUTF8Error(UserError):
     """Text in another encoding."""
 
 
-def read_lines(
-    file: Path | bytes, name: str = "", *, blank: bool = False, strict: bool = True
-) -> Iterator[tuple[int, str]]:
+def read_lines(file: Path | bytes, name: str = "", *, blank: bool = False) -> Iterator[tuple[int, str]]:
     """Numbers, from 1, and content of the lines that are not blank, without their ends, read one at a time.
 
     Args:
         file: path, or content.
         name: of the content, for messages.
         blank: yield blank lines too.
-        strict: False yields lines that are not UTF-8 too; `valid_unicode` is false for them.
 
     Raises NotUTF8Error naming file and line.
     """
@@ -46,7 +43,7 @@ def read_lines(
     with io.TextIOWrapper(raw, "utf-8-sig", "surrogateescape") as lines:
         for number, line in enumerate(lines, start=1):
             # ASCII in UTF-16 without a byte order mark is valid UTF-8, with a zero byte for every other character.
-            if strict and ("\0" in line or not valid_unicode(line)):
+            if "\0" in line or not valid_unicode(line):
                 raise NotUTF8Error(
                     f"{name} is not UTF-8 (line {number}), perhaps Windows-1252 or UTF-16: convert it (iconv -f "
                     "WINDOWS-1252 -t UTF-8)."

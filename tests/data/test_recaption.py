@@ -288,20 +288,6 @@ def test_shards_of_other_captions_are_not_mixed_in(tmp_path: Path) -> None:
             file.unlink()
 
 
-def test_captions_of_an_earlier_version_are_read_with_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    source = WebDatasetSource(corpus(tmp_path / "tars", a=3))
-    run(source, tmp_path / "captions", Told())
-    manifest = json.loads((tmp_path / "captions" / MANIFEST_FILE).read_text())
-    manifest["source"] = {"class": "WebDatasetSource", "tars": ["tars/a.tar"]}
-    del manifest["shards"][0]["identity"]
-    (tmp_path / "captions" / MANIFEST_FILE).write_text(json.dumps(manifest))
-    new = RecaptionedSource(source, str(tmp_path / "captions"))
-    assert len(list(new.read(new.units()[0], []))) == 3
-    assert "another version of simplear wrote the captions" in caplog.text
-
-
 def test_captions_that_do_not_belong_or_are_damaged_are_named(tmp_path: Path) -> None:
     source = ScenesSource(10, 16, rows_per_unit=5)
     with pytest.raises(FileNotFoundError, match=r"manifest\.json is missing.*simplear recaption"):

@@ -162,15 +162,11 @@ def _running_text(path: Path, column: str, drops: Counter[str]) -> Texts:
 
 
 def _json_lines(path: Path, column: str, drops: Counter[str]) -> Texts:
-    for number, line in read_lines(path, blank=True, strict=False):
-        size = len(line.encode(errors="surrogateescape")) + 1
-        yield str(number), _json_text(line, column, drops) if line.strip() else "", size
+    for number, line in read_lines(path):
+        yield str(number), _json_text(line, column, drops), len(line.encode()) + 1
 
 
 def _json_text(line: str, column: str, drops: Counter[str]) -> str:
-    if not valid_unicode(line):
-        drops["no UTF-8"] += 1
-        return ""
     try:
         entry = parse_json(line)
     except ValueError:

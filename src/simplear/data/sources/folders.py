@@ -112,13 +112,13 @@ def _look_through(folder: Path) -> tuple[list[str], dict[str, str]]:
     pictures, texts, others = list[str](), dict[str, str](), Counter[str]()
     if not folder.is_dir():
         raise MissingFileError(f"{folder} is not a folder: give one that holds pictures.")
-    for file in sorted(files_below(folder)):
+    for file in files_below(folder):
         name = file.relative_to(folder).as_posix()
         stem, suffix = os.path.splitext(name)
         if suffix.lower() in PICTURE_SUFFIXES:
             pictures.append(name)
         elif suffix.lower() in CAPTION_SUFFIXES:
-            texts[stem] = name  # .txt comes last
+            texts[stem] = name if suffix == ".txt" else texts.get(stem, name)
         elif file.name != LISTING:
             others[suffix] += 1
     known = ", ".join(sorted(PICTURE_SUFFIXES))

@@ -9,7 +9,6 @@ the sidecars with prompts, model and revision.
 from __future__ import annotations
 
 import io
-import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -27,8 +26,6 @@ from simplear.data.sources.base import Source, Unit
 from simplear.errors import MissingFileError, UserError
 from simplear.hashing import sha256_of
 from simplear.text_files import read_object
-
-logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 """Of the tables; raised when older code cannot read newer ones or the other way round."""
@@ -92,14 +89,7 @@ class RecaptionedSource(Source):
         manifest = read_object(manifest_file)
         if (version := manifest.get("format_version")) != FORMAT_VERSION:
             raise UserError(f"{manifest_file} has format version {version}, this code reads {FORMAT_VERSION}.")
-        found = difference({"source": manifest["source"]}, {"source": source.describe()})
-        if found is not None and found.of_another_version:
-            logger.warning(
-                "another version of simplear wrote the captions in %s, so their source cannot be compared; pictures "
-                "whose keys have no caption are dropped and counted",
-                captions,
-            )
-        elif found is not None:
+        if found := difference({"source": manifest["source"]}, {"source": source.describe()}):
             raise UserError(f"the captions in {captions} are of another source ({found}): name the one recaptioned.")
         self._stated = {Path(unit["file"]).stem: unit for unit in manifest["shards"]}
 

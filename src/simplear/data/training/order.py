@@ -26,7 +26,7 @@ Epoch = int | Int64
 """Earlier passes through the rows: one number, or one for each row (B,) if sets are mixed."""
 
 # What a random number is for; keeps the numbers of one sample independent of each other.
-ROW_ORDER, BATCH_ORDER, CAPTION, PREFIX, DROPOUT, STAND_IN = range(6)
+ROW_ORDER, BATCH_ORDER, CAPTION, PREFIX, DROPOUT = range(5)
 
 
 def uniforms(seed: int, epoch: Epoch, rows: Int64, purpose: int) -> npt.NDArray[np.float64]:

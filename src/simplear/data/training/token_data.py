@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from simplear.data.shards import Rows, TokenShards
-from simplear.data.training.order import DROPOUT, PREFIX, STAND_IN, Batch, choose_captions, uniforms
+from simplear.data.training.order import DROPOUT, PREFIX, Batch, choose_captions, uniforms
 from simplear.data.training.ordered_data import BatchDataset, OrderedDataModule
 from simplear.errors import UserError
 from simplear.language_model import load_text_tokenizer
@@ -40,7 +40,6 @@ logger = logging.getLogger(__name__)
 
 VERIFIED_AT_START = 2**30
 """Bytes of shards up to which they are hashed at each start by default: some three seconds on one core."""
-SET_ASIDE = "a row of a shard that was set aside as damaged"
 
 
 class TokenBatches(BatchDataset):
@@ -67,19 +66,11 @@ class TokenBatches(BatchDataset):
         self.weights = None if weights is None or len(weights) == 1 else tuple(map(float, weights))
 
     def read(self, micro_batch: Batch) -> tuple[Rows, Tensor, list[str]]:
-        """The rows at these positions, their codes (B, h, w) int64, and the caption that the epoch draws for each.
-
-        In the place of a row that was set aside comes one of its set, drawn for (seed, epoch, position).
-        """
-        bucket, positions, epoch = self.buckets[micro_batch.bucket], micro_batch.positions, micro_batch.epoch
-        if (missing := bucket.are_missing(positions)).any():
-            draws = uniforms(self.seed, epoch, positions, STAND_IN)
-            positions = positions.copy()
-            positions[missing] = bucket.stand_ins(positions[missing], draws[missing])
-        rows = bucket.rows(positions)
+        """The rows at these positions, their codes (B, h, w) int64, and the caption that the epoch draws for each."""
+        rows = self.buckets[micro_batch.bucket].rows(micro_batch.positions)
         read = self.shards.read(rows)
         codes = torch.from_numpy(read.codes.astype(np.int64))
-        return read, codes, choose_captions(read.captions, self.seed, epoch, rows)
+        return read, codes, choose_captions(read.captions, self.seed, micro_batch.epoch, rows)
 
     def make_batch(self, micro_batch: Batch) -> dict[str, Any]:
         """See `TokenDataModule`; adds ``truncated`` (B,) bool."""
@@ -97,7 +88,6 @@ class TokenBatches(BatchDataset):
             ]
         whole = encode_captions(self.tokenizer, texts)
         ids = [caption[: self.max_text_tokens] for caption in whole]
-        missing = self.buckets[micro_batch.bucket].are_missing(micro_batch.positions)
         return {
             "codes": codes,
             **(text_batch(ids, self.layout) if plain_text else training_batch(ids, codes, self.layout)),
@@ -106,7 +96,6 @@ class TokenBatches(BatchDataset):
             "captions": captions,
             "metadata": read.metadata,
             "keys": read.keys,
-            "replaced": [SET_ASIDE] * int(missing.sum()),
         }
 
 
@@ -199,7 +188,7 @@ class TokenDataModule(OrderedDataModule):
                 written; no codebook size.
         """
         super().setup(stage)
-        training = TokenShards(self.paths, reserve=True) if stage in (None, "fit") else None
+        training = TokenShards(self.paths) if stage in (None, "fit") else None
         validation = TokenShards(self.validation_paths) if self.validation_paths else None
         self._opened = [shards for shards in (training, validation) if shards is not None]
         for shards in self._opened:
@@ -241,7 +230,7 @@ class TokenDataModule(OrderedDataModule):
             self.validation = make(validation, caption_dropout=0.0)
 
     def teardown(self, stage: str) -> None:
-        """Say how many captions were cut, and samples replaced."""
+        """Say how many captions were cut."""
         super().teardown(stage)
         if self.truncated_captions:
             logger.warning(
