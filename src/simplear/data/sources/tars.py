@@ -6,7 +6,6 @@ import errno
 import glob
 import logging
 import os
-import re
 import tarfile
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -40,7 +39,6 @@ READ_SUFFIXES = frozenset(
 )
 PIECE = LONGEST_END = 1 << 20
 """Bytes that are read at a time behind the last member, and more than any packer writes there."""
-BRACES = re.compile(r"\{([^{}]*,[^{}]*|(\d+)\.\.(\d+))\}")
 
 
 class WebDatasetSource(Source):
@@ -68,14 +66,14 @@ class WebDatasetSource(Source):
     ) -> None:
         """
         Args:
-            paths: Paths of tar files, folders of them, or patterns such as "data/*.tar" and "data/{000..127}.tar".
+            paths: Paths of tar files, folders of them, or patterns such as "data/*.tar".
             captions: Keys of the .json that hold captions, all of which count ("a.b" is b of the object a); by default
                 the first of captions, caption and text that is there, then the .txt.
             metadata: Keys of the .json to keep; by default all others.
             captions_required: False keeps pictures without a caption, for recaptioning.
 
         Raises:
-            FileNotFoundError: a pattern fits no file, or a file that braces name is missing.
+            FileNotFoundError: a path or pattern fits no tar.
         """
         self.paths = [paths] if isinstance(paths, str) else list(paths)
         self.captions, self.metadata, self.captions_required = captions, metadata, captions_required
@@ -117,37 +115,19 @@ class WebDatasetSource(Source):
 
 
 def find_tars(pattern: str) -> list[Path]:
-    """The tars that a path, a folder's path or a pattern means, sorted.
-
-    Raises FileNotFoundError if there are none, or one that braces name is missing.
-    """
-    if os.path.isdir(pattern):
-        tars = sorted(file for file in files_below(Path(pattern)) if file.name.lower().endswith(TAR_SUFFIXES))
-        if not tars:
-            raise MissingFileError(
-                f"the folder {pattern} holds no tar ({', '.join(TAR_SUFFIXES)}); ImageFolderSource reads pictures."
-            )
-        return tars
+    """The tars that a path, a folder's path or a pattern means, sorted. Raises FileNotFoundError if there are none."""
     found = set[Path]()
-    for name in expand_braces(pattern):
-        files = [name] if os.path.exists(name) else glob.glob(name)
-        if not files:
-            of = "" if name == pattern else f" (of {pattern}; a folder or *.tar takes what is there)"
-            raise MissingFileError(f"no tar file at {name}{of}.")
-        for file in files:
-            found.update(find_tars(file) if os.path.isdir(file) else [Path(file)])
+    for path in map(Path, [pattern] if os.path.exists(pattern) else glob.glob(pattern)):
+        if path.is_dir():
+            found.update(file for file in files_below(path) if file.name.lower().endswith(TAR_SUFFIXES))
+        else:
+            found.add(path)
+    if not found:
+        raise MissingFileError(
+            f"no tar file at {pattern}: name a file, a pattern such as data/*.tar, or a folder that holds "
+            f"{', '.join(TAR_SUFFIXES)} (ImageFolderSource reads folders of pictures)."
+        )
     return sorted(found)
-
-
-def expand_braces(pattern: str) -> list[str]:
-    """The names that a pattern with {a,b} and {00..10} stands for, as in a shell."""
-    brace = BRACES.search(pattern)
-    if brace is None:
-        return [pattern]
-    words = brace[1].split(",")
-    if brace[2]:
-        words = [f"{number:0{len(brace[2])}d}" for number in range(int(brace[2]), int(brace[3]) + 1)]
-    return [name for word in words for name in expand_braces(pattern[: brace.start()] + word + pattern[brace.end() :])]
 
 
 def _samples(tar: Path) -> Iterator[tuple[str, dict[str, bytes]]]:

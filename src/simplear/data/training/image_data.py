@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from typing import Any
 
@@ -17,6 +18,8 @@ from simplear.data.training.order import Batch, choose_captions
 from simplear.data.training.ordered_data import BatchDataset, OrderedDataModule
 from simplear.errors import UserError
 from simplear.visual_tokenizer import to_pixels
+
+logger = logging.getLogger(__name__)
 
 
 class ImageBatches(BatchDataset):
@@ -38,17 +41,16 @@ class ImageBatches(BatchDataset):
 
     def make_batch(self, micro_batch: Batch) -> dict[str, Any]:
         """See `ImageDataModule`."""
-        rows, replaced = micro_batch.positions, list[str]()
-        keys, captions, images = zip(*(self._read(row, replaced) for row in rows.tolist()), strict=True)
+        rows = micro_batch.positions
+        keys, captions, images = zip(*map(self._read, rows.tolist()), strict=True)
         return {
             "pixels": torch.from_numpy(to_pixels(np.stack(images))),
             "captions": choose_captions(captions, self.seed, micro_batch.epoch, rows),
             "keys": list(keys),
-            "replaced": replaced,
         }
 
-    def _read(self, row: int, replaced: list[str]) -> tuple[str, list[str], Pixels]:
-        """A row, or the next that can be used, so that numbers and order do not change; then says why in `replaced`."""
+    def _read(self, row: int) -> tuple[str, list[str], Pixels]:
+        """A row, or with a line the next one that can be used, so that numbers and order do not change."""
         if self.cached is not None:
             return self.cached[row]
         source = self.source
@@ -57,9 +59,9 @@ class ImageBatches(BatchDataset):
             try:
                 return self._row(source.sample(number % len(source)))
             except Drop as reason:
-                if number == row:
-                    replaced.append(f"{source.key(row)} cannot be used ({reason})")
-        raise UserError(f"{replaced[-1]}, nor can any other sample of the source: see what is wrong with them.")
+                key = source.key(number % len(source))
+                logger.warning("%s cannot be used (%s): the next takes its place", key, reason)
+        raise UserError(f"none of the {len(source)} samples can be used: see what is wrong with them.")
 
     def _row(self, sample: Sample) -> tuple[str, list[str], Pixels]:
         return sample.key, list(sample.captions), resize_and_crop(sample.image, self.height, self.width)
@@ -93,7 +95,7 @@ class ImageDataModule(OrderedDataModule):
             width: Pixels; like height.
             validation_source: Pictures for validation and test; none by default.
             cache: Read all pictures once and keep them in memory, 3 bytes a pixel; broken ones are dropped and counted.
-                False reads each when it is needed, and the next one takes the place of a broken one, which is counted.
+                False reads each when it is needed, and the next one takes the place of a broken one, with a line.
             seed: Of the order and of the choice of captions.
             num_workers: Data loader processes on each rank; 0 loads in the training process.
             shuffle: False takes the pictures in the source's order, in every epoch.

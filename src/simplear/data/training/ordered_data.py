@@ -17,7 +17,6 @@ from __future__ import annotations
 import logging
 import warnings
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -132,7 +131,7 @@ class BatchDataset(Dataset[dict[str, Any]], ABC):
 
     @abstractmethod
     def make_batch(self, micro_batch: Batch) -> dict[str, Any]:
-        """The batch of these positions; ``replaced`` has a text for each sample that another took the place of."""
+        """The batch of these positions."""
 
     def __getitem__(self, micro_batch: Batch) -> dict[str, Any]:
         return {**self.make_batch(micro_batch), "number": micro_batch.number}
@@ -155,8 +154,6 @@ class OrderedDataModule(lightning.LightningDataModule):
         self._next_micro_batch = 0
         self._accumulation = 1
         self._restored: dict[str, Any] | None = None
-        self.replaced: Counter[str] = Counter()
-        """Samples that another took the place of on this rank, by key and reason."""
 
     def setup(self, stage: str | None = None) -> None:
         """Begin at the first batch; Lightning restores a saved position after this."""
@@ -230,20 +227,11 @@ class OrderedDataModule(lightning.LightningDataModule):
         return self.val_dataloader()
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Note the position and take the running number out of the batch; say which samples were replaced."""
+        """Note the position and take the running number out of the batch."""
         number = batch.pop("number")
-        for reason in batch.pop("replaced", ()):
-            if reason not in self.replaced:
-                logger.warning("%s: another takes its place", reason)
-            self.replaced[reason] += 1
         if self.trainer is not None and self.trainer.training:
             self._next_micro_batch = number + 1
         return batch
-
-    def teardown(self, stage: str) -> None:
-        """Say how many samples were replaced."""
-        if self.replaced:
-            logger.warning("%d times in this run a sample took the place of another", self.replaced.total())
 
     def _order_settings(self) -> dict[str, Any]:
         settings: dict[str, Any] = {

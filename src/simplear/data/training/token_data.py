@@ -231,7 +231,6 @@ class TokenDataModule(OrderedDataModule):
 
     def teardown(self, stage: str) -> None:
         """Say how many captions were cut."""
-        super().teardown(stage)
         if self.truncated_captions:
             logger.warning(
                 "%d captions were cut to %d tokens in this run", self.truncated_captions, self.max_text_tokens
