@@ -27,7 +27,7 @@ WHITE = (255, 255, 255)
 ORIENTATION = 0x0112
 """EXIF tag."""
 MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
-"""The system's answers if there is no file of a name."""
+"""The system's errors if no file has the name."""
 
 
 class PictureError(UserError):
@@ -97,7 +97,7 @@ def as_mask(picture: Image.Image) -> Image.Image:
 
 
 def _upright(picture: Image.Image) -> Image.Image:
-    # exif_transpose copies also where nothing is to be turned.
+    # exif_transpose copies every picture, also an upright one.
     return ImageOps.exif_transpose(picture) if picture.getexif().get(ORIENTATION, 1) != 1 else picture
 
 

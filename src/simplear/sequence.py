@@ -61,7 +61,7 @@ class TokenLayout:
         return codes.long() + self.image_token_offset
 
     def codes_of_ids(self, ids: Tensor) -> Tensor:
-        """Codes of image ids, any shape, int64. Raises ValueError on an id that is no image id: nothing is clamped."""
+        """Codes of image ids, any shape, int64. Raises ValueError on any other id: nothing is clamped."""
         _require_range(ids, self.image_token_offset, self.vocab_size, "image id")
         return ids.long() - self.image_token_offset
 

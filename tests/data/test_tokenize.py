@@ -94,7 +94,7 @@ def test_pictures_of_several_sizes_keep_order_and_drops_are_counted(
     run(ImageFolderSource(str(folder)), tmp_path / "own", batch_size=2)
     sidecar = json.loads((tmp_path / "own/images-000000000.json").read_text())
     assert sidecar["grids"] == {"2x2": 3, "2x4": 2} and sidecar["rows"] == 5
-    odd = "sides are no multiples of 4, and no height and width to crop to"
+    odd = "sides are not multiples of 4, and there is no size to crop to"
     assert sidecar["drops"] == {"not a picture": 1, odd: 1}
     assert "1 pictures dropped on rank 0: not a picture" in caplog.text
     shards = TokenShards(tmp_path / "own")

@@ -31,5 +31,5 @@ class Preparation:
         image = sample.image
         pixels = np.asarray(image) if self.size is None else self.crop(image, sample.key, self.size, self.downsample)
         if pixels.shape[0] % self.downsample or pixels.shape[1] % self.downsample:
-            raise Drop(f"sides are no multiples of {self.downsample}, and no height and width to crop to")
+            raise Drop(f"sides are not multiples of {self.downsample}, and there is no size to crop to")
         return pixels

@@ -152,7 +152,7 @@ class HuggingFaceSource(IndexedSource):
             ) from error
 
     def _sample(self, row: pa.Table, number: str) -> Sample:
-        """Of a table of one row; `number` names it if there is no key column."""
+        """The sample in a table of one row; `number` names it without a key column."""
         try:
             (values,) = row.to_pylist()
         except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""New captions of a source's pictures on disk, and the source that has them instead of its own.
+"""New captions of a source's pictures on disk, and the source that reads them in place of the old ones.
 
 A directory holds, for each unit of the source, a Parquet table (``NAME.parquet``: key, the long and the short caption,
 the problem with either, the source's captions) with its sidecar (``NAME.json``: rows, bytes, SHA-256, drops and
