@@ -45,8 +45,8 @@ def read_lines(file: Path | bytes, name: str = "", *, blank: bool = False) -> It
             # ASCII in UTF-16 without a byte order mark is valid UTF-8, with a zero byte for every other character.
             if "\0" in line or not valid_unicode(line):
                 raise NotUTF8Error(
-                    f"{name} is not UTF-8 (line {number}), perhaps Windows-1252 or UTF-16: convert it (iconv -f "
-                    "WINDOWS-1252 -t UTF-8)."
+                    f"{name} is not UTF-8 (line {number}), perhaps UTF-16 or Windows-1252: convert it (iconv -f UTF-16 "
+                    "or -f WINDOWS-1252, -t UTF-8)."
                 )
             if blank or line.strip():
                 yield number, line.removesuffix("\n")
