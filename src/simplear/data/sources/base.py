@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from simplear.data.sample import NO_CAPTION, Drop, Dropped, Sample, column
+from simplear.data.sample import NO_CAPTION, Drop, Dropped, PictureFile, Sample, column
 from simplear.described import Described
 from simplear.text_files import NotUTF8Error, read_lines, valid_unicode
 
@@ -158,6 +158,15 @@ def captions_and_metadata(
     # JSON can spell half of a surrogate pair, which no file can hold.
     valid_text(json.dumps([texts, kept], ensure_ascii=False))
     return [text.strip() for text in texts if text.strip()], kept
+
+
+def captioned_sample(
+    key: str, picture: PictureFile, captions: list[str], metadata: dict[str, Any], required: bool
+) -> Sample:
+    """A sample. Raises `Drop` if a caption is required and there is none, or if the key is not valid Unicode."""
+    if required and not captions:
+        raise Drop(NO_CAPTION)
+    return Sample(valid_text(key), picture, captions, metadata)
 
 
 def valid_text(text: str) -> str:

@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from simplear.data.sample import NO_CAPTION, Drop, PictureFile, Sample
+from simplear.data.sample import PictureFile, Sample
 from simplear.data.sources.base import (
     CAPTION_KEYS,
     CAPTION_SUFFIXES,
     IndexedSource,
     caption_lines,
+    captioned_sample,
     captions_and_metadata,
     valid_text,
 )
@@ -90,9 +91,7 @@ class ImageFolderSource(IndexedSource):
     def sample(self, index: int) -> Sample:
         """Picture `index` of the sorted or listed paths."""
         file, captions, metadata = self.entry(index)
-        if not captions and self.captions_required:
-            raise Drop(NO_CAPTION)
-        return Sample(self.key(index), PictureFile(file), captions, metadata)
+        return captioned_sample(self.key(index), PictureFile(file), captions, metadata, self.captions_required)
 
     def describe(self) -> dict[str, Any]:
         """Also the pictures' names: with others a number means another picture."""
@@ -119,7 +118,7 @@ def _look_through(folder: Path) -> tuple[list[str], dict[str, str]]:
             pictures.append(name)
         elif suffix.lower() in CAPTION_SUFFIXES:
             texts[stem] = name if suffix == ".txt" else texts.get(stem, name)
-        elif file.name != LISTING:
+        elif name != LISTING:
             others[suffix] += 1
     known = ", ".join(sorted(PICTURE_SUFFIXES))
     found = ", ".join(f"{count} {suffix or 'without a suffix'}" for suffix, count in others.most_common(9))

@@ -12,15 +12,15 @@ from typing import Any
 
 import pyarrow as pa
 
-from simplear.data.sample import ADDRESS, NO_CAPTION, Drop, Dropped, PictureFile, Sample, column
+from simplear.data.sample import ADDRESS, Drop, Dropped, PictureFile, Sample, column
 from simplear.data.sources.base import (
     CAPTION_KEYS,
     NO_PICTURE_FILE,
     NOT_UTF8,
     IndexedSource,
     Unit,
+    captioned_sample,
     captions_and_metadata,
-    valid_text,
 )
 from simplear.errors import UserError
 
@@ -164,9 +164,7 @@ class HuggingFaceSource(IndexedSource):
         others = {name: value for name, value in values.items() if name not in self.images}
         others = json.loads(json.dumps(others, default=_time))
         captions, metadata = captions_and_metadata(others, self.captions, self.metadata)
-        if not captions and self.captions_required:
-            raise Drop(NO_CAPTION)
-        return Sample(valid_text(str(key)), self._picture_file(picture), captions, metadata)
+        return captioned_sample(str(key), self._picture_file(picture), captions, metadata, self.captions_required)
 
     def _picture_file(self, picture: Any) -> PictureFile:
         if isinstance(picture, Mapping):  # how `datasets` holds pictures: their bytes, or where they are

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from simplear.data.sample import NO_CAPTION, Drop, Dropped, PictureFile, Sample
+from simplear.data.sample import Drop, Dropped, PictureFile, Sample
 from simplear.data.sources.base import (
     CAPTION_KEYS,
     CAPTION_SUFFIXES,
@@ -20,9 +20,9 @@ from simplear.data.sources.base import (
     Source,
     Unit,
     caption_lines,
+    captioned_sample,
     captions_and_metadata,
     distinct_names,
-    valid_text,
 )
 from simplear.data.sources.folders import files_below, is_hidden
 from simplear.errors import MissingFileError, UserError, first_line
@@ -109,9 +109,7 @@ class WebDatasetSource(Source):
         if not captions and self.captions is None:
             names = [*CAPTION_SUFFIXES, *(suffix + each for each in CAPTION_SUFFIXES)]
             captions = caption_lines(next((members[name] for name in names if name in members), b""))
-        if not captions and self.captions_required:
-            raise Drop(NO_CAPTION)
-        return Sample(valid_text(key), PictureFile(members[suffix]), captions, metadata)
+        return captioned_sample(key, PictureFile(members[suffix]), captions, metadata, self.captions_required)
 
 
 def find_tars(pattern: str) -> list[Path]:
