@@ -27,7 +27,6 @@ import os
 import shutil
 import tarfile
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +48,8 @@ from simplear.data import (
 )
 from simplear.data.prepare.crops import resize_and_crop
 from simplear.data.shards import claim_directory, write_json
-from simplear.data.training.order import MicroBatch, MicroBatchSampler
+from simplear.data.training.order import Batch
+from simplear.data.training.ordered_data import MicroBatchSampler
 from simplear.data.training.token_data import TokenBatches
 from simplear.hashing import Int64
 from simplear.language_model import train_text_tokenizer
@@ -166,7 +166,7 @@ def measure_pairs(settings: argparse.Namespace, directory: Path, tokenizer: Path
     formatted = table.select_columns(["tokens", "captions"]).with_format("numpy")
 
     def read_shards(rows: Int64) -> Pairs:
-        _, codes, captions = batches.read(MicroBatch(0, 0, 0, rows))
+        _, codes, captions = batches.read(Batch(0, 0, 0, rows))
         return codes, captions
 
     readers: dict[str, Callable[[Int64], Pairs]] = {
@@ -261,7 +261,7 @@ def measure_tokenizing(settings: argparse.Namespace, directory: Path) -> Runs:
                 member.size = len(data)
                 opened.addfile(member, io.BytesIO(data))
     source = WebDatasetSource(str(tar))
-    samples = list(source.read(source.units()[0], Counter()))
+    samples = list(source.read(source.units()[0], []))
     pictures = torch.from_numpy(np.stack([resize_and_crop(sample.image, size, size) for sample in samples]))
 
     def encode() -> None:

@@ -82,14 +82,3 @@ def write_parquet(path: Path, pictures: Sequence[Picture]) -> Path:
         columns[name] = [picture.metadata[name] for picture in pictures]
     pq.write_table(pa.table(columns), path)
     return path
-
-
-def write_token_files(directory: Path, rows: Iterable[tuple[str, np.ndarray, Sequence[str]]]) -> Path:
-    """As the paper's own code does: an array and a text file, both named .npy; returns the directory of codes."""
-    codes, labels = directory / "512_codes", directory / "512_labels"
-    codes.mkdir(parents=True)
-    labels.mkdir()
-    for name, grid, captions in rows:
-        np.save(codes / f"{name}.npy", np.asarray(grid, np.int64)[None, None])
-        (labels / f"{name}.npy").write_text("\n".join(captions))
-    return codes

@@ -140,14 +140,14 @@ def test_what_a_constructor_refuses_is_said_without_a_trace(config: list[str], t
     """jsonargparse makes an error of its own of it, with all arguments."""
     out = ["--visual-tokenizer", "nowhere", "--out", str(tmp_path / "out")]
     for arguments, message in (
-        ([*config, "--data.init_args.caption_dropout", "2"], "caption_dropout 2.0 is no probability"),
-        (["tokenize", "--source", "ImageFolderSource", "--source.path", "nowhere", *out], "nowhere is no folder"),
+        ([*config, "--data.init_args.caption_dropout", "2"], "caption_dropout 2.0 is not a probability"),
+        (["tokenize", "--source", "ImageFolderSource", "--source.path", "nowhere", *out], "nowhere is not a folder"),
     ):
         code, printed = run(*arguments)
         assert code == 2 and message in printed and "Traceback" not in printed and "Given value" not in printed
 
 
-SOURCES = "HuggingFaceSource, ImageFolderSource, RecaptionedSource, ScenesSource, TokenFilesSource, WebDatasetSource"
+SOURCES = "HuggingFaceSource, ImageFolderSource, RecaptionedSource, ScenesSource, WebDatasetSource"
 OWN = "or the import path of one of your own"
 CLASSES = {
     "source": (

@@ -10,11 +10,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from corpora import pictures, write_folder, write_parquet, write_token_files, write_webdataset
+from corpora import pictures, write_folder, write_parquet, write_webdataset
 from simplear.data import (
     AspectBuckets,
     CentreCrop,
@@ -22,11 +21,9 @@ from simplear.data import (
     ImageFolderSource,
     Listed,
     MinimumScore,
-    RandomCrop,
     RecaptionedSource,
     ScenesSource,
     ServerCaptioner,
-    TokenFilesSource,
     WebDatasetSource,
 )
 from simplear.described import Described, description
@@ -63,9 +60,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_folder(tmp_path / "more", pictures(2))
     write_webdataset(tmp_path / "tars/0.tar", pictures(2))
     write_parquet(tmp_path / "rows.parquet", pictures(2))
-    for name in ("one", "two"):
-        write_token_files(tmp_path / name, [("0", np.ones((2, 2)), ["zero"])])
-    (tmp_path / "codes.json").write_text('[{"code_path": "512_codes/0.npy", "label_path": "512_labels/0.npy"}]')
     (tmp_path / "list.txt").write_text("a\nb\n")
     (tmp_path / "same.txt").write_text("b\n\na\n")
     (tmp_path / "other.txt").write_text("a\nc\n")
@@ -91,10 +85,6 @@ APART: dict[str, tuple[Callable[[], Described], Callable[[], Described]]] = {
     ),
     "root of pictures": (lambda: rows(image_root="pictures"), lambda: rows(image_root="more")),
     "captions wanted or not": (rows, lambda: rows(captions_required=False)),
-    "root of token files": (
-        lambda: TokenFilesSource("codes.json", root="one"),
-        lambda: TokenFilesSource("codes.json", root="two"),
-    ),
     "folder": (lambda: ImageFolderSource("pictures"), lambda: ImageFolderSource("more")),
     "captions of a folder": (
         lambda: ImageFolderSource("pictures"),
@@ -102,8 +92,8 @@ APART: dict[str, tuple[Callable[[], Described], Callable[[], Described]]] = {
     ),
     "columns of tars": (lambda: WebDatasetSource("tars"), lambda: WebDatasetSource("tars", captions=["x"])),
     "seed of scenes": (lambda: ScenesSource(1, 16), lambda: ScenesSource(1, 16, seed=1)),
-    "class alone": (CentreCrop, RandomCrop),
-    "seed of a crop": (RandomCrop, lambda: RandomCrop(1)),
+    "class alone": (CentreCrop, AspectBuckets),
+    "step of a crop": (AspectBuckets, lambda: AspectBuckets(step=1)),
     "class of the same name": (lambda: Own(1), lambda: type("Own", (Own,), {"__module__": "elsewhere"})(1)),
 }
 ALIKE: dict[str, tuple[Callable[[], Described], Callable[[], Described]]] = {
@@ -215,5 +205,3 @@ def test_a_source_within_a_source(here: Path) -> None:
     )
     (captions / "manifest.json").write_text(json.dumps({**manifest, "shards": [{"file": "0.parquet", "sha256": "1"}]}))
     assert RecaptionedSource(inner, "captions").describe() == described
-    (captions / "manifest.json").write_text(json.dumps({**manifest, "captioner": {"model": "b"}}))
-    assert RecaptionedSource(inner, "captions").describe() != described

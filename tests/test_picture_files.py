@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image
 
-from simplear import pictures
 from simplear.pictures import FORMATS, PICTURE_SUFFIXES, PictureError, as_mask, as_rgb, open_mask, open_rgb
 
 RED, GREEN = (255, 0, 0), (0, 255, 0)
@@ -39,7 +38,7 @@ def test_every_suffix_of_a_picture_opens(tmp_path: Path, suffix: str) -> None:
         (tmp_path / name).write_bytes(content)
         opened = np.asarray(open_rgb(tmp_path / name)).astype(int)
         assert np.abs(opened - np.asarray(halves()))[:, [2, -3]].max() < 40, name  # away from the edge, which rings
-    assert np.array_equal(np.asarray(open_rgb(io.BytesIO(content), f"x{suffix}")), opened)
+    assert np.array_equal(np.asarray(open_rgb(io.BytesIO(content))), opened)
 
 
 def eps() -> bytes:
@@ -49,7 +48,7 @@ def eps() -> bytes:
 @pytest.mark.parametrize(
     "content",
     [eps, lambda: b"<svg/>", *(partial(saved, halves(), form) for form in ("PDF", "PPM", "TGA"))],
-    ids=["EPS", "SVG", "PDF", "PPM", "TGA of another name"],
+    ids=["EPS", "SVG", "PDF", "PPM", "TGA"],
 )
 def test_other_formats_are_not_pictures_and_start_no_program(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: Callable[[], bytes]
@@ -62,7 +61,7 @@ def test_other_formats_are_not_pictures_and_start_no_program(
                 opener(tmp_path / name)
 
 
-@pytest.mark.parametrize("name", ["none.png", "x" * 300 + ".png", "a\0.png", "file/b.png", "caf\udce9.png"])
+@pytest.mark.parametrize("name", ["none.png", "x" * 300 + ".png", "file/b.png", "caf\udce9.png", "."])
 def test_a_name_that_no_file_has_or_can_have_is_a_missing_picture(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(PictureError, match="picture file missing"):
@@ -89,7 +88,7 @@ def modes() -> dict[str, Image.Image]:
     return kinds | {"RGBA": layered, "LA": layered.convert("LA"), "palette": palette, "key": key, "16-bit": deep}
 
 
-def in_one_piece(picture: Image.Image) -> Image.Image:
+def over_white(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(picture) // 257).astype(np.uint8)).convert("RGB")
     if picture.has_transparency_data:
@@ -100,10 +99,9 @@ def in_one_piece(picture: Image.Image) -> Image.Image:
 
 
 @pytest.mark.parametrize("kind", modes())
-def test_strips_give_what_one_piece_gives(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    monkeypatch.setattr(pictures, "STRIP_PIXELS", 24 * 7)  # the last strip is shorter
+def test_every_mode_becomes_rgb_over_white(kind: str) -> None:
     picture = modes()[kind]
-    pixels, wanted = (np.asarray(each).astype(int) for each in (as_rgb(picture), in_one_piece(picture)))
+    pixels, wanted = (np.asarray(each).astype(int) for each in (as_rgb(picture), over_white(picture)))
     assert np.abs(pixels - wanted).max() <= (1 if picture.has_transparency_data else 0)  # they round differently
 
 
@@ -114,10 +112,10 @@ def peak() -> int:
 
 @pytest.mark.parametrize(
     ("mode", "form", "most"),
-    [("RGB", "PNG", 4), ("RGB", "JPEG", 4), ("RGBA", "PNG", 8), ("LA", "PNG", 8), ("P", "PNG", 5), ("I;16", "PNG", 6)],
+    [("RGB", "PNG", 4), ("RGB", "JPEG", 4), ("RGBA", "PNG", 8), ("LA", "PNG", 12), ("P", "PNG", 5), ("I;16", "PNG", 7)],
 )
 def test_memory_while_a_picture_is_opened(mode: str, form: str, most: int) -> None:
-    """Bytes a pixel beside the file, as `open_rgb` and `PixelLimit` say; one strip and some slack come on top."""
+    """Bytes a pixel beside the file, as `open_rgb` and `PixelLimit` say; some slack comes on top."""
     side = 3000
     grey = np.zeros((side, side), np.uint16 if mode == "I;16" else np.uint8)
     content = saved(Image.fromarray(grey) if mode == "I;16" else Image.fromarray(grey).convert(mode), form)

@@ -24,7 +24,6 @@ from simplear.sequence import (
     token_layout,
     training_batch,
     training_caption,
-    truncate,
 )
 
 LAYOUT = TokenLayout(text_to_image_id=90, start_of_image_id=91, image_token_offset=100, codebook_size=8)
@@ -146,11 +145,6 @@ def test_prompts_end_together() -> None:
     assert torch.equal(ids[0, 2:], prompts[0])
     with pytest.raises(ValueError, match="prompt 0 has 4 tokens, more than the 3"):
         left_pad(prompts, LAYOUT, width=3)
-
-
-def test_a_caption_is_cut_at_its_end() -> None:
-    assert truncate([1, 2, 3], 3) == ([1, 2, 3], False)
-    assert truncate([1, 2, 3], 2) == ([1, 2], True)
 
 
 def test_positions_in_two_dimensions_written_by_hand() -> None:

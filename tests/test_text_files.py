@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,12 @@ import numpy as np
 import pytest
 
 from corpora import png, write_tar
-from simplear.data import ImageFolderSource, Listed, Source, TokenFilesSource, TokenShards, WebDatasetSource
+from simplear.data import ImageFolderSource, Listed, Source, TokenShards, WebDatasetSource
 from simplear.data.jobs.texts import write_texts
+from simplear.data.sample import Dropped
 from simplear.errors import UserError
 from simplear.evaluation.dpg_rules import COLUMNS, read_questions
-from simplear.text_files import decode, parse_json, read_json, read_lines, read_objects, read_prompts, read_table
+from simplear.text_files import decode, parse_json, read_json, read_lines, read_objects, read_prompts
 
 TEXTS = ["one\u2028line", "next\x85line", "feed\x0cform\x1cfile\x0bvertical", "größe ☃", "separator\u2029end"]
 """One line each, whatever `str.splitlines` says."""
@@ -30,13 +30,10 @@ def caption_beside(directory: Path, content: bytes) -> list[str]:
     return captions(ImageFolderSource(str(directory)))
 
 
-def listing(suffix: str) -> Callable[[Path, bytes], list[str]]:
-    def read(directory: Path, content: bytes) -> list[str]:
-        (directory / "a.png").write_bytes(png((1, 1, 1)))
-        (directory / f"metadata.{suffix}").write_bytes(content)
-        return captions(ImageFolderSource(str(directory)))
-
-    return read
+def listing(directory: Path, content: bytes) -> list[str]:
+    (directory / "a.png").write_bytes(png((1, 1, 1)))
+    (directory / "metadata.jsonl").write_bytes(content)
+    return captions(ImageFolderSource(str(directory)))
 
 
 def caption_in_a_tar(directory: Path, content: bytes) -> list[str]:
@@ -44,24 +41,11 @@ def caption_in_a_tar(directory: Path, content: bytes) -> list[str]:
     return captions(WebDatasetSource(str(directory / "x.tar")))
 
 
-def token_files(directory: Path, content: bytes) -> list[str]:
-    for folder in ("512_codes", "512_labels"):
-        (directory / folder).mkdir()
-    np.save(directory / "512_codes/0.npy", np.ones((1, 1, 2, 2), np.int64))
-    (directory / "512_labels/0.npy").write_bytes(content)
-    return captions(TokenFilesSource(str(directory / "512_codes")))
-
-
-def token_file_list(directory: Path, content: bytes) -> list[str]:
-    (directory / "list.jsonl").write_bytes(content)
-    return [TokenFilesSource(str(directory / "list.jsonl")).key(number) for number in range(len(TEXTS))]
-
-
 def captions(source: Source) -> list[str]:
-    drops: Counter[str] = Counter()
-    found = [text for unit in source.units() for sample in source.read(unit, drops) for text in sample.captions]
-    if drops:
-        raise UserError(f"dropped: {dict(drops)}")
+    dropped: list[Dropped] = []
+    found = [text for unit in source.units() for sample in source.read(unit, dropped) for text in sample.captions]
+    if dropped:
+        raise UserError(f"dropped: {dropped}")
     return found
 
 
@@ -120,10 +104,7 @@ Writer = Callable[[Sequence[str]], list[str]]
 DOORS: dict[str, tuple[Callable[[Path, bytes], list[str]], Writer]] = {
     "caption beside a picture": (caption_beside, as_lines),
     "caption in a tar": (caption_in_a_tar, as_lines),
-    "caption of token files": (token_files, as_lines),
-    "list of token files": (token_file_list, as_objects("code_path", label_path="x")),
-    "metadata.jsonl": (listing("jsonl"), as_objects("text", file_name="a.png")),
-    "metadata.csv": (listing("csv"), as_table(["file_name", "text"], lambda _, text: ["a.png", text])),
+    "metadata.jsonl": (listing, as_objects("text", file_name="a.png")),
     "prompts.txt": (prompts(".txt"), as_lines),
     "prompts.jsonl": (prompts(".jsonl"), as_objects("prompt")),
     "prompts.json": (prompts(".json"), lambda texts: json.dumps(texts, ensure_ascii=False, indent=1).split("\n")),
@@ -154,17 +135,20 @@ def test_a_line_is_a_line_whatever_an_editor_adds(tmp_path: Path, door: str) -> 
 
 @pytest.mark.parametrize("encoding", ["UTF-16", "UTF-16LE", "UTF-16BE"])
 @pytest.mark.parametrize("door", DOORS)
-def test_another_encoding_is_named(tmp_path: Path, door: str, encoding: str) -> None:
+def test_another_encoding_is_refused(tmp_path: Path, door: str, encoding: str) -> None:
     """A file of captions that is UTF-16 costs its picture and is counted so; any other is an error."""
     read, write = DOORS[door]
-    with pytest.raises(UserError, match=rf"{encoding}\b.* not UTF-8"):
+    with pytest.raises(UserError, match="not UTF-8"):
         read(tmp_path, "\n".join(write(["a red circle"])).encode(encoding))
 
 
 @pytest.mark.parametrize(
     ("read", "message"),
     [
-        (lambda file: list(read_lines(file)), r"x is not UTF-8 \(line 3\), perhaps Windows-1252: convert it \(iconv"),
+        (
+            lambda file: list(read_lines(file)),
+            r"x is not UTF-8 \(line 3\), perhaps .*: convert it \(iconv",
+        ),
         (lambda file: decode(file.read_bytes(), str(file)), r"x is not UTF-8 \(line 3\)"),
         (lambda file: list(read_objects(file)), r"x, line 1 is not JSON"),
         (lambda file: read_json(file), r"x is not UTF-8 \(line 3\)"),
@@ -180,21 +164,7 @@ def test_a_line_that_is_not_utf8_is_named(tmp_path: Path, read: Callable[[Path],
 def test_nesting_beyond_any_reason_is_an_error_like_others(opening: str) -> None:
     """Python's own limit depends on who calls, so an object at the limit could be read and not be written."""
     closing = "".join({"[": "]", "{": "}"}[mark] for mark in reversed(opening) if mark in "[{")
-    for depth in (101, 990, 100_000):
+    for depth in (2000, 100_000):
         with pytest.raises(ValueError, match="nested too deep"):
             parse_json(opening * depth + "1" + closing * depth)
     assert json.dumps(parse_json(opening * 50 + "1" + closing * 50))
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ('a.png,"never closed\nb.png,x', r"m\.csv, line 3 is not CSV"),
-        ("a.png,x,y", r"m\.csv, line 2 does not have 2 cells"),
-        ("a.png", r"m\.csv, line 2 does not have 2 cells"),
-    ],
-)
-def test_rows_of_a_table_that_cannot_be_right_are_named(tmp_path: Path, row: str, message: str) -> None:
-    (tmp_path / "m.csv").write_text(f"file_name,text\n{row}\n")
-    with pytest.raises(UserError, match=message):
-        list(read_table(tmp_path / "m.csv"))

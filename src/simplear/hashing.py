@@ -1,20 +1,18 @@
-"""The hash behind every random number and permutation that must be the same on any machine and in any order, for arrays
-and tensors; and that of files.
+"""The hash behind all random numbers and permutations that must not depend on the machine or on the order in which they
+are drawn, for arrays and tensors; and SHA-256 of files.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
-
-from simplear.errors import SystemRefusedError
 
 UInt64 = npt.NDArray[np.uint64]
 Int64 = npt.NDArray[np.int64]
@@ -67,7 +65,7 @@ def signed(word: int) -> int:
 
 
 class Permutation:
-    """A pseudo-random permutation of ``range(size)``, evaluated where it is asked and held nowhere.
+    """A pseudo-random permutation of ``range(size)``, each position computed when it is asked for.
 
     A Feistel network permutes the next larger power of four; a value outside the range is sent through it again until
     it falls inside (cycle walking), which takes fewer than four turns on average.
@@ -80,35 +78,17 @@ class Permutation:
 
     def __call__(self, positions: Int64) -> Int64:
         """Images of positions, each in ``[0, size)``, shape (B,)."""
-        values = _network(positions.astype(np.uint64), self.half_bits, self.round_keys)
+        values = self._network(positions.astype(np.uint64))
         while (outside := values >= self.size).any():
-            values[outside] = _network(values[outside], self.half_bits, self.round_keys)
+            values[outside] = self._network(values[outside])
         return values.astype(np.int64)
 
-
-def permute_each(permutations: Sequence[Permutation], which: Int64, positions: Int64) -> Int64:
-    """Images of positions (B,), each under one of several permutations; as fast as under one.
-
-    Args:
-        permutations: what to choose among.
-        which: (B,) the number of each position's permutation.
-        positions: (B,), each in ``[0, size)`` of its permutation.
-    """
-    sizes = np.array([one.size for one in permutations], np.uint64)[which]
-    half_bits = np.array([one.half_bits for one in permutations], np.uint64)[which]
-    keys = np.stack([np.concatenate(one.round_keys) for one in permutations], axis=1)[:, which]
-    values = _network(positions.astype(np.uint64), half_bits, keys)
-    while (outside := values >= sizes).any():
-        values[outside] = _network(values[outside], half_bits[outside], keys[:, outside])
-    return values.astype(np.int64)
-
-
-def _network(values: UInt64, half_bits: np.uint64 | UInt64, round_keys: Sequence[UInt64] | UInt64) -> UInt64:
-    mask = (np.uint64(1) << half_bits) - np.uint64(1)
-    left, right = values >> half_bits, values & mask
-    for key in round_keys:
-        left, right = right, left ^ (mix(right ^ key) & mask)
-    return (left << half_bits) | right
+    def _network(self, values: UInt64) -> UInt64:
+        mask = (np.uint64(1) << self.half_bits) - np.uint64(1)
+        left, right = values >> self.half_bits, values & mask
+        for key in self.round_keys:
+            left, right = right, left ^ (mix(right ^ key) & mask)
+        return (left << self.half_bits) | right
 
 
 @lru_cache(maxsize=256)
@@ -124,21 +104,13 @@ def sha256_of(file: Path) -> str:
 
 
 def file_identity(file: Path) -> str:
-    """Tells a file from another of its name, wherever it lies, at the price of two small reads.
-
-    Raises OSError naming a file that cannot be read.
-    """
+    """Tells a file from another of its name, wherever it lies, at the price of two small reads."""
     digest = hashlib.sha256()
-    try:
-        with open(file, "rb") as opened:
-            size = opened.seek(0, os.SEEK_END)
-            for place in (0, max(0, size - IDENTITY_BYTES)):
-                opened.seek(place)
-                digest.update(opened.read(IDENTITY_BYTES))
-    except OSError as error:
-        raise SystemRefusedError(
-            error.errno, f"{file} cannot be read ({error.strerror}): make it readable, or take it out of the paths."
-        ) from error
+    with open(file, "rb") as opened:
+        size = opened.seek(0, os.SEEK_END)
+        for place in (0, max(0, size - IDENTITY_BYTES)):
+            opened.seek(place)
+            digest.update(opened.read(IDENTITY_BYTES))
     return f"{size} bytes, SHA-256 of both ends {digest.hexdigest()[:IDENTITY_DIGITS]}"
 
 

@@ -61,7 +61,7 @@ class TokenLayout:
         return codes.long() + self.image_token_offset
 
     def codes_of_ids(self, ids: Tensor) -> Tensor:
-        """Codes of image ids, any shape, int64. Raises ValueError on an id that is no image id: nothing is clamped."""
+        """Codes of image ids, any shape, int64. Raises ValueError on any other id: nothing is clamped."""
         _require_range(ids, self.image_token_offset, self.vocab_size, "image id")
         return ids.long() - self.image_token_offset
 
@@ -132,11 +132,6 @@ def training_caption(caption: str, prefix: str, uniform: float, dropout: float) 
         dropout: probability of the empty caption, which guidance uses as the unconditional one; it has no prefix.
     """
     return "" if uniform < dropout else prefix + caption
-
-
-def truncate(caption_ids: Sequence[int], max_text_tokens: int) -> tuple[list[int], bool]:
-    """The caption cut at its end to ``max_text_tokens``, and whether anything was cut."""
-    return list(caption_ids[:max_text_tokens]), len(caption_ids) > max_text_tokens
 
 
 def training_batch(caption_ids: Sequence[Sequence[int]], codes: Tensor, layout: TokenLayout) -> dict[str, Tensor]:

@@ -1,17 +1,15 @@
 """Text that people write, read the same way by every verb: lines, JSON, JSON lines and prompts.
 
-A line ends at \\n, \\r\\n or \\r and nowhere else: a caption may hold U+2028 or a form feed. A byte order mark is taken
-off, blank lines do not count, and a file of another encoding is refused by the name of that encoding.
+A line ends at \\n, \\r\\n or \\r and nowhere else: a caption may hold U+2028 or a form feed. A byte order mark is
+removed, blank lines do not count, and text in another encoding than UTF-8 is refused with the number of its line.
 """
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import sys
-from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,10 +22,6 @@ STANDARD_INPUT = "-"
 """In place of a file's name."""
 PROMPT_SUFFIXES = (".txt", ".jsonl", ".json", "")
 PROMPT_KEYS = ("prompt", "caption", "text")
-SAMPLE = 4096
-"""Bytes that are looked at to tell UTF-16."""
-MAX_NESTING = 100
-"""Of lists and objects in JSON."""
 
 
 class NotUTF8Error(UserError):
@@ -35,129 +29,32 @@ class NotUTF8Error(UserError):
 
 
 def read_lines(file: Path | bytes, name: str = "", *, blank: bool = False) -> Iterator[tuple[int, str]]:
-    """Numbers, from 1, and content of the lines that are not blank, without their ends; read as they are asked for.
+    """Numbers, from 1, and content of the lines that are not blank, without their ends, read one at a time.
 
     Args:
         file: path, or content.
         name: of the content, for messages.
-        blank: give blank lines too.
+        blank: yield blank lines too.
 
-    Raises NotUTF8Error naming file, line and encoding.
+    Raises NotUTF8Error naming file and line.
     """
     name = name or ("the text" if isinstance(file, bytes) else str(file))
-    for number, encoded in encoded_lines(file, name):
-        try:
-            line = encoded.decode()
-        except UnicodeDecodeError as error:
-            raise _not_utf8(name, number) from error
-        if blank or line.strip():
-            yield number, line
-
-
-def encoded_lines(file: Path | bytes, name: str) -> Iterator[tuple[int, bytes]]:
-    """As `read_lines`, with blank lines, and not decoded, for whoever can leave out a line that is not UTF-8.
-
-    Raises NotUTF8Error for UTF-16, of which no line could be read.
-    """
-    number = 0
-    with _opened(file) as opened:
-        if encoding := utf16_encoding(opened.peek(SAMPLE)[:SAMPLE]):
-            raise _not_utf8(name, encoding)
-        opened.read(len(BOM_UTF8) if opened.peek(len(BOM_UTF8)).startswith(BOM_UTF8) else 0)
-        for ended in opened:  # at \n
-            for line in ended.splitlines():  # of bytes: at \n, \r and \r\n; that of text knows eight more
-                number += 1
-                yield number, line
+    raw = io.BytesIO(file) if isinstance(file, bytes) else open(file, "rb")  # noqa: SIM115
+    with io.TextIOWrapper(raw, "utf-8-sig", "surrogateescape") as lines:
+        for number, line in enumerate(lines, start=1):
+            # ASCII in UTF-16 without a byte order mark is valid UTF-8, with a zero byte for every other character.
+            if "\0" in line or not valid_unicode(line):
+                raise NotUTF8Error(
+                    f"{name} is not UTF-8 (line {number}), perhaps UTF-16 or Windows-1252: convert it (iconv -f UTF-16 "
+                    "or -f WINDOWS-1252, -t UTF-8)."
+                )
+            if blank or line.strip():
+                yield number, line.removesuffix("\n")
 
 
 def decode(content: bytes, name: str) -> str:
-    """Text of a whole file. Raises NotUTF8Error naming the file and its encoding."""
-    if encoding := utf16_encoding(content[:SAMPLE]):
-        raise _not_utf8(name, encoding)
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise _not_utf8(name, len((error.object[: error.start] + b".").splitlines())) from error
-
-
-def _opened(file: Path | bytes) -> io.BufferedReader:
-    return io.BufferedReader(io.BytesIO(file)) if isinstance(file, bytes) else open(file, "rb")  # type: ignore[arg-type]
-
-
-def utf16_encoding(beginning: bytes) -> str | None:
-    """Name of the encoding of UTF-16, by its byte order mark or by the zero bytes that ASCII has in it; else None."""
-    if beginning[:2] in (BOM_UTF16_LE, BOM_UTF16_BE):
-        return "UTF-16"
-    if beginning.count(0) > len(beginning) / 3:
-        return "UTF-16LE" if beginning[1::2].count(0) > beginning[::2].count(0) else "UTF-16BE"
-    return None
-
-
-def _not_utf8(name: str, found: str | int) -> NotUTF8Error:
-    """Of the encoding, or of the number of the first line that is in another."""
-    if isinstance(found, str):
-        return NotUTF8Error(f"{name} is {found}, not UTF-8: convert it (iconv -f {found} -t UTF-8).")
-    return NotUTF8Error(
-        f"{name} is not UTF-8 (line {found}), perhaps Windows-1252: convert it (iconv -f WINDOWS-1252 -t UTF-8)."
-    )
-
-
-def parse_json(text: str | bytes) -> Any:
-    """`json.loads`, whose errors are all ValueErrors, also for what is nested too deep.
-
-    The limit is well below Python's own, which depends on the caller: what was parsed can be written and parsed again.
-    """
-    try:
-        content = json.loads(text)
-    except RecursionError as error:
-        raise ValueError("nested too deep") from error
-    level, depth = [content], 0
-    while level := [part for parent in level for part in _parts(parent)]:
-        depth += 1
-        if depth > MAX_NESTING:
-            raise ValueError("nested too deep")
-    return content
-
-
-def read_json(file: Path) -> Any:
-    """What a file of JSON holds. Raises UserError naming the file."""
-    text = decode(file.read_bytes(), str(file))
-    try:
-        return parse_json(text)
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON ({error}).") from error
-
-
-def _parts(value: Any) -> Iterable[Any]:
-    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-
-
-def read_table(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """Line numbers and rows, by column, of a .csv whose first line names the columns.
-
-    Raises UserError naming file and line for a row with more or fewer cells, or a quote that is not closed.
-    """
-    rows = csv.DictReader(io.StringIO(decode(file.read_bytes(), str(file)), newline=""), strict=True)
-    try:
-        for row in rows:
-            if None in row or None in row.values():
-                raise UserError(f"{file}, line {rows.line_num} does not have {len(rows.fieldnames or ())} cells.")
-            yield rows.line_num, row
-    except csv.Error as error:
-        raise UserError(f"{file}, line {rows.reader.line_num} is not CSV ({error}).") from error
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises UserError, naming the file, for any other content."""
-    try:
-        content = parse_json(decode(file.read_bytes(), str(file)))
-    except NotUTF8Error:
-        raise
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON, perhaps cut short ({error}).") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} does not hold a JSON object.")
-    return content
+    """The text of a whole file, with \\n at the ends of lines. Raises NotUTF8Error naming the file and the line."""
+    return "\n".join(line for _, line in read_lines(content, name, blank=True))
 
 
 def valid_unicode(text: str) -> bool:
@@ -169,13 +66,38 @@ def valid_unicode(text: str) -> bool:
     return True
 
 
-def read_objects(file: Path | bytes, name: str = "") -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line numbers and objects of JSON lines; arguments as for `read_lines`.
+def parse_json(text: str | bytes) -> Any:
+    """`json.loads`, whose errors are all ValueErrors, also for text that is nested too deep."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
 
-    Raises UserError naming file and line for what is not a JSON object. Text may still hold half of a surrogate pair.
+
+def read_json(file: Path) -> Any:
+    """The content of a JSON file. Raises UserError naming the file."""
+    text = decode(file.read_bytes(), str(file))
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON, perhaps cut short ({error}).") from error
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises UserError, naming the file, for any other content."""
+    content = read_json(file)
+    if not isinstance(content, dict):
+        raise UserError(f"{file} does not hold a JSON object.")
+    return content
+
+
+def read_objects(file: Path | bytes) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line numbers and objects of JSON lines, in a file or as its content.
+
+    Raises UserError naming file and line if it is not a JSON object. Text may still hold half of a surrogate pair.
     """
-    name = name or str(file)
-    for number, line in read_lines(file, name):
+    name = "the text" if isinstance(file, bytes) else file
+    for number, line in read_lines(file):
         try:
             entry = parse_json(line)
         except ValueError as error:
@@ -188,9 +110,9 @@ def read_objects(file: Path | bytes, name: str = "") -> Iterator[tuple[int, dict
 def read_prompts(file: str | Path) -> list[tuple[str, dict[str, Any]]]:
     """Prompts of a file, each with its metadata.
 
-    Of .txt, a file without a suffix and standard input ("-") each line is a prompt. Of .jsonl each line is an object,
-    and .json is a list of objects or of texts; an object has "prompt", "caption" or "text", and its "metadata", or
-    without one all its other keys, are the metadata.
+    In .txt, a file without a suffix and standard input ("-"), each line is a prompt. In .jsonl, each line is an object;
+    .json holds a list of objects or texts. An object has "prompt", "caption" or "text"; its "metadata", or if it has
+    none all its other keys, are the metadata.
 
     Raises:
         MissingFileError: no such file.
@@ -201,14 +123,15 @@ def read_prompts(file: str | Path) -> list[tuple[str, dict[str, Any]]]:
         return [(line, {}) for _, line in read_lines(sys.stdin.buffer.read(), "standard input")]
     if not path.is_file():
         raise MissingFileError(f"there is no file of prompts at {path}.")
-    if path.suffix.lower() not in PROMPT_SUFFIXES:
+    suffix = path.suffix.lower()
+    if suffix not in PROMPT_SUFFIXES:
         raise UserError(
             f'{path}: prompts are read from .txt (one a line), .jsonl (an object with a "prompt" a line) and .json (a '
             f"list of these), not from {path.suffix}: convert it."
         )
-    if path.suffix.lower() == ".jsonl":
+    if suffix == ".jsonl":
         return [_prompt(entry, f"{path}, line {number}") for number, entry in read_objects(path)]
-    if path.suffix.lower() == ".json":
+    if suffix == ".json":
         entries = read_json(path)
         if not isinstance(entries, list):
             raise UserError(f"{path} is not a JSON list of prompts.")
@@ -217,8 +140,7 @@ def read_prompts(file: str | Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _prompt(entry: Any, where: str) -> tuple[str, dict[str, Any]]:
-    if isinstance(entry, str):
-        entry = {"prompt": entry}
+    entry = {"prompt": entry} if isinstance(entry, str) else entry
     key = next((key for key in PROMPT_KEYS if isinstance(entry, dict) and key in entry), None)
     if key is None or not isinstance(entry[key], str):
         raise UserError(f'{where} has no text "prompt".')

@@ -9,7 +9,7 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 
-from corpora import Picture, png, write_folder, write_webdataset
+from corpora import Picture, png, write_folder
 from simplear.command_line import PARSER_MODE
 from simplear.data import (
     AspectRatio,
@@ -23,12 +23,11 @@ from simplear.data import (
     Sample,
     ShortEdge,
     TokenShards,
-    WebDatasetSource,
     tokenize,
 )
 from simplear.data.sample import Drop, PictureFile
 from simplear.data.shards import MANIFEST_FILE
-from simplear.data.shards.drops import DROPS_FILE, FUNNEL_FILE, funnel
+from simplear.data.shards.drops import DROPS_FILE
 
 from .conftest import MeanTokenizer
 
@@ -41,7 +40,6 @@ def verdict(filter_: Filter, of: Sample) -> str | None:
     try:
         filter_.check(of)
     except Drop as reason:
-        assert str(reason) in filter_.reasons()
         return str(reason)
     return None
 
@@ -59,8 +57,8 @@ def verdict(filter_: Filter, of: Sample) -> str | None:
         (Column("score", maximum=0.5), sample(score=0.5), sample(score=1), "score over 0.5"),
         (Column("score", 5), sample(score=5), sample(), "no score"),
         (Column("score", 5), sample(score=5), sample(score=None), "no score"),
-        (Column("score", 5), sample(score=5), sample(score="5"), "score is no number"),
-        (Column("score", 5), sample(score=5), sample(score=float("nan")), "score is no number"),
+        (Column("score", 5), sample(score=5), sample(score="5"), "score is not a number"),
+        (Column("score", 5), sample(score=5), sample(score=float("nan")), "score is not a number"),
         (Column("status", equals="success"), sample(status="success"), sample(status="failed"), "status differs"),
         (Column("nsfw", equals=False), sample(nsfw=False), sample(nsfw=True), "nsfw differs"),
         (Column("a.b", 1), sample(a={"b": 1}), sample(a={"b": 0}), "a.b under 1"),
@@ -73,10 +71,8 @@ def test_at_the_limit_a_sample_stays_and_beyond_it_goes(
     assert verdict(filter_, kept) is None and verdict(filter_, dropped) == reason
 
 
-def test_a_missing_column_is_dropped_kept_or_an_error_as_asked() -> None:
+def test_a_missing_column_is_dropped_or_kept() -> None:
     assert verdict(Column("score", 5, missing="keep"), sample()) is None
-    with pytest.raises(ValueError, match=r"'k' has no 'score'; it has other"):
-        Column("score", 5, missing="error").check(sample(other=1))
     with pytest.raises(ValueError, match=r"nothing is asked of column 'score'"):
         Column("score")
 
@@ -142,14 +138,6 @@ def test_every_drop_is_counted_and_listed_by_key(tmp_path: Path) -> None:
     ]
     manifest = json.loads((out / MANIFEST_FILE).read_text())
     assert manifest["filters"][0] == {"class": "ShortEdge", "minimum": 8}
-    assert funnel(manifest, [filter_.reasons() for filter_ in filters()]) == [
-        ("no caption", 1, 6),
-        ("not a picture", 1, 5),
-        ("short edge under 8 pixels", 1, 4),
-        ("score under 5", 1, 3),
-        ("Redness under 0.5", 1, 2),
-    ]
-    assert (out / FUNNEL_FILE).read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match=r"begun with filters\.2\.class = 'MinimumScore', not None: use"):
         tokenize(source=source, filters=filters()[:2], **options)
 
@@ -171,22 +159,6 @@ def test_the_list_does_not_depend_on_workers_or_on_a_stop(tmp_path: Path) -> Non
     assert listed("two") == whole
 
 
-def test_drops_that_a_source_only_counts_are_listed_without_a_key(tmp_path: Path) -> None:
-    class Counting(WebDatasetSource):
-        def candidates(self, unit, drops):  # type: ignore[no-untyped-def]
-            drops["lost"] += 2
-            yield from super().candidates(unit, drops)
-
-    write_webdataset(tmp_path / "x.tar", CORPUS[:2])
-    options = {"visual_tokenizer": MeanTokenizer(), "out": str(tmp_path / "out"), "accelerator": "cpu"}
-    tokenize(source=Counting(str(tmp_path / "x.tar")), filters=[ShortEdge(8)], **options)
-    assert [(row["key"], row["reason"]) for row in pq.read_table(tmp_path / "out" / DROPS_FILE).to_pylist()] == [
-        ("b", "short edge under 8 pixels"),
-        (None, "lost"),
-        (None, "lost"),
-    ]
-
-
 def test_filters_come_from_yaml_by_class_path(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(
@@ -200,12 +172,11 @@ def test_filters_come_from_yaml_by_class_path(tmp_path: Path) -> None:
     parser.add_argument("--config", action="config")
     parser.add_function_arguments(tokenize)
     given = ["--config", str(config), "--source", "ScenesSource", "--source.count", "1", "--source.resolution", "16"]
-    parsed = parser.instantiate_classes(
-        parser.parse_args([*given, "--visual_tokenizer", "x", "--out", "y", "--crop", "RandomCrop", "--crop.seed", "3"])
-    )
+    given += ["--visual_tokenizer", "x", "--out", "y", "--crop", "AspectBuckets", "--crop.step", "3"]
+    parsed = parser.instantiate_classes(parser.parse_args(given))
     described = [filter_.describe()["class"] for filter_ in parsed.filters]
     assert described == ["ShortEdge", "Column", "MinimumScore"]
-    assert parsed.filters[2].describe()["scorer"]["class"] == "SceneReward" and parsed.crop.seed == 3
+    assert parsed.filters[2].describe()["scorer"]["class"] == "SceneReward" and parsed.crop.step == 3
 
 
 def test_a_score_that_is_no_number_names_the_sample() -> None:

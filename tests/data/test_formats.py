@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from corpora import Picture, png, write_folder, write_parquet, write_token_files, write_webdataset
+from corpora import Picture, png, write_folder, write_parquet, write_webdataset
 from data.vision_language import write_vision_language_model
 from photographs import CAPTIONS, photographs
 from simplear.cli import main
@@ -22,7 +22,6 @@ from simplear.data import (
     RecaptionedSource,
     ShortEdge,
     Source,
-    TokenFilesSource,
     TokenShards,
     TransformersCaptioner,
     WebDatasetSource,
@@ -102,11 +101,6 @@ def test_every_format_gives_the_same_rows_and_drops(
     dark = {p.name for p in corpus if p.metadata["brightness"] < DARKEST} - narrow
     assert reasons == {f"short edge under {SMALLEST} pixels": len(narrow), f"brightness under {DARKEST}": len(dark)}
     assert rows.keys() == {p.name for p in corpus} - narrow - dark and narrow and dark and len(rows) > 300
-
-    # The paper's token files are the same codes already.
-    codes = write_token_files(tmp_path, [(name, np.array(grid), texts) for name, (grid, texts) in rows.items()])
-    copied = tokenized(TokenFilesSource(str(codes)), tmp_path / "copied", tiny_visual_tokenizer, [])
-    assert copied == (rows, Counter())
 
 
 @pytest.mark.long

@@ -103,7 +103,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "truncated or damaged picture": lambda d: (d / "3.png").write_bytes((d / "3.png").read_bytes()[:60]),
     "not a picture": lambda d: (d / "3.png").write_bytes(b"<html>"),
     "picture file missing": lambda d: (d / "3.png").unlink(),
-    "no caption": lambda d: (d / "3.txt").unlink(),
+    "no caption": lambda d: (d / "3.txt").write_text(""),
 }
 
 
@@ -132,8 +132,7 @@ def test_the_next_picture_takes_the_place_of_one_that_cannot_be_used(
         if has:
             assert after == ["4.png" if key == "3.png" else key for key in before]
             assert all(caption.endswith(f" {key[0]}") for key, caption in zip(after, captions, strict=True))
-    assert caplog.text.count(f"3.png cannot be used ({reason}): another takes its place") == 1
-    assert f"{sum(broken)} times in this run a sample took the place of another" in caplog.text
+    assert caplog.text.count(f"3.png cannot be used ({reason}): the next takes its place") == sum(broken)
     assert fit(data(), tmp_path / "resumed", tmp_path / "whole/step=2.ckpt").seen == again[2:]
 
 
@@ -143,7 +142,7 @@ def test_where_no_picture_can_be_used_that_is_said(tmp_path: Path) -> None:
         file.write_bytes(b"x")
     data = ImageDataModule(ImageFolderSource(str(tmp_path)), 1, 8, 8, cache=False, shuffle=False)
     data.setup("fit")
-    with pytest.raises(ValueError, match=r"0\.png cannot be used .not a picture., nor can any of the 3 samples"):
+    with pytest.raises(ValueError, match="none of the 3 samples can be used"):
         list(data.train_dataloader())
 
 

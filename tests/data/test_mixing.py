@@ -10,7 +10,8 @@ import pytest
 
 from simplear.data import TokenDataModule
 from simplear.data.training.mixing import Apportionment, MixedOrder
-from simplear.data.training.order import DataOrder, MicroBatchSampler
+from simplear.data.training.order import DataOrder
+from simplear.data.training.ordered_data import MicroBatchSampler
 
 from .conftest import make_rows, write_rows
 from .test_token_data import fit

@@ -5,22 +5,15 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from simplear.data.training.order import CAPTION, DROPOUT, DataOrder, MicroBatchSampler, micro_batch_size, uniforms
-from simplear.hashing import Permutation, permute_each
+from simplear.data.training.order import CAPTION, DROPOUT, DataOrder, uniforms
+from simplear.data.training.ordered_data import MicroBatchSampler, micro_batch_size
+from simplear.hashing import Permutation
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 100, 1023, 4097])
 def test_permutation_is_one(size: int) -> None:
     for key in range(3):
         assert sorted(Permutation(size, key)(np.arange(size)).tolist()) == list(range(size))
-
-
-def test_several_permutations_at_once_are_each_by_itself() -> None:
-    permutations = [Permutation(size, 7, size) for size in (1, 5, 1000, 43_000_000)]
-    which = np.arange(400) % 4
-    positions = np.array([permutations[one].size * n // 400 for n, one in enumerate(which)])
-    expected = [permutations[one](positions[n : n + 1])[0] for n, one in enumerate(which)]
-    assert permute_each(permutations, which, positions).tolist() == expected
 
 
 def test_permutations_are_as_even_as_chance() -> None:

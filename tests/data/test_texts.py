@@ -99,14 +99,14 @@ def test_cutting_a_text_takes_each_letter_once() -> None:
 def test_what_is_no_text_is_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = tmp_path / "texts.jsonl"
     lines = [b'{"text": "fine"}', b'{"text": ""}', b"no json", b'{"text": 3}', b'{"other": "x"}', b"[1]", b""]
-    file.write_bytes(b"\n".join([*lines, b'{"text": "caf\xe9"}', rb'{"text": "\ud800"}', b'{"text": "<|t2i|> end"}']))
+    file.write_bytes(b"\n".join([*lines, rb'{"text": "\ud800"}', b'{"text": "<|t2i|> end"}']))
     write_texts([str(file)], str(tmp_path / "out"), rows_per_shard=1)
     assert read(tmp_path / "out") == ["fine", "<|t2i|> end"]
     total: dict[str, int] = {}
     for shard in json.loads((tmp_path / "out" / MANIFEST_FILE).read_text())["shards"]:
         for reason, count in shard["drops"].items():
             total[reason] = total.get(reason, 0) + count
-    reasons = {"empty": 1, "no JSON object": 2, "no string": 1, "no key text": 1, "no UTF-8": 1, "no valid Unicode": 1}
+    reasons = {"empty": 1, "no JSON object": 2, "no string": 1, "no key text": 1, "no valid Unicode": 1}
     assert total == reasons
     assert "2 texts left out: no JSON object" in caplog.text
 
@@ -119,7 +119,7 @@ def test_what_is_no_text_is_left_out_and_counted(tmp_path: Path, caplog: pytest.
         ("a.parquet", b"PAR1 no", r"a\.parquet is no readable parquet file"),
         ("a.jsonl", b"{}", r"hold no text"),
         ("a.txt", b" \n\n", r"hold no text"),
-        ("a.jsonl", b'{"text": "x"}\n'.decode().encode("utf-16"), r"a\.jsonl is UTF-16, not UTF-8"),
+        ("a.jsonl", b'{"text": "x"}\n'.decode().encode("utf-16"), r"a\.jsonl is not UTF-8"),
         ("a.jsonl", b'{"text": ' + b"[" * 9999 + b"]" * 9999 + b"}", r"hold no text"),
     ],
 )

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch.utils.data import get_worker_info
 
 from simplear.data import Captioner, Sample, ScenesSource, TokenShards, Unit, recaption, tokenize
 from simplear.data.jobs.units import RanksTogether
+from simplear.data.sample import Dropped
 from simplear.data.shards import is_committed
 
 from .conftest import MeanTokenizer
@@ -36,7 +36,7 @@ class Watching(ScenesSource):
         super().__init__(18, 16, rows_per_unit=3)
         self.out = out
 
-    def candidates(self, unit: Unit, drops: Counter[str]) -> Iterator[Sample]:
+    def read(self, unit: Unit, dropped: list[Dropped]) -> Iterator[Sample]:
         worker, names = get_worker_info(), [unit.name for unit in self.units()]
         number = names.index(unit.name)
         before = names[:number] if worker is None else [*names[worker.id : number : 2], *names[::2][: 9 * worker.id]]
@@ -45,7 +45,7 @@ class Watching(ScenesSource):
             if time.monotonic() > end:
                 raise ValueError(f"{unit.name} began and {missing} were not committed")
             time.sleep(0.01)
-        yield from super().candidates(unit, drops)
+        yield from super().read(unit, dropped)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -113,11 +113,11 @@ from data.conftest import MeanTokenizer
 from simplear.data import ScenesSource, tokenize
 
 class Late(ScenesSource):
-    def candidates(self, unit, drops):
+    def read(self, unit, dropped):
         distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=2), distributed.group.WORLD)
         if unit.name.endswith("5"):  # of the second rank
             time.sleep(8)
-        yield from super().candidates(unit, drops)
+        yield from super().read(unit, dropped)
 
 if __name__ == "__main__":
     source = Late(10, 16, rows_per_unit=5)

@@ -165,7 +165,10 @@ def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="line 2, item '7'"):
         read_questions(tmp_path / "short.csv")
     good = write(tmp_path / "questions.csv", [row("7", 1, "0")]).read_text()
-    for encoding, message in (("utf-16", r"latin\.csv is UTF-16"), ("latin-1", r"latin\.csv is not UTF-8 \(line 2\)")):
+    for encoding, message in (
+        ("utf-16", r"latin\.csv is not UTF-8"),
+        ("latin-1", r"latin\.csv is not UTF-8 \(line 2\)"),
+    ):
         (tmp_path / "latin.csv").write_bytes(good.replace("dog", "caf\xe9").encode(encoding))
         with pytest.raises(ValueError, match=message):
             read_questions(tmp_path / "latin.csv")

@@ -148,7 +148,7 @@ def broken(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
-    [(no_caption, r"3\.png has no caption"), (broken, r"3\.png: truncated or damaged picture")],
+    [(no_caption, r"3\.png has no caption"), (broken, r"3\.png: not a picture")],
 )
 def test_a_reference_that_cannot_be_used_is_named(
     tmp_path: Path, checkpoint: Path, references: Path, spoil: Callable[[Path], None], message: str
@@ -165,7 +165,7 @@ def test_mistakes_are_found_before_anything_is_drawn(tmp_path: Path, checkpoint:
         ({}, "nothing to measure"),
         ({"references": str(references), "fid": False}, "nothing to measure"),
         ({"hps": HPSv2Reward(str(tmp_path / "missing.pt"))}, "nothing to draw"),
-        ({"references": str(tmp_path / "missing")}, "missing is no folder"),
+        ({"references": str(tmp_path / "missing")}, "missing is not a folder"),
         ({"references": str(references), "hps": HPSv2Reward(str(tmp_path / "missing.pt"))}, r"missing\.pt"),
         ({"references": str(references), "prompts_file": str(tmp_path / "one.txt")}, "1 prompts: a mean"),
     ):

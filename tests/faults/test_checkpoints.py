@@ -162,7 +162,7 @@ def add_a_token(checkpoint: Path) -> None:
         (lambda d: rewrite(d / "config.json", lambda c: c.update(hidden_size="many")), r"config\.json.*hidden_size"),
         (lambda d: rewrite(d / "config.json", lambda c: c.update(hidden_act="none")), r"config\.json"),
         (lambda d: (d / "config.json").write_text("[]"), r"config\.json does not hold a JSON object"),
-        (lambda d: (d / "simplear.json").write_bytes(b"\xff\xfe{\0}\0"), r"simplear\.json is UTF-16"),
+        (lambda d: (d / "simplear.json").write_bytes(b"\xff\xfe{\0}\0"), r"simplear\.json is not UTF-8"),
         (lambda d: rewrite(d / "simplear.json", lambda c: c.update(grid=["2", 2])), r"simplear\.json has grid"),
         (lambda d: rewrite(d / "simplear.json", lambda c: c.update(codebook_size=-27)), "has codebook_size -27"),
         (lambda d: rewrite(d / "simplear.json", lambda c: c.update(downsample=0)), "has downsample 0"),

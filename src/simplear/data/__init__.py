@@ -21,7 +21,7 @@ from simplear.data.jobs.captioners import Captioner, ServerCaptioner, Transforme
 from simplear.data.jobs.recaption import recaption
 from simplear.data.jobs.text_tokenizer import train_text_tokenizer_on
 from simplear.data.jobs.tokenize import tokenize
-from simplear.data.prepare.crops import AspectBuckets, CentreCrop, Crop, RandomCrop
+from simplear.data.prepare.crops import AspectBuckets, CentreCrop, Crop
 from simplear.data.prepare.filters import (
     AspectRatio,
     CaptionLength,
@@ -34,16 +34,12 @@ from simplear.data.prepare.filters import (
 )
 from simplear.data.sample import Sample
 from simplear.data.shards import TokenRow, TokenShards, merge_manifest, write_shard
-from simplear.data.sources import (
-    HuggingFaceSource,
-    ImageFolderSource,
-    RecaptionedSource,
-    ScenesSource,
-    Source,
-    TokenFilesSource,
-    Unit,
-    WebDatasetSource,
-)
+from simplear.data.sources.base import Source, Unit
+from simplear.data.sources.folders import ImageFolderSource
+from simplear.data.sources.hugging_face import HuggingFaceSource
+from simplear.data.sources.recaptioned import RecaptionedSource
+from simplear.data.sources.scenes import ScenesSource
+from simplear.data.sources.tars import WebDatasetSource
 from simplear.data.training.image_data import ImageDataModule
 from simplear.data.training.token_data import TokenDataModule
 
@@ -62,7 +58,6 @@ __all__ = [
     "Listed",
     "MinimumScore",
     "PixelLimit",
-    "RandomCrop",
     "RecaptionedSource",
     "Sample",
     "ScenesSource",
@@ -70,7 +65,6 @@ __all__ = [
     "ShortEdge",
     "Source",
     "TokenDataModule",
-    "TokenFilesSource",
     "TokenRow",
     "TokenShards",
     "TransformersCaptioner",

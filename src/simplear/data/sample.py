@@ -1,22 +1,21 @@
 """A picture with its captions on its way to a token shard, and the reason that it got no further.
 
 A `Sample` holds a picture that may not be decoded yet (`PictureFile`): its size is read from the header, so that
-filters can leave it out before the costly part, or a decompression bomb before it goes off. Whoever cannot use a sample
-raises `Drop` with a reason; whoever reads samples counts it with `drop`. All other rooms build on this file.
+filters can drop it before the costly part, and decompression bombs are never decoded. Code that cannot use a sample
+raises `Drop` with a reason; the code that reads samples appends key and reason to a list. All other rooms build on this
+file.
 """
 
 from __future__ import annotations
 
 import io
 import logging
-import os
 import re
-import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,19 +23,16 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from simplear.errors import SystemRefusedError, UserError
-from simplear.pictures import PictureError, is_missing, open_rgb, opened_picture
+from simplear.errors import UserError
+from simplear.pictures import PictureError, open_rgb, opened_picture
 
 logger = logging.getLogger(__name__)
 
 Pixels = npt.NDArray[np.uint8]
 
-MAX_BYTES = 1 << 28
-"""Of a file: larger ones are never pictures or captions, whatever they are called, and would fill the memory."""
-TOO_LARGE = f"file of more than {MAX_BYTES >> 20} MiB"
+ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.I)
 MISSING_FILE = "picture file missing"
 WEB_ADDRESS = "web address in place of a picture (img2dataset fetches them)"
-ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.I)
 NO_CAPTION = "no caption"
 
 
@@ -51,27 +47,21 @@ class Sample:
     captions: Sequence[str]
     """At least one, none empty, unless the source was told that captions are not required."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    codes: npt.NDArray[np.int64] | None = None
-    """(h, w), of a source whose pictures are tokenized already; then the picture is empty."""
 
     @cached_property
-    def image(self) -> Image.Image | Pixels:
-        """RGB. Raises `Drop` when the picture cannot be decoded, ValueError where there are codes in its place."""
-        if self.codes is not None:
-            raise UserError(f"sample {self.key!r} has codes and no picture: this needs a source of pictures.")
-        return self.picture.open() if isinstance(self.picture, PictureFile) else self.picture
+    def image(self) -> Image.Image:
+        """RGB. Raises `Drop` if the picture cannot be decoded."""
+        if isinstance(self.picture, PictureFile):
+            return self.picture.open()
+        return self.picture if isinstance(self.picture, Image.Image) else Image.fromarray(self.picture)
 
     @cached_property
     def size(self) -> tuple[int, int]:
         """Width and height in pixels, from the header alone where there is one: before an orientation is applied.
 
-        Raises `Drop` as `image` does, and ValueError where there are codes in place of a picture.
+        Raises as `image` does.
         """
-        if self.codes is not None:
-            raise UserError(f"sample {self.key!r} has codes and no picture: filters by size cannot judge it.")
-        if isinstance(self.picture, np.ndarray):
-            return self.picture.shape[1], self.picture.shape[0]
-        return self.picture.size if isinstance(self.picture, Image.Image) else self.picture.size()
+        return self.picture.size() if isinstance(self.picture, PictureFile) else self.image.size
 
 
 NO_PICTURE: Pixels = np.empty((0, 0, 3), np.uint8)
@@ -93,32 +83,7 @@ class Drop(Exception):
 
 
 Dropped = tuple[str | None, str]
-"""Key and reason; no key where a source counted without naming it."""
-
-
-class Drops(Counter[str]):
-    """Counts by reason that know the keys too, for whoever reads a source."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._named: list[tuple[str, str]] = []
-
-    def listed(self) -> list[Dropped]:
-        """Every drop in the order of dropping, then those without a key."""
-        unnamed = Counter(self)
-        unnamed.subtract(reason for _, reason in self._named)
-        return [*self._named, *((None, reason) for reason in sorted(unnamed.elements()))]
-
-    def name(self, key: str, reason: str) -> None:
-        """Remember the key of a drop; it is counted apart."""
-        self._named.append((key, reason))
-
-
-def drop(drops: Counter[str], key: str, reason: object) -> None:
-    """Count a sample that is left out; `Drops` also remember its key."""
-    drops[str(reason)] += 1
-    if isinstance(drops, Drops):
-        drops.name(key, str(reason))
+"""Key and reason; no key if only the count is known."""
 
 
 def warn_of_drops(drops: Counter[str], where: str = "") -> None:
@@ -127,107 +92,53 @@ def warn_of_drops(drops: Counter[str], where: str = "") -> None:
         logger.warning("%d pictures dropped%s: %s", count, where, reason)
 
 
+@dataclass(frozen=True)
+class PictureFile:
+    """A picture that is not decoded yet."""
+
+    content: bytes | Path | str
+    """The file's bytes or its path, or an address that fsspec opens, such as ``zip://a.jpg::pictures.zip``."""
+
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels as the header states them, before any orientation. Raises as `open` does."""
+        with _drops(), opened_picture(self._file) as opened:
+            return opened.size
+
+    def open(self) -> Image.Image:
+        """The picture as RGB. Raises `Drop` where `simplear.pictures.open_rgb` raises PictureError."""
+        with _drops():
+            return open_rgb(self._file)
+
+    @property
+    def _file(self) -> Path | IO[bytes]:
+        return self.content if isinstance(self.content, Path) else io.BytesIO(self._bytes)
+
+    @cached_property
+    def _bytes(self) -> bytes:
+        return self.content if isinstance(self.content, bytes) else _read_address(str(self.content))
+
+
 @contextmanager
 def _drops() -> Iterator[None]:
-    """A picture that cannot be used becomes a `Drop`; what the system refuses stays an OSError."""
+    """A picture that cannot be used becomes a `Drop`; the system's errors stay OSErrors."""
     try:
         yield
     except PictureError as error:
         raise Drop(str(error)) from error
 
 
-@dataclass(frozen=True)
-class PictureFile:
-    """A picture that is not decoded yet."""
-
-    content: bytes | Path | str
-    """The file, or where it is; a text is an address that fsspec opens, such as ``zip://a.jpg::pictures.zip``."""
-    name: str = ""
-    """Of the file where the content is given; its suffix counts."""
-
-    def size(self) -> tuple[int, int]:
-        """Width and height in pixels as the header states them, before any orientation. Raises what `open` does."""
-        with _drops(), opened_picture(self._file(), self._name) as opened:
-            return opened.size
-
-    def open(self) -> Image.Image:
-        """The picture as RGB, see `simplear.pictures.open_rgb`.
-
-        Raises `Drop` where that raises PictureError, and OSError when the file changes while it is read.
-        """
-        with _drops():
-            return open_rgb(self._file(), self._name)
-
-    @property
-    def _name(self) -> str:
-        return self.name or ("" if isinstance(self.content, bytes) else str(self.content).partition("::")[0])
-
-    def _file(self) -> IO[bytes]:
-        return io.BytesIO(self._bytes)
-
-    @cached_property
-    def _bytes(self) -> bytes:
-        if isinstance(self.content, bytes):
-            return self.content
-        if isinstance(self.content, str):
-            return _read_address(self.content)
-        try:
-            return read_unchanged(self.content)
-        except (OSError, ValueError) as error:
-            if is_missing(error):
-                raise Drop(MISSING_FILE) from error
-            raise
-
-
-def picture_at(place: str, folder: Path | None = None) -> PictureFile:
-    """The picture of which a list or a column says where it is: a path, perhaps below a folder, or an address."""
-    if ADDRESS.match(place):
-        return PictureFile(place)
-    return PictureFile(Path(place) if folder is None else folder / place)
-
-
 def _read_address(address: str) -> bytes:
-    protocol, _, path = address.partition("://")
-    if protocol.lower() in ("http", "https"):
+    import fsspec  # most sources do not need it
+
+    if address.lower().startswith(("http://", "https://")):
         raise Drop(WEB_ADDRESS)
-    path, chain, archive = path.partition("::")
     try:
-        content = _file_system(f"{protocol}://{chain}{archive}", os.getpid()).cat_file(path)
+        with fsspec.open(address) as file:
+            return bytes(file.read())
     except (FileNotFoundError, KeyError) as error:  # the latter: of an archive
         raise Drop(MISSING_FILE) from error
-    except Exception as error:  # each file system has errors of its own
+    except Exception as error:  # each file system has its own errors
         raise UserError(f"{address} could not be read ({type(error).__name__}: {error}).") from error
-    return bytes(content)
-
-
-@lru_cache(maxsize=4)
-def _file_system(address: str, process: int) -> Any:
-    """Kept, since opening an archive reads its whole list of contents; by process, since they share no open files."""
-    from fsspec.core import url_to_fs  # not needed by most sources
-
-    return url_to_fs(address)[0]
-
-
-def read_unchanged(path: Path) -> bytes:
-    """The content of a file.
-
-    Raises OSError when it is written to meanwhile, for then it is neither old nor new, and `Drop` for what is not a
-    file, or too large a one.
-    """
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
-        raise Drop("not a file")
-    if status.st_size > MAX_BYTES:
-        raise Drop(TOO_LARGE)
-    with open(path, "rb") as file:
-        before = os.fstat(file.fileno())
-        content = file.read()
-        after = os.fstat(file.fileno())
-    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns) or len(content) != after.st_size:
-        raise SystemRefusedError(
-            f"{path} changed while it was read: wait until nothing writes there, and run the same again."
-        )
-    return content
 
 
 def as_made(batch: Any) -> Any:

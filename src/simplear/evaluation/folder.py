@@ -63,7 +63,7 @@ def picture_batches(
                         "width to which all are resized and cropped."
                     )
                 enlarged += height < size[0] or width < size[1]
-                pictures.append(resize_and_crop(picture, *size))
+                pictures.append(resize_and_crop(opened, *size))
             yield part, np.stack(pictures)
     if enlarged:
         logger.warning("%d of %d pictures were smaller than %d × %d and enlarged", enlarged, len(files), *(size or ()))

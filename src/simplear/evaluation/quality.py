@@ -20,7 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from simplear.data.sample import Drop
-from simplear.data.sources import ImageFolderSource
+from simplear.data.sources.folders import ImageFolderSource
 from simplear.errors import UserError
 from simplear.evaluation.drawing import draw_prompts
 from simplear.evaluation.fid import FrechetDistance, InceptionFeatures

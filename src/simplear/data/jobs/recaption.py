@@ -30,7 +30,7 @@ from simplear.data.jobs.units import (
     make_trainer,
     predict_units,
 )
-from simplear.data.sample import NO_PICTURE, Drop, Dropped, Drops, Sample, drop
+from simplear.data.sample import NO_PICTURE, Drop, Dropped, Sample
 from simplear.data.shards import claim_directory
 from simplear.data.sources.base import Source, Unit
 from simplear.data.sources.recaptioned import FORMAT_VERSION, write_captions
@@ -86,12 +86,12 @@ class PictureBatches(UnitDataset):
 
     def batches(self, unit: Unit, dropped: list[Dropped]) -> Iterator[UnitBatch]:
         """Images are lists of Pillow's."""
-        drops, rows = Drops(), list[tuple[int, Sample, Image.Image]]()
-        for index, sample in enumerate(self.source.read(unit, drops)):
+        rows = list[tuple[int, Sample, Image.Image]]()
+        for index, sample in enumerate(self.source.read(unit, dropped)):
             try:
                 image = shrunk(sample.image, self.max_pixels)
             except Drop as reason:
-                drop(drops, sample.key, reason)
+                dropped.append((sample.key, str(reason)))
                 continue
             rows.append((index, Sample(sample.key, NO_PICTURE, sample.captions), image))
             if len(rows) == self.batch_size:
@@ -99,7 +99,6 @@ class PictureBatches(UnitDataset):
                 rows = []
         if rows:
             yield _batch(unit, rows)
-        dropped += drops.listed()
 
 
 def _batch(unit: Unit, rows: list[tuple[int, Sample, Image.Image]]) -> UnitBatch:

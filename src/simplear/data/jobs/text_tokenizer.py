@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from simplear.atomic import whole_directory
-from simplear.data.sample import warn_of_drops
+from simplear.data.sample import Dropped, warn_of_drops
 from simplear.data.sources.base import Source
 from simplear.errors import ExistingFileError, UserError
 from simplear.language_model import train_text_tokenizer
@@ -39,8 +39,8 @@ def train_text_tokenizer_on(source: Source, out: str, *, vocab_size: int = 512) 
 
 
 def _captions(source: Source) -> Iterator[str]:
-    drops: Counter[str] = Counter()
+    dropped: list[Dropped] = []
     for unit in source.units():
-        for sample in source.candidates(unit, drops):  # pictures stay undecoded
+        for sample in source.read(unit, dropped):  # pictures stay undecoded
             yield from sample.captions
-    warn_of_drops(drops)
+    warn_of_drops(Counter(reason for _, reason in dropped))

@@ -34,7 +34,7 @@ from simplear.data.sources.base import distinct_names
 from simplear.errors import MissingFileError, UserError
 from simplear.hashing import file_identity
 from simplear.progress import progress_bar
-from simplear.text_files import encoded_lines, parse_json, read_lines, valid_unicode
+from simplear.text_files import parse_json, read_lines, valid_unicode
 
 logger = logging.getLogger(__name__)
 
@@ -162,16 +162,13 @@ def _running_text(path: Path, column: str, drops: Counter[str]) -> Texts:
 
 
 def _json_lines(path: Path, column: str, drops: Counter[str]) -> Texts:
-    for number, line in encoded_lines(path, str(path)):
-        yield str(number), _json_text(line, column, drops) if line.strip() else "", len(line) + 1
+    for number, line in read_lines(path):
+        yield str(number), _json_text(line, column, drops), len(line.encode()) + 1
 
 
-def _json_text(line: bytes, column: str, drops: Counter[str]) -> str:
+def _json_text(line: str, column: str, drops: Counter[str]) -> str:
     try:
-        entry = parse_json(line.decode())
-    except UnicodeDecodeError:
-        drops["no UTF-8"] += 1
-        return ""
+        entry = parse_json(line)
     except ValueError:
         entry = None
     if not isinstance(entry, Mapping):

@@ -6,8 +6,7 @@ made them or on how often they were killed. When all units are committed, rank 0
 was left out and its picture.
 
 From a command line, a source is a class and its arguments: ``--source ScenesSource --source.count 1000
---source.resolution 64``; one of your own is named by its full class path. Filters and a crop are too. A source that has
-codes in place of pictures (`TokenFilesSource`) has them copied.
+--source.resolution 64``; one of your own is named by its full class path. Filters and a crop are too.
 """
 
 from __future__ import annotations
@@ -39,19 +38,18 @@ from simplear.data.jobs.units import (
 from simplear.data.prepare.crops import CentreCrop, Crop
 from simplear.data.prepare.filters import Filter, MinimumScore
 from simplear.data.prepare.preparation import Preparation
-from simplear.data.sample import NO_PICTURE, Drop, Dropped, Drops, Pixels, Sample, drop
+from simplear.data.sample import NO_PICTURE, Drop, Dropped, Pixels, Sample
 from simplear.data.shards import MAX_CODEBOOK_SIZE, TokenRow, claim_directory, write_shard
 from simplear.data.shards.drops import draw_funnel, merge_drops, write_unit_drops
 from simplear.data.sources.base import Source, Unit
 from simplear.errors import UserError
-from simplear.hashing import Int64
 from simplear.visual_tokenizer import VisualTokenizer, load_visual_tokenizer
 
 logger = logging.getLogger(__name__)
 
 
 class EncoderBatches(UnitDataset):
-    """Pictures of one size each batch, or codes (B, h, w) int64 of pictures that are tokenized already."""
+    """Pictures of one size each batch."""
 
     def __init__(self, source: Source, units: Sequence[Unit], batch_size: int, preparation: Preparation) -> None:
         super().__init__(units)
@@ -59,28 +57,27 @@ class EncoderBatches(UnitDataset):
 
     def batches(self, unit: Unit, dropped: list[Dropped]) -> Iterator[UnitBatch]:
         """Images are tensors (B, H, W, 3) uint8."""
-        drops, seen = Drops(), set[str]()
+        seen = set[str]()
         # Pictures that keep their own size, or get the grid nearest their shape, are gathered by size.
-        pending: dict[tuple[int, ...], list[tuple[int, Sample, Pixels | Int64]]] = {}
-        for index, sample in enumerate(self.source.candidates(unit, drops)):
+        pending: dict[tuple[int, ...], list[tuple[int, Sample, Pixels]]] = {}
+        for index, sample in enumerate(self.source.read(unit, dropped)):
             try:
                 if sample.key in seen:
                     raise Drop("duplicate key")
                 seen.add(sample.key)
                 prepared = self.preparation(sample)
             except Drop as reason:
-                drop(drops, sample.key, reason)
+                dropped.append((sample.key, str(reason)))
                 continue
             same_size = pending.setdefault(prepared.shape, [])
-            same_size.append((index, replace(sample, picture=NO_PICTURE, codes=None), prepared))
+            same_size.append((index, replace(sample, picture=NO_PICTURE), prepared))
             if len(same_size) == self.batch_size:
                 yield _batch(unit, pending.pop(prepared.shape))
         for rows in pending.values():
             yield _batch(unit, rows)
-        dropped += drops.listed()
 
 
-def _batch(unit: Unit, rows: list[tuple[int, Sample, Pixels | Int64]]) -> UnitBatch:
+def _batch(unit: Unit, rows: list[tuple[int, Sample, Pixels]]) -> UnitBatch:
     indices, samples, images = zip(*rows, strict=True)
     return UnitBatch(unit.name, samples, torch.from_numpy(np.stack(images)), indices)
 
@@ -130,8 +127,6 @@ class TokenizeModule(UnitModule):
         """Codes of the batch's pictures, scored first where a filter asks for it."""
         if not batch.samples:
             return Encoded(np.empty((0, 0, 0), np.uint16), [])
-        if batch.images.dtype == torch.int64:
-            return Encoded(batch.images.numpy().astype(np.uint16), [None] * len(batch.samples))
         pixels = batch.images.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float()
         pixels, dropped = self._scored(pixels, batch.samples)
         if not len(pixels):
@@ -211,7 +206,7 @@ class ShardWriter(UnitWriter):
         logger.info("%d rows in %s", manifest["rows"], self.out)
         if any(shard["drops"] for shard in manifest["shards"]):
             listed = merge_drops(self.out, manifest["shards"])
-            picture = draw_funnel(self.out, manifest, [filter_.reasons() for filter_ in module.preparation.filters])
+            picture = draw_funnel(self.out, manifest, [])
             logger.info("what was dropped, by key: %s; by reason: %s", listed, picture)
         if module.committed_before:
             # A source is known by its settings: pictures or captions that changed since are not seen.
@@ -243,13 +238,13 @@ def tokenize(
     """Turn pictures into token shards; run again after a stop, it goes on where it was.
 
     Args:
-        source: Pictures and captions: ScenesSource, ImageFolderSource, WebDatasetSource, HuggingFaceSource,
-            TokenFilesSource (which has codes), or a class path.
+        source: Pictures and captions: ScenesSource, ImageFolderSource, WebDatasetSource, HuggingFaceSource, or
+            a class path.
         visual_tokenizer: Directory of the visual tokenizer.
         out: Directory for the token shards.
         height: Pixels; pictures are resized and cropped to it. Without it each keeps its own size.
         width: Pixels; like height.
-        crop: CentreCrop (the default), RandomCrop, AspectBuckets (grids near each picture's shape, of about
+        crop: CentreCrop (the default), AspectBuckets (grids near each picture's shape, of about
             height x width pixels), or a class path.
         filters: What to leave out, in this order: ShortEdge, AspectRatio, PixelLimit, CaptionLength, Column, Listed,
             MinimumScore, or class paths. Drops are counted by reason and listed in drops.parquet.
@@ -293,9 +288,7 @@ def tokenize(
     precision = "bf16-mixed" if bf16 else "32-true"
     writer = ShardWriter(directory)
     trainer = make_trainer(accelerator, devices, num_nodes, strategy, callbacks=[writer], precision=precision)
-    preparation = Preparation(
-        size, tokenizer.downsample, tokenizer.codebook_size, crop or CentreCrop(), tuple(filters or ())
-    )
+    preparation = Preparation(size, tokenizer.downsample, crop or CentreCrop(), tuple(filters or ()))
     module = TokenizeModule(source, tokenizer, directory, preparation, batch_size, num_workers, compile)
     try:
         predict_units(trainer, module)

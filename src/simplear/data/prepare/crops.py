@@ -1,6 +1,6 @@
-"""How a picture becomes one of the sizes that are encoded: its centre, a random part, or the grid nearest its shape.
+"""How a picture becomes one of the sizes that are encoded: its centre, or the grid nearest its shape.
 
-A crop is a pure function of the picture's size and key, so shards do not depend on who made them.
+A crop is a pure function of the picture's size and key, so shards do not depend on the process that made them.
 """
 
 from __future__ import annotations
@@ -10,35 +10,25 @@ from abc import ABC, abstractmethod
 
 import numpy as np
 from PIL import Image
-from xxhash import xxh3_64_intdigest
 
 from simplear.data.sample import Pixels
 from simplear.described import Described
-from simplear.errors import UserError
-
-CENTRE = (0.5, 0.5)
 
 
-def resize_and_crop(
-    image: Image.Image | Pixels, height: int, width: int, place: tuple[float, float] = CENTRE
-) -> Pixels:
-    """A part of the picture at (height, width), as large a part as has that aspect; uint8 (height, width, 3).
+def resize_and_crop(image: Image.Image, height: int, width: int) -> Pixels:
+    """The largest part in the picture's middle that has the aspect of (height, width), resized.
 
-    Lanczos resampling; a picture of that size already is returned as it is.
+    uint8 (height, width, 3).
+    Lanczos resampling; a picture of that size already is not changed.
 
     Args:
         image: RGB.
         height: pixels.
         width: pixels.
-        place: where the part lies in what is left over, down and across: 0 at top and left, 1 at bottom and right.
     """
-    if isinstance(image, np.ndarray):
-        if image.shape[:2] == (height, width):
-            return image
-        image = Image.fromarray(image)
     if image.size != (width, height):
         scale = min(image.width / width, image.height / height)
-        left, top = (image.width - width * scale) * place[1], (image.height - height * scale) * place[0]
+        left, top = (image.width - width * scale) / 2, (image.height - height * scale) / 2
         box = (left, top, left + width * scale, top + height * scale)
         image = image.resize((width, height), Image.Resampling.LANCZOS, box=box)
     return np.asarray(image)
@@ -48,7 +38,7 @@ class Crop(Described, ABC):
     """Resizes and cuts; derive from it and name the class by its path."""
 
     @abstractmethod
-    def __call__(self, image: Image.Image | Pixels, key: str, size: tuple[int, int], downsample: int) -> Pixels:
+    def __call__(self, image: Image.Image, key: str, size: tuple[int, int], downsample: int) -> Pixels:
         """uint8 (h, w, 3), h and w multiples of `downsample`.
 
         Args:
@@ -60,29 +50,10 @@ class Crop(Described, ABC):
 
 
 class CentreCrop(Crop):
-    """The middle of the picture, as large a part as has the aspect asked for."""
+    """The middle of the picture, the largest part that has the aspect asked for."""
 
-    def __call__(self, image: Image.Image | Pixels, key: str, size: tuple[int, int], downsample: int) -> Pixels:
+    def __call__(self, image: Image.Image, key: str, size: tuple[int, int], downsample: int) -> Pixels:
         return resize_and_crop(image, *size)
-
-
-class RandomCrop(Crop):
-    """A part as large as that of `CentreCrop`, at a place that follows from seed and key."""
-
-    def __init__(self, seed: int = 0) -> None:
-        """
-        Args:
-            seed: Of the places.
-        """
-        self.seed = seed
-
-    def __call__(self, image: Image.Image | Pixels, key: str, size: tuple[int, int], downsample: int) -> Pixels:
-        return resize_and_crop(image, *size, place=self.place(key))
-
-    def place(self, key: str) -> tuple[float, float]:
-        """Where the part lies, down and across, each uniform in [0, 1]."""
-        down, across = (xxh3_64_intdigest(f"{axis}\0{key}".encode(), self.seed % 2**64) for axis in ("down", "across"))
-        return down / (2**64 - 1), across / (2**64 - 1)
 
 
 class AspectBuckets(Crop):
@@ -98,8 +69,6 @@ class AspectBuckets(Crop):
             max_aspect: Longest grid, long side over short; pictures beyond it lose their ends.
             step: Grids have multiples of so many codes along each side (the size asked for itself always counts).
         """
-        if max_aspect < 1 or step < 1:
-            raise UserError(f"max_aspect {max_aspect} and step {step} must be at least 1.")
         self.max_aspect, self.step = max_aspect, step
 
     def grids(self, rows: int, columns: int) -> list[tuple[int, int]]:
@@ -111,9 +80,7 @@ class AspectBuckets(Crop):
                 found.add((height, width))
         return sorted(found)
 
-    def __call__(self, image: Image.Image | Pixels, key: str, size: tuple[int, int], downsample: int) -> Pixels:
-        width, height = image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])
+    def __call__(self, image: Image.Image, key: str, size: tuple[int, int], downsample: int) -> Pixels:
         grids = self.grids(size[0] // downsample, size[1] // downsample)
-        # Of two equally near ones the first, so that nothing hangs on the order of a set.
-        nearest = min(grids, key=lambda grid: abs(math.log(grid[1] / grid[0] * height / width)))
-        return resize_and_crop(image, nearest[0] * downsample, nearest[1] * downsample, CENTRE)
+        nearest = min(grids, key=lambda grid: abs(math.log(grid[1] / grid[0] * image.height / image.width)))
+        return resize_and_crop(image, nearest[0] * downsample, nearest[1] * downsample)

@@ -1,8 +1,7 @@
 """What a source of pictures and captions is, and the conventions that the sources share.
 
 A source is divided into units of work, which name the token shards made of them, so that any process can take any
-unit. What cannot be used is dropped and counted by reason. A source of one's own derives from `Source` and is named by
-its class path in YAML.
+unit. Derive your own source from `Source` and name it by its class path in YAML.
 """
 
 from __future__ import annotations
@@ -10,23 +9,22 @@ from __future__ import annotations
 import json
 import os
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from simplear.data.sample import Drop, Sample, column, drop
+from simplear.data.sample import NO_CAPTION, Drop, Dropped, PictureFile, Sample, column
 from simplear.described import Described
-from simplear.text_files import NotUTF8Error, read_lines, utf16_encoding, valid_unicode
+from simplear.text_files import NotUTF8Error, read_lines, valid_unicode
 
 CAPTION_KEYS = ("captions", "caption", "text")
-"""Where metadata holds captions when nothing is said; the first that is there counts."""
+"""Where metadata holds captions by default; the first that is there counts."""
 CAPTION_SUFFIXES = (".txt", ".caption")
 """Of files of captions, in any case; they have the picture's name without its suffix, or with it (a.jpg.txt)."""
 RESERVED_NAMES = frozenset({"settings", "manifest", "drops"})
 """Of files that a directory of shards or captions has for itself; no unit can have one."""
-NO_TEXT = "captions are no text"
+NOT_UTF8, NO_TEXT, NO_PICTURE_FILE = "text is not UTF-8", "captions are not text", "no picture"
 
 
 @dataclass(frozen=True)
@@ -34,16 +32,16 @@ class Unit:
     """A piece of a source, as large as one token shard."""
 
     name: str
-    """Unique in the source, safe as a file name, and none of `RESERVED_NAMES`."""
+    """Unique in the source, safe as a file name, and not in `RESERVED_NAMES`."""
     part: Any
     """What the source needs to find it; picklable."""
     count: int | None = None
-    """Samples in it, dropped ones included, where that is known beforehand."""
+    """Samples in it, dropped ones included, if that is known beforehand."""
     identity: Callable[[], str] | None = field(default=None, compare=False)
-    """What tells its content from that of another unit of the name, such as `simplear.hashing.file_identity`.
+    """Tells its content from that of another unit of the name, such as `simplear.hashing.file_identity`.
 
-    Kept in the unit's sidecar, so that work that goes on later is not mixed with that of another corpus, where the
-    source's settings do not say which units it has. Picklable.
+    Kept in the unit's sidecar, so that work that goes on later is not mixed with that of another corpus if the source's
+    settings do not say which units it has. Picklable.
     """
 
 
@@ -53,28 +51,27 @@ class Source(Described, ABC):
     A list of units is not a setting: name its argument in ``not_described``, and give each `Unit` an identity.
     """
 
+    reads = ""
+    """A sentence on where pictures and captions are read from."""
+
     @abstractmethod
     def units(self) -> list[Unit]:
         """All units, in an order that does not change."""
 
     @abstractmethod
-    def read(self, unit: Unit, drops: Counter[str]) -> Iterator[Sample]:
-        """The unit's samples in their order; counts in `drops`, by reason, what is left out."""
+    def read(self, unit: Unit, dropped: list[Dropped]) -> Iterator[Sample]:
+        """The unit's samples in their order.
 
-    def candidates(self, unit: Unit, drops: Counter[str]) -> Iterator[Sample]:
-        """As `read`, but pictures may be not decoded yet and prove unusable then (`Sample.image` raises `Drop`).
-
-        For whoever looks at captions, metadata and sizes first.
-        """
-        return self.read(unit, drops)
-
-    def hint(self, drops: Mapping[str, int]) -> str:
-        """A sentence on what lies there in place of what was missed, for a message that most samples were dropped.
+        Pictures may be not decoded yet, and prove unusable then: `Sample.image` raises `Drop`.
 
         Args:
-            drops: of all units, by reason.
+            unit: one of `units`.
+            dropped: key and reason of what is left out are appended here.
         """
-        return ""
+
+    def hint(self, drops: Mapping[str, int]) -> str:
+        """What the source reads, for a message that most samples were dropped for these reasons; else empty."""
+        return self.reads if {NO_CAPTION, NO_TEXT, NO_PICTURE_FILE} & drops.keys() else ""
 
 
 class IndexedSource(Source):
@@ -88,10 +85,10 @@ class IndexedSource(Source):
 
     @abstractmethod
     def sample(self, index: int) -> Sample:
-        """Sample `index`. Raises `Drop` when it cannot be used."""
+        """Sample `index`. Raises `Drop` if it cannot be used."""
 
     def key(self, index: int) -> str:
-        """What names sample `index` also when it cannot be used."""
+        """Names sample `index` also if it cannot be used."""
         return f"{self.unit_prefix}-{index:09d}"
 
     def units(self) -> list[Unit]:
@@ -99,19 +96,16 @@ class IndexedSource(Source):
         parts = [range(start, min(start + self.rows_per_unit, len(self))) for start in starts]
         return [Unit(f"{self.unit_prefix}-{part.start:09d}", part, len(part)) for part in parts]
 
-    def candidates(self, unit: Unit, drops: Counter[str]) -> Iterator[Sample]:
+    def read(self, unit: Unit, dropped: list[Dropped]) -> Iterator[Sample]:
         for index in unit.part:
             try:
                 yield self.sample(index)
             except Drop as reason:
-                drop(drops, self.key(index), reason)
-
-    def read(self, unit: Unit, drops: Counter[str]) -> Iterator[Sample]:
-        return decoded(self.candidates(unit, drops), drops)
+                dropped.append((self.key(index), str(reason)))
 
 
 def distinct_names(files: Sequence[Path]) -> list[str]:
-    """A name for each of the files, none of `RESERVED_NAMES`: without suffix, and with as many folders as it takes.
+    """A name for each of the files, not in `RESERVED_NAMES`: without suffix, and with as many folders as it takes.
 
     So a name depends neither on the number of files nor on where the folders lie.
     """
@@ -120,18 +114,18 @@ def distinct_names(files: Sequence[Path]) -> list[str]:
         names = ["-".join([*file.parts[1:-1][-folders or len(file.parts) :], file.stem]) for file in whole]
         if len(set(names)) == len(names):
             break
-    else:  # a file that is listed twice
+    else:  # two files of one name
         names = [f"{number:06d}-{file.stem}" for number, file in enumerate(whole)]
     return [file.name if name in RESERVED_NAMES else name for name, file in zip(names, whole, strict=True)]
 
 
-def decoded(samples: Iterator[Sample], drops: Counter[str]) -> Iterator[Sample]:
-    """The samples whose pictures can be decoded; the others are counted."""
+def decoded(samples: Iterable[Sample], dropped: list[Dropped]) -> Iterator[Sample]:
+    """The samples whose pictures can be decoded; the others are appended to `dropped`."""
     for sample in samples:
         try:
-            _ = sample.codes is None and sample.image
+            _ = sample.image
         except Drop as reason:
-            drop(drops, sample.key, reason)
+            dropped.append((sample.key, str(reason)))
         else:
             yield sample
 
@@ -166,10 +160,19 @@ def captions_and_metadata(
     return [text.strip() for text in texts if text.strip()], kept
 
 
+def captioned_sample(
+    key: str, picture: PictureFile, captions: list[str], metadata: dict[str, Any], required: bool
+) -> Sample:
+    """A sample. Raises `Drop` if a caption is required and there is none, or if the key is not valid Unicode."""
+    if required and not captions:
+        raise Drop(NO_CAPTION)
+    return Sample(valid_text(key), picture, captions, metadata)
+
+
 def valid_text(text: str) -> str:
-    """The text itself. Raises `Drop` for what UTF-8 cannot hold, such as file names in another encoding."""
+    """The text itself. Raises `Drop` if UTF-8 cannot hold it, as file names in another encoding."""
     if not valid_unicode(text):
-        raise Drop("text is no valid Unicode")
+        raise Drop(NOT_UTF8)
     return text
 
 
@@ -178,5 +181,4 @@ def caption_lines(content: bytes) -> list[str]:
     try:
         return [line.strip() for _, line in read_lines(content)]
     except NotUTF8Error as error:
-        encoding = utf16_encoding(content)
-        raise Drop(f"text is {encoding}, not UTF-8" if encoding else "text is no valid Unicode") from error
+        raise Drop(NOT_UTF8) from error

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import datetime
-import glob
+import json
 import os
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
@@ -13,14 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from simplear.data.sample import NO_CAPTION, Drop, PictureFile, Sample, column, drop, picture_at
-from simplear.data.sources.base import CAPTION_KEYS, IndexedSource, Unit, captions_and_metadata, valid_text
+from simplear.data.sample import ADDRESS, Drop, Dropped, PictureFile, Sample, column
+from simplear.data.sources.base import (
+    CAPTION_KEYS,
+    NO_PICTURE_FILE,
+    NOT_UTF8,
+    IndexedSource,
+    Unit,
+    captioned_sample,
+    captions_and_metadata,
+)
 from simplear.errors import UserError
-
-TYPE_LENGTH = 80
-"""Of a column's type in a message."""
 
 
 class HuggingFaceSource(IndexedSource):
@@ -31,6 +33,10 @@ class HuggingFaceSource(IndexedSource):
     """
 
     local_paths = frozenset({"path", "data_files", "image_root"})
+    reads = (
+        "pictures are read from the column image, and captions, texts or lists of texts, from one of "
+        f"{', '.join(CAPTION_KEYS)} (--source.image and --source.captions name others; a.b is b of the object a)."
+    )
 
     def __init__(
         self,
@@ -55,10 +61,10 @@ class HuggingFaceSource(IndexedSource):
             name: Configuration of the data set.
             split: Split of the data set.
             data_files: Files or patterns to read.
-            revision: Commit or tag on the hub; name one, for a branch moves.
+            revision: Commit or tag on the hub; name one, since a branch moves.
             streaming: Read the files as they are, one unit each, without a copy in the cache.
             image: Column of the pictures; of several the first that has one.
-            image_root: Directory in which to look for pictures where the column holds file names.
+            image_root: Directory in which to look for pictures if the column holds file names.
             captions: Columns that hold captions, all of which count; by default captions, caption or text.
             key: Column that names a sample; by default split and number.
             metadata: Columns to keep; by default all but pictures and captions.
@@ -73,11 +79,11 @@ class HuggingFaceSource(IndexedSource):
         self.images = [image] if isinstance(image, str) else list(image)
         self.captions = [captions] if isinstance(captions, str) else captions
         self.key_column, self.metadata = key, metadata
-        self.image_root = None if image_root is None else Path(image_root)
+        self.image_root = Path(image_root or "")
         self.captions_required, self.rows_per_unit, self.streaming = captions_required, rows_per_unit, streaming
         self.path, self.data_files = path, data_files
         self.unit_prefix = split
-        # Where datasets takes a path for a name on the hub: it says only that the hub has none.
+        # `datasets` takes such a path for a name on the hub and says only that the hub has none.
         if os.path.isfile(path):
             raise UserError(
                 f"{path} is a file: name its format as the path, and it as data_files (--source.path parquet "
@@ -102,139 +108,88 @@ class HuggingFaceSource(IndexedSource):
         shards = self.rows.num_shards
         return [Unit(f"{self.unit_prefix}-{number:05d}-of-{shards:05d}", number) for number in range(shards)]
 
-    def key(self, index: int) -> str:
-        return self._key(self.rows[index], super().key(index))
-
     def sample(self, index: int) -> Sample:
         """Row `index`."""
-        row = self.rows[index]
-        return self._sample(row, self._key(row, super().key(index)))
+        return self._sample(self.rows[index], self.key(index))
 
-    def candidates(self, unit: Unit, drops: Counter[str]) -> Iterator[Sample]:
+    def read(self, unit: Unit, dropped: list[Dropped]) -> Iterator[Sample]:
+        """The rows of a unit; one that is dropped here is listed by its number."""
         if not self.streaming:
-            yield from super().candidates(unit, drops)
+            yield from super().read(unit, dropped)
             return
         shard = self.rows.shard(self.rows.num_shards, unit.part)
         # iter(shard) would share it out among PyTorch's loader processes, and all but one get nothing; larger batches
-        # fail where the columns of tars come in another order.
+        # fail if the columns of tars come in another order.
         rows = shard.iter(batch_size=1)
         for number in count():
             with self._explained():
                 row = next(rows, None)
             if row is None:
                 return
-            key = self._key(row, f"{unit.name}-{number:09d}")
+            key = f"{unit.name}-{number:09d}"
             try:
                 yield self._sample(row, key)
             except Drop as reason:
-                drop(drops, key, reason)
+                dropped.append((key, str(reason)))
 
     def describe(self) -> dict[str, Any]:
-        """Also the number of rows, where they are numbered."""
+        """Also the number of rows, if they are numbered."""
         return super().describe() | ({} if self.streaming else {"rows": len(self)})
-
-    def hint(self, drops: Mapping[str, int]) -> str:
-        """The columns and their types."""
-        row = next(self.rows.iter(batch_size=1), None)
-        columns = [f"{field.name} ({str(field.type)[:TYPE_LENGTH]})" for field in (row.schema if row else ())]
-        return (
-            f"the columns of {self.path} are {', '.join(columns)}; pictures are read from "
-            f"{', '.join(self.images)}, and captions, texts or lists of texts, from "
-            f"{', '.join(self.captions or CAPTION_KEYS)} (--source.image and --source.captions name others; a.b is b "
-            "of the object a)."
-        )
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """What `datasets` raises in the block becomes a UserError: its builders have errors of all kinds."""
+        """Errors of `datasets` in the block become a UserError: its builders raise errors of all kinds."""
         try:
             yield
         except Exception as error:
             cause: BaseException = error
             while cause.__cause__ is not None:
                 cause = cause.__cause__
-            path, files = self.path, self.data_files
             said = " ".join(str(cause).split()) or type(cause).__name__
-            if isinstance(error, ConnectionError) and not os.path.exists(path):
-                said = f"there is no directory of this name, and the hub cannot be asked: {said}"
-            elif (isinstance(cause, pa.ArrowException) or type(cause) is OSError) and (damaged := self._damaged_file()):
-                said = f"{damaged} is damaged: {said.rstrip('.')}: fetch it again, or leave it out of data_files"
-            of = f" of {files}" if isinstance(files, str) else ""
-            raise UserError(f"the data set {path}{of} cannot be read: {said.rstrip('.')}.") from error
+            of = f" of {self.data_files}" if self.data_files else ""
+            raise UserError(
+                f"the data set {self.path}{of} cannot be read: {said} (if a file is damaged, a line above names it)."
+            ) from error
 
-    def _damaged_file(self) -> str | None:
-        """The first parquet file on this machine that cannot be read, of those that the data set may have."""
-        folder = self.path if os.path.isdir(self.path) else ""
-        files = self.data_files or (["**/*.parquet"] if folder else [])
-        patterns = [files] if isinstance(files, str) else files if isinstance(files, list) else []
-        for file in (
-            file for each in patterns for file in sorted(glob.glob(os.path.join(folder, each), recursive=True))
-        ):
-            try:
-                for _ in pq.ParquetFile(file).iter_batches() if file.endswith(".parquet") else ():
-                    pass
-            except (pa.ArrowException, OSError):
-                return file
-        return None
-
-    def _sample(self, row: Any, key: str) -> Sample:
-        """Of an Arrow table of one row, whose text may be no UTF-8."""
+    def _sample(self, row: pa.Table, number: str) -> Sample:
+        """The sample in a table of one row; `number` names it without a key column."""
         try:
-            values = {name: row[name][0].as_py() for name in row.column_names}
+            (values,) = row.to_pylist()
         except UnicodeDecodeError as error:
-            raise Drop("text is no valid Unicode") from error
-        if self.key_column is not None and column(values, self.key_column) is None:
+            raise Drop(NOT_UTF8) from error
+        key = number if self.key_column is None else column(values, self.key_column)
+        if key is None:
             raise Drop(f"no {self.key_column} to name it by")
         picture = next((found for name in self.images if (found := column(values, name)) is not None), None)
-        others = {name: _json_value(value) for name, value in values.items() if name not in self.images}
+        others = {name: value for name, value in values.items() if name not in self.images}
+        others = json.loads(json.dumps(others, default=_time))
         captions, metadata = captions_and_metadata(others, self.captions, self.metadata)
-        if not captions and self.captions_required:
-            raise Drop(NO_CAPTION)
-        return Sample(valid_text(key), self._picture_file(picture), captions, metadata)
-
-    def _key(self, row: Any, number: str) -> str:
-        """Of the key column; the number where there is none, or none that is text."""
-        if self.key_column is None:
-            return number
-        top = self.key_column if self.key_column in row.column_names else self.key_column.partition(".")[0]
-        try:
-            found = column({top: row[top][0].as_py()}, self.key_column)
-        except UnicodeDecodeError:
-            return number
-        return number if found is None else str(found)
+        return captioned_sample(str(key), self._picture_file(picture), captions, metadata, self.captions_required)
 
     def _picture_file(self, picture: Any) -> PictureFile:
-        name = ""
         if isinstance(picture, Mapping):  # how `datasets` holds pictures: their bytes, or where they are
-            name = picture.get("path") or ""
-            picture = picture.get("bytes") or name
+            picture = picture.get("bytes") or picture.get("path")
         if isinstance(picture, str) and picture:
-            return picture_at(picture, self.image_root)
+            return PictureFile(picture if ADDRESS.match(picture) else self.image_root / picture)
         if not isinstance(picture, bytes):
-            raise Drop("no picture")
-        return PictureFile(picture, name)
+            raise Drop(NO_PICTURE_FILE)
+        return PictureFile(picture)
 
     def _require_columns(self, features: Mapping[str, Any]) -> None:
-        path, there = self.path, ", ".join(features)
-        wanted = [*self.images, *(self.captions or []), *(self.metadata or [])]
-        for name in [*wanted, *([self.key_column] if self.key_column else [])]:
+        wanted = [*self.images, *(self.captions or []), *(self.metadata or []), self.key_column]
+        for name in filter(None, wanted):
             if name not in features and name.partition(".")[0] not in features:
                 raise UserError(
-                    f"{path} has no column {name!r}; it has {there}: set image, captions, key and metadata accordingly."
+                    f"{self.path} has no column {name!r}; it has {', '.join(features)}: set image, captions, key and "
+                    "metadata accordingly."
                 )
         if self.captions is None and self.captions_required and not any(name in features for name in CAPTION_KEYS):
             raise UserError(
-                f"{path} has none of the columns {', '.join(CAPTION_KEYS)}; it has {there}: name that of the captions "
-                "(--source.captions NAME), or set captions_required to false."
+                f"{self.path} has none of the columns {', '.join(CAPTION_KEYS)}; it has {', '.join(features)}: name "
+                "that of the captions (--source.captions NAME), or set captions_required to false."
             )
 
 
-def _json_value(value: Any) -> Any:
-    """Times as text; bytes, which metadata cannot hold, as None."""
-    if isinstance(value, Mapping):
-        return {key: _json_value(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_json_value(part) for part in value]
-    if isinstance(value, datetime.date | datetime.time):
-        return value.isoformat()
-    return value if value is None or isinstance(value, str | bool | int | float) else None
+def _time(value: Any) -> str | None:
+    """Of what JSON does not have, times as text; bytes become null."""
+    return value.isoformat() if hasattr(value, "isoformat") else None

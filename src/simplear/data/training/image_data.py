@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from typing import Any
 
@@ -11,15 +12,14 @@ import numpy as np
 import torch
 
 from simplear.data.prepare.crops import resize_and_crop
-from simplear.data.sample import Drop, Pixels, Sample, warn_of_drops
-from simplear.data.sources.base import IndexedSource, Source
-from simplear.data.training.order import MicroBatch, choose_captions
+from simplear.data.sample import Drop, Dropped, Pixels, Sample, warn_of_drops
+from simplear.data.sources.base import IndexedSource, Source, decoded
+from simplear.data.training.order import Batch, choose_captions
 from simplear.data.training.ordered_data import BatchDataset, OrderedDataModule
 from simplear.errors import UserError
 from simplear.visual_tokenizer import to_pixels
 
-MOST_UNUSABLE = 1000
-"""Samples one after another that cannot be used, after which something else must be wrong."""
+logger = logging.getLogger(__name__)
 
 
 class ImageBatches(BatchDataset):
@@ -29,42 +29,39 @@ class ImageBatches(BatchDataset):
         self.source, self.height, self.width, self.seed = source, height, width, seed
         self.cached: list[tuple[str, list[str], Pixels]] | None = None
         if cache:
-            drops: Counter[str] = Counter()
-            self.cached = [self._row(sample) for unit in source.units() for sample in source.read(unit, drops)]
-            warn_of_drops(drops)
+            dropped: list[Dropped] = []
+            samples = (sample for unit in source.units() for sample in source.read(unit, dropped))
+            self.cached = [self._row(sample) for sample in decoded(samples, dropped)]
+            warn_of_drops(Counter(reason for _, reason in dropped))
             self.bucket_sizes = (len(self.cached),)
         elif isinstance(source, IndexedSource):
             self.bucket_sizes = (len(source),)
         else:
             raise UserError(f"{type(source).__name__} cannot be read in random order: set cache to true, or unpack it.")
 
-    def make_batch(self, micro_batch: MicroBatch) -> dict[str, Any]:
+    def make_batch(self, micro_batch: Batch) -> dict[str, Any]:
         """See `ImageDataModule`."""
         rows = micro_batch.positions
-        read, replaced = zip(*(self._read(int(row)) for row in rows), strict=True)
-        keys, captions, images = zip(*read, strict=True)
+        keys, captions, images = zip(*map(self._read, rows.tolist()), strict=True)
         return {
             "pixels": torch.from_numpy(to_pixels(np.stack(images))),
             "captions": choose_captions(captions, self.seed, micro_batch.epoch, rows),
             "keys": list(keys),
-            "replaced": [reason for reason in replaced if reason],
         }
 
-    def _read(self, row: int) -> tuple[tuple[str, list[str], Pixels], str]:
-        """A row, or the next that can be used, and why this one cannot; so numbers and order do not change."""
+    def _read(self, row: int) -> tuple[str, list[str], Pixels]:
+        """A row, or with a line the next one that can be used, so that numbers and order do not change."""
         if self.cached is not None:
-            return self.cached[row], ""
-        assert isinstance(self.source, IndexedSource)
-        count, first = len(self.source), ""
-        for number in range(row, row + min(count, MOST_UNUSABLE)):
+            return self.cached[row]
+        source = self.source
+        assert isinstance(source, IndexedSource)
+        for number in range(row, row + len(source)):
             try:
-                return self._row(self.source.sample(number % count)), first
+                return self._row(source.sample(number % len(source)))
             except Drop as reason:
-                first = first or f"{self.source.key(row)} cannot be used ({reason})"
-        raise UserError(
-            f"{first}, nor can any of the {min(count, MOST_UNUSABLE)} samples from there on: see what is wrong with "
-            "them, or set cache to true, which leaves out what cannot be used."
-        )
+                key = source.key(number % len(source))
+                logger.warning("%s cannot be used (%s): the next takes its place", key, reason)
+        raise UserError(f"none of the {len(source)} samples can be used: see what is wrong with them.")
 
     def _row(self, sample: Sample) -> tuple[str, list[str], Pixels]:
         return sample.key, list(sample.captions), resize_and_crop(sample.image, self.height, self.width)
@@ -98,7 +95,7 @@ class ImageDataModule(OrderedDataModule):
             width: Pixels; like height.
             validation_source: Pictures for validation and test; none by default.
             cache: Read all pictures once and keep them in memory, 3 bytes a pixel; broken ones are dropped and counted.
-                False reads each when it is needed, and the next one takes the place of a broken one, which is counted.
+                False reads each when it is needed, and the next one takes the place of a broken one, with a line.
             seed: Of the order and of the choice of captions.
             num_workers: Data loader processes on each rank; 0 loads in the training process.
             shuffle: False takes the pictures in the source's order, in every epoch.

@@ -1,7 +1,7 @@
 """Token shards as training batches for language-model stages and for GRPO.
 
-Captions are chosen, prefixed and dropped anew each epoch by pure functions of (seed, epoch, row); sequences are built
-by `simplear.sequence`. A file of prompts among the paths gives rows with an empty grid, for GRPO; a set of texts,
+Captions are chosen, prefixed and dropped in each epoch by pure functions of (seed, epoch, row); sequences are built by
+`simplear.sequence`. A file of prompts among the paths gives rows with an empty grid, for GRPO; a set of texts,
 which `simplear data text` writes, gives rows without images, whose batches are plain text.
 """
 
@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from simplear.data.shards import Rows, TokenShards
-from simplear.data.training.mixing import MixedOrder
-from simplear.data.training.order import DROPOUT, PREFIX, STAND_IN, MicroBatch, Order, choose_captions, uniforms
+from simplear.data.training.order import DROPOUT, PREFIX, Batch, choose_captions, uniforms
 from simplear.data.training.ordered_data import BatchDataset, OrderedDataModule
 from simplear.errors import UserError
 from simplear.language_model import load_text_tokenizer
@@ -35,16 +34,12 @@ from simplear.sequence import (
     token_layout,
     training_batch,
     training_caption,
-    truncate,
 )
 
 logger = logging.getLogger(__name__)
 
 VERIFIED_AT_START = 2**30
-"""Bytes of shards up to which they are hashed at each start where nothing is said: some three seconds on one core."""
-
-
-SET_ASIDE = "a row of a shard that was set aside as damaged"
+"""Bytes of shards up to which they are hashed at each start by default: some three seconds on one core."""
 
 
 class TokenBatches(BatchDataset):
@@ -67,77 +62,37 @@ class TokenBatches(BatchDataset):
         self.max_text_tokens = max_text_tokens
         self.buckets = [shards.bucket(grid) for grid in shards.grids]
         self.bucket_sizes = tuple(len(bucket) for bucket in self.buckets)
+        self.set_sizes = tuple(tuple(shards.rows_by_path(grid)) for grid in shards.grids)
         self.weights = None if weights is None or len(weights) == 1 else tuple(map(float, weights))
 
-    def order(self, global_batch_size: int, seed: int, shuffle: bool, noun: str) -> Order:
-        """Of one set or unweighted ones the plain order; else each batch has rows of all sets, by their weights."""
-        if self.weights is None:
-            return super().order(global_batch_size, seed, shuffle, noun)
-        return MixedOrder(self.rows_by_path, self.weights, global_batch_size, seed, shuffle)
-
-    def order_settings(self) -> dict[str, Any]:
-        """Also the weights and the rows of each set, where sets are mixed."""
-        if self.weights is None:
-            return super().order_settings()
-        return {"rows": [list(rows) for rows in self.rows_by_path], "weights": list(self.weights)}
-
-    @property
-    def rows_by_path(self) -> tuple[tuple[int, ...], ...]:
-        """Of each bucket, the rows of each path."""
-        return tuple(tuple(self.shards.rows_by_path(grid)) for grid in self.shards.grids)
-
-    def read(self, micro_batch: MicroBatch) -> tuple[Rows, Tensor, list[str]]:
-        """The rows at these positions, their codes (B, h, w) int64, and the caption that the epoch draws for each.
-
-        In the place of a row that was set aside comes one of its set, drawn for (seed, epoch, position).
-        """
-        bucket, positions, epoch = self.buckets[micro_batch.bucket], micro_batch.positions, micro_batch.epoch
-        if (missing := bucket.are_missing(positions)).any():
-            draws = uniforms(self.seed, epoch, positions, STAND_IN)
-            positions = positions.copy()
-            positions[missing] = bucket.stand_ins(positions[missing], draws[missing])
-        rows = bucket.rows(positions)
+    def read(self, micro_batch: Batch) -> tuple[Rows, Tensor, list[str]]:
+        """The rows at these positions, their codes (B, h, w) int64, and the caption that the epoch draws for each."""
+        rows = self.buckets[micro_batch.bucket].rows(micro_batch.positions)
         read = self.shards.read(rows)
         codes = torch.from_numpy(read.codes.astype(np.int64))
-        return read, codes, choose_captions(read.captions, self.seed, epoch, rows)
+        return read, codes, choose_captions(read.captions, self.seed, micro_batch.epoch, rows)
 
-    def make_batch(self, micro_batch: MicroBatch) -> dict[str, Any]:
-        """See `TokenDataModule`; ``truncated`` (B,) bool comes on top."""
-        missing = self.buckets[micro_batch.bucket].are_missing(micro_batch.positions)
-        return {**self._make_batch(micro_batch), "replaced": [SET_ASIDE] * int(missing.sum())}
-
-    def _make_batch(self, micro_batch: MicroBatch) -> dict[str, Any]:
+    def make_batch(self, micro_batch: Batch) -> dict[str, Any]:
+        """See `TokenDataModule`; adds ``truncated`` (B,) bool."""
         read, codes, captions = self.read(micro_batch)
-        epoch, rows = micro_batch.epoch, read.numbers
-        if self.shards.holds_texts and not codes.numel():
-            cut = [truncate(ids, self.max_text_tokens) for ids in encode_captions(self.tokenizer, captions)]
-            return self._batch(read, codes, captions, cut, np.zeros(len(rows), bool), plain_text=True)
-        prefixes = choose_captions([self.caption_prefixes] * len(rows), self.seed, epoch, rows, purpose=PREFIX)
-        draws = uniforms(self.seed, epoch, rows, DROPOUT)
-        texts = [
-            training_caption(caption, prefix, draw, self.caption_dropout)
-            for caption, prefix, draw in zip(captions, prefixes, draws, strict=True)
-        ]
-        cut = [truncate(ids, self.max_text_tokens) for ids in encode_captions(self.tokenizer, texts)]
-        return self._batch(read, codes, captions, cut, draws < self.caption_dropout, plain_text=False)
-
-    def _batch(
-        self,
-        read: Rows,
-        codes: Tensor,
-        captions: list[str],
-        cut: list[tuple[list[int], bool]],
-        dropped: npt.NDArray[np.bool_],
-        *,
-        plain_text: bool,
-    ) -> dict[str, Any]:
-        ids = [ids for ids, _ in cut]
-        sequences = text_batch(ids, self.layout) if plain_text else training_batch(ids, codes, self.layout)
+        epoch, rows, texts = micro_batch.epoch, read.numbers, captions
+        dropped = np.zeros(len(rows), bool)
+        plain_text = self.shards.holds_texts and not codes.numel()
+        if not plain_text:
+            prefixes = choose_captions([self.caption_prefixes] * len(rows), self.seed, epoch, rows, purpose=PREFIX)
+            draws = uniforms(self.seed, epoch, rows, DROPOUT)
+            dropped = draws < self.caption_dropout
+            texts = [
+                training_caption(caption, prefix, draw, self.caption_dropout)
+                for caption, prefix, draw in zip(captions, prefixes, draws, strict=True)
+            ]
+        whole = encode_captions(self.tokenizer, texts)
+        ids = [caption[: self.max_text_tokens] for caption in whole]
         return {
             "codes": codes,
-            **sequences,
+            **(text_batch(ids, self.layout) if plain_text else training_batch(ids, codes, self.layout)),
             "dropped": torch.from_numpy(dropped),
-            "truncated": torch.tensor([was_cut for _, was_cut in cut]),
+            "truncated": torch.tensor([len(caption) > self.max_text_tokens for caption in whole]),
             "captions": captions,
             "metadata": read.metadata,
             "keys": read.keys,
@@ -195,19 +150,19 @@ class TokenDataModule(OrderedDataModule):
             num_workers: Data loader processes on each rank; 0 loads in the training process.
             shuffle: False takes the rows in the order of the files, in every epoch.
             verify: Hash all shards at each start, divided over the ranks, so that damage is found before training; by
-                default up to 1 GiB of them. Whatever it is, each row's checksum is compared whenever it is read.
+                default up to 1 GiB of them. In any case each row's checksum is compared whenever it is read.
         """
         super().__init__(global_batch_size, seed, num_workers, shuffle)
         if not 0 <= caption_dropout <= 1:
-            raise UserError(f"caption_dropout {caption_dropout} is no probability.")
+            raise UserError(f"caption_dropout {caption_dropout} is not a probability.")
         count = 1 if isinstance(paths, str) else len(paths)
         if weights is not None and len(weights) != count:
             raise UserError(f"{len(weights)} weights for {count} paths: give one for each, in their order.")
         self.paths, self.validation_paths, self.weights = paths, validation_paths, weights
         self.tokenizer_path, self.codebook_size = tokenizer, codebook_size
         self.caption_dropout, self.caption_prefixes = caption_dropout, caption_prefixes
-        self.max_text_tokens = max_text_tokens
-        self.verify = verify
+        self.max_text_tokens, self.verify = max_text_tokens, verify
+        self._opened: list[TokenShards] = []
         self.downsample: int | None = None
         """Pixels a code; after setup, None with prompts alone."""
         self.fingerprint: str | None = None
@@ -218,14 +173,12 @@ class TokenDataModule(OrderedDataModule):
     @property
     def holds_texts(self) -> bool:
         """Whether there are texts without images among the rows; after setup."""
-        batches = [data for data in (self.training, self.validation) if isinstance(data, TokenBatches)]
-        return any(data.shards.holds_texts for data in batches)
+        return any(shards.holds_texts for shards in self._opened)
 
     @property
     def grids(self) -> list[tuple[int, int]]:
         """Grids (h, w) of training and validation rows, sorted; after setup. Prompts and texts have (0, 0)."""
-        batches = [data for data in (self.training, self.validation) if isinstance(data, TokenBatches)]
-        return sorted({grid for data in batches for grid in data.shards.grids})
+        return sorted({grid for shards in self._opened for grid in shards.grids})
 
     def setup(self, stage: str | None = None) -> None:
         """Open the shards and the text tokenizer.
@@ -235,11 +188,10 @@ class TokenDataModule(OrderedDataModule):
                 written; no codebook size.
         """
         super().setup(stage)
-        training = TokenShards(self.paths, reserve=True) if stage in (None, "fit") else None
+        training = TokenShards(self.paths) if stage in (None, "fit") else None
         validation = TokenShards(self.validation_paths) if self.validation_paths else None
-        for shards in (training, validation):
-            if shards is None:
-                continue
+        self._opened = [shards for shards in (training, validation) if shards is not None]
+        for shards in self._opened:
             if shards.holds_texts and shards.holds_prompts:
                 raise UserError(
                     "prompts and texts without images cannot be in one set of paths: prompts are for GRPO, "
@@ -247,7 +199,9 @@ class TokenDataModule(OrderedDataModule):
                 )
             if shards.fingerprint is not None:
                 self._require_same_tokenizer(shards)
-            self._verify(shards)
+            if self.verify or (self.verify is None and shards.size <= VERIFIED_AT_START):
+                trainer = self.trainer
+                shards.verify(*((0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)))
         if self.codebook_size is None:
             raise UserError(
                 "prompts or texts alone do not say the number of image codes: give codebook_size "
@@ -262,12 +216,21 @@ class TokenDataModule(OrderedDataModule):
         else:
             add_special_tokens(self.text_tokenizer)
         self.layout = token_layout(self.text_tokenizer, self.codebook_size)
-        self.training = None if training is None else self._batches(training, self.caption_dropout, self.weights)
-        self.validation = None if validation is None else self._batches(validation, 0.0)
+        make = partial(
+            TokenBatches,
+            tokenizer=self.text_tokenizer,
+            layout=self.layout,
+            seed=self.seed,
+            caption_prefixes=self.caption_prefixes,
+            max_text_tokens=self.max_text_tokens,
+        )
+        if training is not None:
+            self.training = make(training, caption_dropout=self.caption_dropout, weights=self.weights)
+        if validation is not None:
+            self.validation = make(validation, caption_dropout=0.0)
 
     def teardown(self, stage: str) -> None:
-        """Say how many captions were cut, and samples replaced."""
-        super().teardown(stage)
+        """Say how many captions were cut."""
         if self.truncated_captions:
             logger.warning(
                 "%d captions were cut to %d tokens in this run", self.truncated_captions, self.max_text_tokens
@@ -293,21 +256,3 @@ class TokenDataModule(OrderedDataModule):
             )
         self.codebook_size, self.fingerprint = shards.codebook_size, shards.fingerprint
         self.downsample = shards.downsample
-
-    def _verify(self, shards: TokenShards) -> None:
-        if self.verify or (self.verify is None and shards.size <= VERIFIED_AT_START):
-            shards.verify(*((0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)))
-
-    def _batches(
-        self, shards: TokenShards, caption_dropout: float, weights: Sequence[float] | None = None
-    ) -> TokenBatches:
-        return TokenBatches(
-            shards,
-            self.text_tokenizer,
-            self.layout,
-            seed=self.seed,
-            caption_dropout=caption_dropout,
-            caption_prefixes=self.caption_prefixes,
-            max_text_tokens=self.max_text_tokens,
-            weights=weights,
-        )
