@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from simplear.scenes import BACKGROUNDS, CATEGORIES, HELD_OUT, RELATIONS, Scene, relations_of, sample_scene
-from simplear.scenes.sampling import GAP, MARGIN, SPLITS
+from simplear.scenes.scene import GAP, MARGIN, SPLITS
 
 
 def pairs(scene: Scene) -> set[tuple[str, str]]:

@@ -5,16 +5,13 @@
     short, long = captions(scene, seed=0, index=7)
     judge(metadata(scene), detect(picture))  # True
 
-It answers like GenEval, with an exact detector in place of a neural one. Needs numpy alone.
+It has GenEval's categories, with an exact detector in place of a neural one. Needs numpy and scipy alone.
 """
 
-from simplear.scenes.captions import captions, evaluation_prompts
-from simplear.scenes.detection import MATCH, Detection, background_name, detect
+from simplear.scenes.captions import PERTURBATIONS, captions, evaluation_prompts, perturb
+from simplear.scenes.detection import MATCH, Detection, background_name, detect, residue
 from simplear.scenes.drawing import draw
-from simplear.scenes.judgement import Verdict, judge, verdict
-from simplear.scenes.perturbation import PERTURBATIONS, perturb
-from simplear.scenes.residue import residue
-from simplear.scenes.sampling import SPLITS, sample_scene
+from simplear.scenes.judgement import Verdict, judge, strict_verdict, verdict
 from simplear.scenes.scene import (
     BACKGROUNDS,
     CATEGORIES,
@@ -22,13 +19,14 @@ from simplear.scenes.scene import (
     HELD_OUT,
     RELATIONS,
     SHAPES,
+    SPLITS,
     Scene,
     SceneObject,
+    directions,
     metadata,
     relations_of,
-    scene_from_metadata,
+    sample_scene,
 )
-from simplear.scenes.strict import strict_verdict
 
 __all__ = [
     "BACKGROUNDS",
@@ -47,6 +45,7 @@ __all__ = [
     "background_name",
     "captions",
     "detect",
+    "directions",
     "draw",
     "evaluation_prompts",
     "judge",
@@ -55,7 +54,6 @@ __all__ = [
     "relations_of",
     "residue",
     "sample_scene",
-    "scene_from_metadata",
     "strict_verdict",
     "verdict",
 ]
