@@ -1,20 +1,13 @@
-"""Measuring checkpoints: scene accuracy, intervals, and the report with its table, pictures and TensorBoard events."""
+"""Measuring checkpoints: scene accuracy, intervals, and the report with its table, picture and page."""
 
 from simplear.evaluation.compare import compare, paired_differences
-from simplear.evaluation.diversity import diversity
 from simplear.evaluation.grid import Cell, image_grid
 from simplear.evaluation.intervals import clustered_interval, clustered_proportion, stratified_interval, wilson_interval
-from simplear.evaluation.page import PageImage, write_page
-from simplear.evaluation.report import (
-    Result,
-    accuracy_result,
-    markdown_table,
-    merge_run,
-    read_report,
-    write_tensorboard,
-)
+from simplear.evaluation.page import write_page
+from simplear.evaluation.report import Result, accuracy_result, markdown_table, merge_run, read_report
 from simplear.evaluation.scenes import (
     blind_accuracy,
+    diversity,
     draw_and_judge,
     evaluate_scenes,
     reconstruction_accuracy,
@@ -24,7 +17,6 @@ from simplear.evaluation.scenes import (
 
 __all__ = [
     "Cell",
-    "PageImage",
     "Result",
     "accuracy_result",
     "blind_accuracy",
@@ -45,5 +37,4 @@ __all__ = [
     "strict_result",
     "wilson_interval",
     "write_page",
-    "write_tensorboard",
 ]
