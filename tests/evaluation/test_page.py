@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from simplear.evaluation.page import THUMBNAIL, write_page
+from simplear.evaluation.publish import THUMBNAIL, write_page
 
 REPORT: dict[str, Any] = {
     "runs": {

@@ -3,7 +3,7 @@
 from simplear.evaluation.compare import compare, paired_differences
 from simplear.evaluation.grid import Cell, image_grid
 from simplear.evaluation.intervals import clustered_interval, clustered_proportion, stratified_interval, wilson_interval
-from simplear.evaluation.page import write_page
+from simplear.evaluation.publish import write_page
 from simplear.evaluation.report import Result, accuracy_result, markdown_table, merge_run, read_report
 from simplear.evaluation.scenes import (
     blind_accuracy,

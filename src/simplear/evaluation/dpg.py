@@ -8,8 +8,7 @@ asked the same questions here; its scores are not the official ones and have the
 from __future__ import annotations
 
 import hashlib
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,12 @@ from torchvision.utils import save_image
 from simplear.atomic import claim_directory
 from simplear.errors import UserError
 from simplear.evaluation.dpg_rules import PromptAnswers, Question, dpg_result, image_score, read_questions
-from simplear.evaluation.drawing import SETTINGS_FILE, Make, draw_prompts, judge_prompts
+from simplear.evaluation.drawing import SETTINGS_FILE, draw_prompts, judge_prompts
 from simplear.evaluation.publish import publish
 from simplear.evaluation.report import name_run
 from simplear.evaluation.visual_questions import VisualJudge, judge_processor
 from simplear.pictures import read_rgb
 from simplear.text_files import FreeText, read_objects
-
-logger = logging.getLogger(__name__)
 
 FOLDER = "dpg"
 JUDGE = "dpg-vlm"
@@ -95,7 +92,7 @@ def evaluate_dpg(
             )
         return None
 
-    def load(device: torch.device) -> Make:
+    def load(device: torch.device) -> Callable[[int], list[dict[str, Any]]]:
         model = VisualJudge(judge, judge_batch_size)
         model.network.to(device)
 
@@ -103,7 +100,7 @@ def evaluate_dpg(
             row, path = drawn.rows[number], drawn.paths[number]
             return _verdicts(row, by_item[row["item_id"]], str(path.relative_to(directory)), read_rgb(path), model)
 
-        return lambda numbers: [verdicts(number) for number in numbers]
+        return verdicts
 
     rows = judge_prompts(drawn, JUDGE, directory / JUDGE, load)
     if rows is None:
@@ -113,10 +110,7 @@ def evaluate_dpg(
         PromptAnswers(by_item[row["item_id"]], answers[place * SAMPLES : (place + 1) * SAMPLES])
         for place, row in enumerate(drawn.rows)
     ]
-    if len(drawn.rows) < len(prompts):
-        logger.warning("only the first %d of %d prompts: not a number of DPG-Bench.", len(drawn.rows), len(prompts))
-    settings = {"benchmark": FOLDER, "judge": JUDGE, "checkpoint": checkpoint, **drawn.settings, **judging}
-    settings["prompts"] = len(drawn.rows)
+    settings = drawn.report_settings(FOLDER, judge=JUDGE, checkpoint=checkpoint, **judging)
     run_name, result = f"{name}-{JUDGE}", dpg_result(judged)
     return publish(directory, run_name, result, settings, rows, title="DPG-Bench", verdict="score", part=JUDGE)
 

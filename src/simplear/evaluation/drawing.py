@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +36,8 @@ from simplear.progress import progress_bar
 from simplear.text_files import read_objects
 from simplear.visual_tokenizer import load_visual_tokenizer
 
+logger = logging.getLogger(__name__)
+
 SETTINGS_FILE = "settings.json"
 
 Row = Mapping[str, Any]
@@ -56,6 +59,16 @@ class DrawnPrompts:
     """
     trainer: lightning.Trainer
     """For work on the images with the same processes; its ``is_global_zero`` says who writes the report."""
+    all_prompts: int
+    """Number of prompts without the limit."""
+
+    def report_settings(self, benchmark: str, **judging: Any) -> dict[str, Any]:
+        """Settings of the run's report; a warning says if only some of the benchmark's prompts were drawn."""
+        if len(self.rows) < self.all_prompts:
+            logger.warning(
+                "only the first %d of %d prompts: not a number of %s.", len(self.rows), self.all_prompts, benchmark
+            )
+        return {"benchmark": benchmark, **judging, **self.settings, "prompts": len(self.rows)}
 
 
 def draw_prompts(
@@ -147,11 +160,11 @@ def draw_prompts(
         "drawing", paths, max(1, options.batch_size // samples), load, lambda path, k, made: write(path, rows[k], made)
     )
     predict_prompts(trainer, module)
-    return DrawnPrompts(rows, paths, settings, trainer)
+    return DrawnPrompts(rows, paths, settings, trainer, len(prompts))
 
 
 def judge_prompts(
-    drawn: DrawnPrompts, title: str, directory: Path, load: Callable[[torch.device], Make]
+    drawn: DrawnPrompts, title: str, directory: Path, load: Callable[[torch.device], Callable[[int], Sequence[Row]]]
 ) -> list[dict[str, Any]] | None:
     """Judge the images that have no verdict yet, which are kept in a file of JSON lines for each prompt.
 
@@ -159,7 +172,7 @@ def judge_prompts(
         drawn: the images.
         title: of the progress bar.
         directory: of the verdicts.
-        load: given the rank's device, loads the judge; its results are a list of rows for each prompt.
+        load: given the rank's device, loads the judge, which returns the rows of the prompt of a number.
 
     Returns:
         the rows of all prompts, on the first rank; None on the others.
@@ -169,7 +182,11 @@ def judge_prompts(
     def write(path: Path, number: int, rows: Sequence[Row]) -> None:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    predict_prompts(drawn.trainer, PromptModule(title, paths, 1, load, write))
+    def load_judge(device: torch.device) -> Make:
+        judge = load(device)
+        return lambda numbers: [judge(number) for number in numbers]
+
+    predict_prompts(drawn.trainer, PromptModule(title, paths, 1, load_judge, write))
     if not drawn.trainer.is_global_zero:
         return None
     return [row for path in paths for _, row in read_objects(path)]

@@ -9,9 +9,8 @@ name.
 from __future__ import annotations
 
 import json
-import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from torchvision.transforms.functional import to_tensor
 from torchvision.utils import save_image
 
 from simplear.atomic import claim_directory
-from simplear.evaluation.drawing import SETTINGS_FILE, Make, draw_prompts, judge_prompts
+from simplear.evaluation.drawing import SETTINGS_FILE, draw_prompts, judge_prompts
 from simplear.evaluation.geneval_models import DETECTOR, ColorClassifier, InstanceDetector
 from simplear.evaluation.geneval_rules import Detection, counted, judge
 from simplear.evaluation.publish import publish
@@ -30,8 +29,6 @@ from simplear.evaluation.report import clustered_accuracy_result, name_run
 from simplear.pictures import read_rgb
 from simplear.rewards import load_clip
 from simplear.text_files import FreeText, read_objects
-
-logger = logging.getLogger(__name__)
 
 FOLDER = "geneval"
 JUDGE = "geneval-hf"
@@ -87,7 +84,7 @@ def evaluate_geneval(
             print(f"images: {directory}\njudge them: python evaluation/evaluate_images.py {directory} (see docs)")
         return None
 
-    def load(device: torch.device) -> Make:
+    def load(device: torch.device) -> Callable[[int], list[dict[str, Any]]]:
         detect.network.to(device)
         colors = ColorClassifier(loaded_clip, device)
 
@@ -100,15 +97,12 @@ def evaluate_geneval(
                 for sample, image, detections in zip(samples, images, detect(images), strict=True)
             ]
 
-        return lambda numbers: [verdicts(number) for number in numbers]
+        return verdicts
 
     verdicts = judge_prompts(drawn, JUDGE, directory / JUDGE, load)
     if verdicts is None:
         return None
-    if len(drawn.rows) < len(rows):
-        logger.warning("only the first %d of %d prompts: not a number of GenEval.", len(drawn.rows), len(rows))
-    settings = {"benchmark": FOLDER, "judge": JUDGE, "checkpoint": checkpoint, **judging, **drawn.settings}
-    settings["prompts"] = len(drawn.rows)
+    settings = drawn.report_settings(FOLDER, judge=JUDGE, checkpoint=checkpoint, **judging)
     result = clustered_accuracy_result((row["tag"], row["prompt"], row["correct"]) for row in verdicts)
     return publish(directory, f"{name}-{JUDGE}", result, settings, verdicts, title="GenEval", part=JUDGE)
 

@@ -121,15 +121,8 @@ def evaluate_quality(
         measure_name(network): _scores(network, files, prompts, measure_batch_size, device)
         for network in networks.values()
     }
-    settings = {
-        "benchmark": FOLDER,
-        "checkpoint": checkpoint,
-        "prompts_file": prompts_file,
-        "references": references,
-        **{key: f"{network.model} {network.pretrained}" for key, network in networks.items()},
-        **drawn.settings,
-        "prompts": len(drawn.rows),
-    }
+    given: dict[str, Any] = {"checkpoint": checkpoint, "prompts_file": prompts_file, "references": references}
+    given |= {key: f"{network.model} {network.pretrained}" for key, network in networks.items()}
     lines = [
         {"file": str(file.relative_to(directory)), "prompt": prompt, **{key: scores[key][place] for key in scores}}
         for place, (file, prompt) in enumerate(zip(files, prompts, strict=True))
@@ -138,7 +131,7 @@ def evaluate_quality(
         directory,
         f"{name}-{FOLDER}",
         quality_result(scores, prompts, distance),
-        settings,
+        drawn.report_settings(FOLDER, **given),
         lines,
         title="Quality",
         verdict=next(iter(scores), ""),
