@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from simplear.cli import main
-from simplear.evaluation import accuracy_result, compare, evaluate_scenes, merge_run, paired_differences
+from simplear.evaluation import accuracy_result, compare, evaluate_scenes, merge_run
+from simplear.evaluation.compare import paired_differences
 
 
 def report(directory: Path, run: str, values: dict[str, dict[str, list[Any]]], **settings: Any) -> str:

@@ -8,8 +8,13 @@ from math import sqrt
 import numpy as np
 import pytest
 
-from simplear.evaluation import clustered_interval, clustered_proportion, stratified_interval, wilson_interval
-from simplear.evaluation.intervals import Z_95
+from simplear.evaluation.intervals import (
+    Z_95,
+    clustered_interval,
+    clustered_proportion,
+    stratified_interval,
+    wilson_interval,
+)
 
 
 def of_counts(counts: Sequence[tuple[int, int]]) -> tuple[float, float, float]:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from simplear.evaluation import Result, accuracy_result, markdown_table, merge_run, read_report
+from simplear.evaluation import accuracy_result, markdown_table, merge_run, read_report
+from simplear.evaluation.report import Result
 
 
 @pytest.fixture

@@ -18,18 +18,11 @@ from PIL import Image
 from torch import Tensor
 
 from simplear.cli import main
-from simplear.evaluation import (
-    blind_accuracy,
-    draw_and_judge,
-    evaluate_scenes,
-    reconstruction_accuracy,
-    scene_result,
-    strict_result,
-)
+from simplear.evaluation import draw_and_judge, evaluate_scenes, scene_result
 from simplear.evaluation.drawing import draw_prompts
 from simplear.evaluation.quality import write_images
 from simplear.evaluation.report import name_run
-from simplear.evaluation.scenes import image_seed
+from simplear.evaluation.scenes import blind_accuracy, image_seed, reconstruction_accuracy, strict_result
 from simplear.generation import SimpleARPipeline
 from simplear.scenes import CATEGORIES, Scene, captions, draw, evaluation_prompts, metadata, sample_scene
 
@@ -289,7 +282,7 @@ def test_verb_writes_report_images_verdicts_and_events(
     out = tmp_path / "out"
     options = ["--out", str(out), "--prompts_per_category", "2", "--batch_size", "5"]
     main(["evaluate", "scenes", str(checkpoint), *options])
-    extra = ["--run", "sft", "--blind_prompts", "1", "--tokenizer_ceiling", "true", "--compare_with", "tiny"]
+    extra = ["--run", "sft", "--blind_prompts", "1", "--tokenizer_ceiling", "true"]
     extra += ["--strict", "true"]
     main(["evaluate", "scenes", str(checkpoint), *options, "--guidance_scale", "2", *extra])
     report = json.loads((out / "report.json").read_text())
@@ -311,7 +304,7 @@ def test_verb_writes_report_images_verdicts_and_events(
     strict = report["runs"]["sft-strict"]["overall"]
     assert sum(row["strict"] for row in verdicts) == round(strict["accuracy"] * strict["n"])
     assert all(row["strict"] != bool(row["strict_reason"]) for row in verdicts)
-    assert Image.open(out / "scenes" / "sft.png").width > 1.7 * Image.open(out / "scenes" / "tiny.png").width
+    assert Image.open(out / "scenes" / "sft.png").width > 300
 
 
 def test_images_do_not_depend_on_how_many_are_drawn(checkpoint: Path, tmp_path: Path) -> None:
@@ -326,8 +319,6 @@ def test_images_do_not_depend_on_how_many_are_drawn(checkpoint: Path, tmp_path: 
 
 def test_mistakes_are_named_before_anything_is_drawn(checkpoint: Path, tmp_path: Path) -> None:
     out = str(tmp_path)
-    with pytest.raises(ValueError, match="run 'pretrain' has no image of"):
-        evaluate_scenes(str(checkpoint), out=out, prompts_per_category=1, compare_with="pretrain")
     with pytest.raises(ValueError, match="images_per_prompt 0"):
         evaluate_scenes(str(checkpoint), out=out, images_per_prompt=0)
     with pytest.raises(ValueError, match=r"blind_prompts 2 must lie in \[0, 1\]"):

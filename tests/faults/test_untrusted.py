@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 
 from rewards.toys import ARCHITECTURE as CLIP_ARCHITECTURE
 from simplear.cli import main
-from simplear.evaluation import read_report, write_page
+from simplear.evaluation import read_report
 from simplear.evaluation.fid import picture_batches
+from simplear.evaluation.publish import write_page
 from simplear.generation.png import read_metadata
 from simplear.language_model import load_checkpoint
 from simplear.pictures import open_mask, read_rgb

@@ -97,7 +97,7 @@ def publish(
 
 
 def first_prompts(images: Path, rows: Sequence[Mapping[str, Any]], verdict: str) -> Image.Image:
-    """The first prompts of each category; rows as `publish` takes them, with a ``label`` for each image if wanted."""
+    """The first prompts of each category; rows as `publish` takes them."""
     categories: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
     for row in rows:
         heading = row.get("tag", "").replace("_", " ")
@@ -114,11 +114,10 @@ def first_prompts(images: Path, rows: Sequence[Mapping[str, Any]], verdict: str)
 def _cell(images: Path, prompt: str, rows: Sequence[Mapping[str, Any]], verdict: str) -> Cell:
     text = prompt if len(prompt) <= CAPTION_LENGTH else f"{prompt[:CAPTION_LENGTH]}…"
     pictures = tuple(open_image(images, row) for row in rows)
-    labels = tuple(row["label"] for row in rows if "label" in row)
     verdicts = [row[verdict] for row in rows if verdict in row]
     if verdicts and not isinstance(verdicts[0], bool):
-        return Cell(f"{text} ({fmean(verdicts):.3f})", pictures, labels=labels)
-    return Cell(text, pictures, tuple(verdicts), labels)
+        return Cell(f"{text} ({fmean(verdicts):.3f})", pictures)
+    return Cell(text, pictures, tuple(verdicts))
 
 
 def write_page(

@@ -14,7 +14,7 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from tqdm import tqdm
 from simplear.atomic import require_writable
 from simplear.errors import UserError
 from simplear.evaluation.intervals import clustered_proportion
-from simplear.evaluation.publish import VERDICTS_FILE, first_prompts, publish
+from simplear.evaluation.publish import VERDICTS_FILE, publish
 from simplear.evaluation.report import (
     OVERALL,
     REPORT_FILE,
@@ -51,11 +51,10 @@ from simplear.scenes import (
     strict_verdict,
     verdict,
 )
-from simplear.text_files import FreeText, read_objects
+from simplear.text_files import FreeText
 from simplear.visual_tokenizer import VisualTokenizer, to_pixels
 
 FOLDER = "scenes"
-TOKENIZER_RUN = "tokenizer"
 BLIND: dict[str, Any] = {"guidance_scale": 1.0, "prompt_prefix": "", "negative_prompt": ""}
 """Options for images from the empty caption."""
 LARGEST_PIXEL = 255.0
@@ -88,7 +87,6 @@ def evaluate_scenes(
     blind_prompts: int = 0,
     tokenizer_ceiling: bool = False,
     strict: bool = False,
-    compare_with: FreeText | None = None,
     batch_size: int = 100,
     device: str | None = None,
     **drawing: Any,
@@ -112,7 +110,6 @@ def evaluate_scenes(
         strict: also judge the images by `simplear.scenes.strict_verdict`, as run RUN-strict: for models that were
             trained on the ordinary judge.
         tokenizer_ceiling: also judge drawings that went through the visual tokenizer alone, as run "tokenizer".
-        compare_with: an earlier run in OUT on the same prompts; the picture shows its images beside the new ones.
         batch_size: images drawn at a time.
         device: where to draw; a GPU where there is one if not given.
         drawing: what is drawn with, see `simplear.generation.DrawingOptions`; images from the empty caption have
@@ -122,7 +119,7 @@ def evaluate_scenes(
         the whole report.
 
     Raises:
-        ValueError: `compare_with` has no images of these prompts, or a number is too small.
+        ValueError: a number is out of its range.
     """
     if prompts_per_category < 1 or images_per_prompt < 1 or not 0 <= blind_prompts <= prompts_per_category:
         raise UserError(
@@ -132,24 +129,20 @@ def evaluate_scenes(
     options = DrawingOptions(batch_size=batch_size, **drawing)
     prompts = evaluation_prompts(prompts_per_category, seed)
     name = name_run(run, checkpoint, out)
-    if compare_with is not None:
-        earlier = _of_prompts(Path(out), compare_with, prompts)
     pipeline = options.pipeline(checkpoint, device)
     captions = [prompt["prompt"] for prompt in prompts]
     pipeline.check_prompts(captions, options.prompt_prefix, options.height, options.width)
     require_writable(out, "the report", "--out")
     report_file = Path(out) / REPORT_FILE
+    tokenizer = pipeline.visual_tokenizer
     settings = {"checkpoint": checkpoint, "seed": seed, **options.stated(pipeline.settings)}
-    settings["visual_tokenizer"] = pipeline.visual_tokenizer.fingerprint
+    settings["visual_tokenizer"] = tokenizer.fingerprint
     if tokenizer_ceiling:
         resolution = pipeline.settings.grid[0] * pipeline.settings.downsample
-        ceiling = reconstruction_accuracy(pipeline.visual_tokenizer, resolution, len(prompts), seed, pipeline.device)
-        merge_run(
-            report_file, TOKENIZER_RUN, ceiling, {"checkpoint": checkpoint, "seed": seed, "resolution": resolution}
-        )
+        ceiling = reconstruction_accuracy(tokenizer, resolution, len(prompts), seed, pipeline.device)
+        merge_run(report_file, "tokenizer", ceiling, {"checkpoint": checkpoint, "seed": seed, "resolution": resolution})
     if blind_prompts:
-        unconditional = replace(options, **BLIND)
-        blind = blind_accuracy(pipeline, prompts, blind_prompts, seed, **unconditional.arguments())
+        blind = blind_accuracy(pipeline, prompts, blind_prompts, seed, **options.arguments())
         merge_run(report_file, f"{name}-blind", blind, {**settings, **BLIND, "images": blind_prompts})
     judged = draw_and_judge(pipeline, prompts, images_per_prompt, seed, **options.arguments())
     images = Path(out) / FOLDER / name
@@ -158,18 +151,9 @@ def evaluate_scenes(
     if strict:
         of_verdicts = {"verdicts": f"{FOLDER}/{name}/{VERDICTS_FILE}", "verdict": "strict"}
         merge_run(report_file, f"{name}-strict", strict_result(judged), {**settings, **of_verdicts})
-    picture = None
-    if compare_with is not None:
-        first = {row["prompt"]: row for row in reversed(rows)}  # of a prompt that has several images
-        both = [
-            {**row, "file": f"../{run}/{row['file']}", "label": run}
-            for prompt in captions
-            for run, row in ((compare_with, earlier[prompt]), (name, first[prompt]))
-        ]
-        picture = first_prompts(images, both, "correct")
     varied = diversity([item.image for item in judged], [item.prompt["prompt"] for item in judged])
     result = scene_result(judged)
-    return publish(images, name, result, settings, rows, title="Scenes", picture=picture, diversity=varied)
+    return publish(images, name, result, settings, rows, title="Scenes", diversity=varied)
 
 
 def draw_and_judge(
@@ -177,8 +161,6 @@ def draw_and_judge(
     prompts: Sequence[dict[str, Any]],
     images_per_prompt: int = 1,
     seed: int = 0,
-    *,
-    batch_size: int = 100,
     **options: Any,
 ) -> list[JudgedImage]:
     """Draw each prompt and judge the images, in the order of the prompts.
@@ -188,7 +170,7 @@ def draw_and_judge(
     repeated = [prompt for prompt in prompts for _ in range(images_per_prompt)]
     captions = [prompt["prompt"] for prompt in repeated]
     seeds = [image_seed(seed, prompt["prompt"], sample) for prompt in prompts for sample in range(images_per_prompt)]
-    images = _draw(pipeline, captions, seeds, batch_size, "drawing", **options)
+    images = _draw(pipeline, captions, seeds, **options)
     return [_judged(prompt, image) for prompt, image in zip(repeated, images, strict=True)]
 
 
@@ -211,8 +193,6 @@ def blind_accuracy(
     prompts: Sequence[dict[str, Any]],
     count: int,
     seed: int = 0,
-    *,
-    batch_size: int = 100,
     **options: Any,
 ) -> Result:
     """Accuracy of images drawn from the empty caption, without prefix and guidance, judged by prompts all the same.
@@ -221,7 +201,7 @@ def blind_accuracy(
     different ones the same: for the overall's interval an image is the unit, with a verdict of each category.
     """
     seeds = [image_seed(seed, "", sample) for sample in range(count)]
-    images = _draw(pipeline, [""] * count, seeds, batch_size, "drawing blind", **{**options, **BLIND})
+    images = _draw(pipeline, [""] * count, seeds, **{**options, **BLIND})
     by_category: dict[str, list[dict[str, Any]]] = {}
     for prompt in prompts:
         by_category.setdefault(prompt["tag"], []).append(prompt)
@@ -272,15 +252,13 @@ def image_seed(seed: int, prompt: str, sample: int) -> int:
 
 
 def _draw(
-    pipeline: SimpleARPipeline, captions: list[str], seeds: list[int], batch_size: int, title: str, **options: Any
+    pipeline: SimpleARPipeline, captions: list[str], seeds: list[int], batch_size: int = 100, **options: Any
 ) -> list[NDArray[np.uint8]]:
     images: list[NDArray[np.uint8]] = []
-    with tqdm(total=len(captions), desc=title, unit="image", disable=None, leave=False) as bar:
-        for start in range(0, len(captions), batch_size):
-            part = slice(start, start + batch_size)
-            pictures: Any = pipeline(captions[part], seed=seeds[part], batch_size=batch_size, **options).images
-            images += [np.asarray(picture) for picture in pictures]
-            bar.update(len(pictures))
+    for start in tqdm(range(0, len(captions), batch_size), desc="drawing", unit="batch", disable=None, leave=False):
+        part = slice(start, start + batch_size)
+        pictures: Any = pipeline(captions[part], seed=seeds[part], batch_size=batch_size, **options).images
+        images += [np.asarray(picture) for picture in pictures]
     return images
 
 
@@ -300,19 +278,6 @@ def _write_images(directory: Path, judged: Sequence[JudgedImage], strict: bool) 
         if strict:
             rows[-1] |= {"strict": item.strict.correct, "strict_reason": item.strict.reason}
     return rows
-
-
-def _of_prompts(out: Path, run: str, prompts: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The line of each prompt's first image in an earlier run. Raises UserError where a prompt has none."""
-    file = out / FOLDER / run / VERDICTS_FILE
-    rows = [row for _, row in read_objects(file)] if file.exists() else []
-    found = {row.get("prompt", ""): row for row in reversed(rows)}
-    if missing := [prompt["prompt"] for prompt in prompts if prompt["prompt"] not in found]:
-        raise UserError(
-            f"run {run!r} has no image of {missing[0]!r} in {file}: evaluate it into the same directory with the "
-            "same seed and as many prompts_per_category."
-        )
-    return found
 
 
 def diversity(images: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> dict[str, float]:
