@@ -8,7 +8,6 @@ import pytest
 from simplear.scenes import (
     COLORS,
     HELD_OUT,
-    PERTURBATIONS,
     SHAPES,
     Scene,
     captions,
@@ -19,6 +18,7 @@ from simplear.scenes import (
     perturb,
     sample_scene,
 )
+from simplear.scenes.captions import PERTURBATIONS
 
 SCENES = [(sample_scene(0, index), index) for index in range(300)]
 NUMBERS = {"two": 2, "three": 3, "four": 4}

@@ -6,17 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from simplear.scenes import (
-    BACKGROUNDS,
-    COLORS,
-    HELD_OUT,
-    RELATIONS,
-    SHAPES,
-    SceneObject,
-    metadata,
-    relations_of,
-    sample_scene,
-)
+from simplear.scenes import BACKGROUNDS, COLORS, HELD_OUT, SHAPES, SceneObject, metadata, sample_scene
+from simplear.scenes.scene import RELATIONS, relations_of
 
 
 def at(x: float, y: float, size: float = 0.2) -> SceneObject:

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simplear.scenes import Verdict, directions
+from simplear.scenes import Verdict
+from simplear.scenes.scene import directions
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 THRESHOLD = 0.3

@@ -8,7 +8,7 @@
 It has GenEval's categories, with an exact detector in place of a neural one. Needs numpy and scipy alone.
 """
 
-from simplear.scenes.captions import PERTURBATIONS, captions, evaluation_prompts, perturb
+from simplear.scenes.captions import captions, evaluation_prompts, perturb
 from simplear.scenes.detection import MATCH, Detection, background_name, detect, residue
 from simplear.scenes.drawing import draw
 from simplear.scenes.judgement import Verdict, judge, strict_verdict, verdict
@@ -17,14 +17,10 @@ from simplear.scenes.scene import (
     CATEGORIES,
     COLORS,
     HELD_OUT,
-    RELATIONS,
     SHAPES,
-    SPLITS,
     Scene,
     SceneObject,
-    directions,
     metadata,
-    relations_of,
     sample_scene,
 )
 
@@ -34,10 +30,7 @@ __all__ = [
     "COLORS",
     "HELD_OUT",
     "MATCH",
-    "PERTURBATIONS",
-    "RELATIONS",
     "SHAPES",
-    "SPLITS",
     "Detection",
     "Scene",
     "SceneObject",
@@ -45,13 +38,11 @@ __all__ = [
     "background_name",
     "captions",
     "detect",
-    "directions",
     "draw",
     "evaluation_prompts",
     "judge",
     "metadata",
     "perturb",
-    "relations_of",
     "residue",
     "sample_scene",
     "strict_verdict",
