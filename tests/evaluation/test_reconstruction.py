@@ -90,7 +90,7 @@ def test_the_report_says_what_scikit_image_says_of_each_picture(
         "codebook-perplexity",
     ]
     directory = tmp_path / "out" / "reconstruction" / name
-    rows = [json.loads(line) for line in (directory / "pictures.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (directory / "verdicts.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in rows] == sorted(str(file.relative_to(folder)) for file in folder.rglob("*.png"))
     values = [row["psnr"] for row in rows]
     margin = 1.96 * np.std(values, ddof=1) / np.sqrt(20)
@@ -122,9 +122,9 @@ def test_two_tokenizers_are_compared_picture_by_picture(
 
 def test_a_size_resizes_and_says_what_was_enlarged(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     files = pictures_below(folder)
-    ((_, pictures),) = picture_batches(files, 32, (8, 8))
+    (pictures,) = picture_batches(files, 32, (8, 8))
     assert pictures.shape == (20, 3, 8, 8) and not caplog.messages
-    assert next(picture_batches(files, 32, (32, 16)))[1].shape == (20, 3, 32, 16)
+    assert next(picture_batches(files, 32, (32, 16))).shape == (20, 3, 32, 16)
     list(picture_batches(files, 9, (32, 16)))
     assert "20 of 20 pictures were smaller than 32 × 16 and enlarged" in caplog.text
 

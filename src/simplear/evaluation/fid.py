@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
+from tqdm import tqdm
 
 from simplear.data.prepare.crops import resize_and_crop
 from simplear.errors import MissingFileError, UserError
@@ -123,9 +124,9 @@ class FrechetDistance:
 
 
 def picture_batches(
-    files: Sequence[Path], batch_size: int, size: tuple[int, int] | None = None
-) -> Iterator[tuple[Sequence[Path], Tensor]]:
-    """Files and their pictures (B, 3, H, W) uint8, batch after batch.
+    files: Sequence[Path], batch_size: int, size: tuple[int, int] | None = None, title: str = "reading"
+) -> Iterator[Tensor]:
+    """Pictures (B, 3, H, W) uint8 of files, batch after batch, under a progress bar.
 
     What measures a set of pictures must not leave any out, so one that cannot be read is an error here.
 
@@ -134,11 +135,13 @@ def picture_batches(
         batch_size: pictures at a time.
         size: height and width, to which pictures are resized and cropped at the centre; enlarged ones are counted in a
             warning. If not given, all must have the size of the first.
+        title: of the progress bar.
 
     Raises ValueError, naming the file, for a picture that cannot be read or, if no size is given, has another size.
     """
     resize, enlarged = size is not None, 0
-    with ThreadPoolExecutor() as pool:  # Pillow decodes in parallel
+    bar = tqdm(total=len(files), desc=title, unit="picture", disable=None, leave=False)
+    with bar, ThreadPoolExecutor() as pool:  # Pillow decodes in parallel
         for start in range(0, len(files), batch_size):
             part = files[start : start + batch_size]
             pictures = []
@@ -151,6 +154,7 @@ def picture_batches(
                     )
                 enlarged += picture.height < height or picture.width < width
                 pictures.append(resize_and_crop(picture, height, width))
-            yield part, torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+            yield torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+            bar.update(len(part))
     if enlarged:
         logger.warning("%d of %d pictures were smaller than %d × %d and enlarged", enlarged, len(files), *(size or ()))

@@ -52,7 +52,6 @@ def publish(
     title: str,
     verdict: str = "correct",
     part: str = "",
-    rows_file: str = VERDICTS_FILE,
     picture: Image.Image | None = None,
     diversity: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
@@ -69,14 +68,13 @@ def publish(
         title: heading of the page.
         verdict: key of the rows' verdict, a bool or a score; `simplear compare` pairs runs by it.
         part: directory of the rows below `images`.
-        rows_file: name of the rows' file.
         picture: in place of the first prompts of each category.
         diversity: how varied the images are.
 
     Returns:
         the whole report.
     """
-    out, folder, file = images.parent.parent, images.parent.name, images / part / rows_file
+    out, folder, file = images.parent.parent, images.parent.name, images / part / VERDICTS_FILE
     with whole_file(file) as partial:
         partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
     page = images.with_name(f"{run}.html")

@@ -17,7 +17,6 @@ import torch
 from lightning.fabric.utilities import rank_zero_only
 from PIL import Image
 from torch import nn
-from tqdm import tqdm
 
 from simplear.data.sample import Drop
 from simplear.data.sources import ImageFolderSource
@@ -31,8 +30,6 @@ from simplear.rewards import CLIPReward, HPSv2Reward, score
 from simplear.text_files import FreeText, read_prompts
 
 FOLDER = "quality"
-MEASURES = "measures"
-SCORES_FILE = "scores.jsonl"
 HPS_V2_1_FILE = "HPS_v2.1"
 """How the file of the weights of version 2.1 begins."""
 PERCENT = 100
@@ -46,7 +43,6 @@ def evaluate_quality(
     prompts_file: str | None = None,
     references: str | None = None,
     extractor: nn.Module | None = None,
-    fid: bool = True,
     clip: CLIPReward | None = None,
     hps: HPSv2Reward | None = None,
     samples: int = 1,
@@ -56,8 +52,8 @@ def evaluate_quality(
     """FID, CLIPScore and HPS v2.1 of a checkpoint's pictures; only what is named is measured.
 
     Draws the captions of a file, or the first caption of each reference picture. Writes into OUT: under
-    ``quality/RUN/`` the images, and in ``measures/`` the scores of each image (``scores.jsonl``); the picture and the
-    page ``quality/RUN-quality``; and run RUN-quality in ``report.json`` (other runs stay) and its table ``report.md``.
+    ``quality/RUN/`` the images and the scores of each (``verdicts.jsonl``); the picture and the page
+    ``quality/RUN-quality``; and run RUN-quality in ``report.json`` (other runs stay) and its table ``report.md``.
     Run it again after a stop to resume drawing.
 
     Args:
@@ -70,7 +66,6 @@ def evaluate_quality(
             cropped to the size of the drawn ones. Without it there is no FID.
         extractor: the network of FID, by class path: `simplear.evaluation.fid.InceptionFeatures` if not given, whose
             weights are ``--extractor InceptionFeatures --extractor.weights FILE``.
-        fid: false leaves FID out, if references are given only for their captions.
         clip: the network of CLIPScore: ``--clip CLIPReward --clip.model ViT-L-14 --clip.pretrained openai``, or a
             file, a directory, a hub repository. Left out if not given.
         hps: ``--hps HPSv2Reward`` with ``--hps.pretrained FILE``, or the weights of the hub. Left out if not given.
@@ -86,8 +81,7 @@ def evaluate_quality(
         ValueError: nothing to measure or to draw, a reference without a caption, or one that cannot be read.
     """
     networks = {key: network for key, network in (("clip", clip), ("hps", hps)) if network is not None}
-    wants_fid = fid and references is not None
-    if not wants_fid and not networks:
+    if references is None and not networks:
         raise UserError("nothing to measure: name references (FID), clip (CLIPScore) or hps.")
     name = name_run(run, checkpoint, out)
     source = None if references is None else ImageFolderSource(references)
@@ -95,7 +89,7 @@ def evaluate_quality(
     if min(drawing.get("limit") or len(captions), len(captions)) < 2:
         raise UserError(f"{len(captions)} prompts: a mean and its interval need two or more.")
     if getattr(rank_zero_only, "rank", 0) == 0:  # raises for missing weights before anything is drawn
-        distance = FrechetDistance(extractor) if wants_fid else None
+        distance = None if references is None else FrechetDistance(extractor)
         for network in networks.values():
             network.to("cpu")
     directory = Path(out) / FOLDER / name
@@ -112,10 +106,8 @@ def evaluate_quality(
         real = [source.entry(index)[0] for index in range(len(source))]
         size = drawn.settings["height"], drawn.settings["width"]
         for is_real, pictures in ((True, real), (False, files)):
-            with _bar("features", len(pictures)) as bar:
-                for _, images in picture_batches(pictures, measure_batch_size, size):
-                    distance.update(images, is_real)
-                    bar.update(len(images))
+            for images in picture_batches(pictures, measure_batch_size, size, "features"):
+                distance.update(images, is_real)
     prompts = [str(row["prompt"]) for row in drawn.rows for _ in range(samples)]
     scores = {
         measure_name(network): _scores(network, files, prompts, measure_batch_size, device)
@@ -135,8 +127,6 @@ def evaluate_quality(
         lines,
         title="Quality",
         verdict=next(iter(scores), ""),
-        part=MEASURES,
-        rows_file=SCORES_FILE,
     )
 
 
@@ -204,14 +194,8 @@ def _scores(
 ) -> list[float]:
     """A hundred times each image's cosine; CLIPScore is 0 if that is negative (Hessel et al. 2021)."""
     found: list[float] = []
-    with _bar(measure_name(network), len(files)) as bar:
-        for _, pictures in picture_batches(files, batch_size):
-            texts = prompts[len(found) : len(found) + len(pictures)]
-            cosines, _ = score(network, pictures.to(device).float() / 255, texts, [{}] * len(texts))
-            found += (PERCENT * (cosines if isinstance(network, HPSv2Reward) else cosines.clamp(min=0))).tolist()
-            bar.update(len(texts))
+    for pictures in picture_batches(files, batch_size, title=measure_name(network)):
+        texts = prompts[len(found) : len(found) + len(pictures)]
+        cosines, _ = score(network, pictures.to(device).float() / 255, texts, [{}] * len(texts))
+        found += (PERCENT * (cosines if isinstance(network, HPSv2Reward) else cosines.clamp(min=0))).tolist()
     return found
-
-
-def _bar(title: str, total: int) -> tqdm:
-    return tqdm(total=total, desc=title, unit="image", disable=None, leave=False)

@@ -19,7 +19,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
-from tqdm import tqdm
 
 from simplear.atomic import require_writable
 from simplear.data.sources.folders import pictures_below
@@ -34,7 +33,6 @@ from simplear.text_files import FreeText
 from simplear.visual_tokenizer import load_visual_tokenizer
 
 FOLDER = "reconstruction"
-ROWS_FILE = "pictures.jsonl"
 SHOWN = 16
 """Pictures shown beside their reconstructions, the first ones."""
 SSIM_WINDOW = 11
@@ -62,7 +60,7 @@ def evaluate_tokenizer(
 
     Writes into OUT: ``report.json`` (other runs stay) and its table ``report.md``; under ``reconstruction/`` the
     picture ``RUN-reconstruction.png`` of originals beside reconstructions, and in ``RUN-reconstruction/`` PSNR and SSIM
-    of each picture (``pictures.jsonl``).
+    of each picture (``verdicts.jsonl``).
 
     Args:
         tokenizer: directory or hub id of a visual tokenizer.
@@ -104,25 +102,21 @@ def evaluate_tokenizer(
     counts = torch.zeros(visual_tokenizer.codebook_size, dtype=torch.long)
     rows: list[dict[str, Any]] = []
     cells: list[Cell] = []
-    with tqdm(total=len(files), desc="reconstructing", unit="picture", disable=None, leave=False) as bar:
-        for part, originals in picture_batches(files, batch_size, size):
-            originals = originals.to(place)
-            codes = visual_tokenizer.encode(originals.float() / 127.5 - 1)
-            counts += torch.bincount(codes.flatten().cpu(), minlength=len(counts))
-            decoded = ((visual_tokenizer.decode(codes).float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-            if distance is not None:
-                distance.update(originals, real=True)
-                distance.update(decoded, real=False)
-            psnr, ssim = picture_scores(originals, decoded)
-            for number, file in enumerate(part):
-                # A picture stands where other evaluations have a prompt: it is what two runs are compared by.
-                path = os.fsencode(file.relative_to(images)).decode(errors="replace")
-                rows.append({"prompt": path, "psnr": float(psnr[number]), "ssim": float(ssim[number])})
-                if len(cells) < SHOWN:
-                    pair = (Image.fromarray(x[number].permute(1, 2, 0).cpu().numpy()) for x in (originals, decoded))
-                    caption = f"{path} ({rows[-1]['psnr']:.3f})"
-                    cells.append(Cell(caption, tuple(pair), labels=("original", "decoded")))
-            bar.update(len(part))
+    for originals in picture_batches(files, batch_size, size, "reconstructing"):
+        originals = originals.to(place)
+        codes = visual_tokenizer.encode(originals.float() / 127.5 - 1)
+        counts += torch.bincount(codes.flatten().cpu(), minlength=len(counts))
+        decoded = ((visual_tokenizer.decode(codes).float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        if distance is not None:
+            distance.update(originals, real=True)
+            distance.update(decoded, real=False)
+        for psnr, ssim, *pair in zip(*picture_scores(originals, decoded), originals, decoded, strict=True):
+            # A picture stands where other evaluations have a prompt: it is what two runs are compared by.
+            path = os.fsencode(files[len(rows)].relative_to(images)).decode(errors="replace")
+            rows.append({"prompt": path, "psnr": float(psnr), "ssim": float(ssim)})
+            if len(cells) < SHOWN:
+                shown = tuple(Image.fromarray(picture.permute(1, 2, 0).cpu().numpy()) for picture in pair)
+                cells.append(Cell(f"{path} ({float(psnr):.3f})", shown, labels=("original", "decoded")))
 
     settings = {
         "benchmark": FOLDER,
@@ -140,7 +134,6 @@ def evaluate_tokenizer(
         rows,
         title="Reconstruction",
         verdict="psnr",
-        rows_file=ROWS_FILE,
         picture=image_grid({f"{name}: the first pictures, PSNR in dB": cells}),
     )
 
