@@ -62,7 +62,7 @@ def images(tmp_path: Path) -> list[dict[str, Any]]:
 
 def page_of(tmp_path: Path, images: list[dict[str, Any]]) -> tuple[str, Elements]:
     verdict = "score" if "score" in images[0] else "correct"
-    write_page(tmp_path / "page.html", "Bench & mark", REPORT, "b", tmp_path, images, verdict)
+    write_page(tmp_path / "page.html", REPORT, "b", tmp_path, images, verdict)
     text = (tmp_path / "page.html").read_text()
     elements = Elements()
     elements.feed(text)

@@ -250,7 +250,7 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\nshowpa
         lambda: read_rgb("x.png"),
         lambda: open_mask("x.png"),
         lambda: list(picture_batches([Path("x.png")], 1)),
-        lambda: write_page("page.html", "t", {"runs": {}}, "r", Path(), [{"file": "x.png", "prompt": "p"}]),
+        lambda: write_page("page.html", {"runs": {}}, "r", Path(), [{"file": "x.png", "prompt": "p"}]),
         lambda: main(["generate", "nowhere", "--prompt", "x", "--out", "o", "--image", "x.png", "--mask", "x.png"]),
         lambda: main(["evaluate", "tokenizer", "visual", "--out", "o", "--images", ".", "--rfid", "false"]),
     ],

@@ -48,7 +48,7 @@ def evaluate_dpg(
     """DPG-Bench: draw its 1,065 prompts in the official layout and, given its questions, have a model judge.
 
     Writes into OUT: under ``dpg/RUN/images/`` a PNG for each prompt, named by its ``item_id``, for the official
-    program. With questions also ``dpg/RUN/dpg-vlm/``, the judge's answers; the picture and the page
+    program. With questions also ``dpg/RUN/verdicts.jsonl``, the judge's answers; the picture and the page
     ``dpg/RUN-dpg-vlm``; and run RUN-dpg-vlm in ``report.json`` (other runs stay) and its table ``report.md``. Run it
     again after a stop to resume drawing and judging.
 
@@ -112,7 +112,7 @@ def evaluate_dpg(
     ]
     settings = drawn.report_settings(FOLDER, judge=JUDGE, checkpoint=checkpoint, **judging)
     run_name, result = f"{name}-{JUDGE}", dpg_result(judged)
-    return publish(directory, run_name, result, settings, rows, title="DPG-Bench", verdict="score", part=JUDGE)
+    return publish(directory, run_name, result, settings, rows, verdict="score")
 
 
 def _verdicts(

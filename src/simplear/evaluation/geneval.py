@@ -32,6 +32,7 @@ from simplear.text_files import FreeText, read_objects
 
 FOLDER = "geneval"
 JUDGE = "geneval-hf"
+CLIP, OPENAI = "ViT-L-14", "openai"
 
 
 def evaluate_geneval(
@@ -41,15 +42,15 @@ def evaluate_geneval(
     run: FreeText | None = None,
     score: bool = True,
     detector: str = DETECTOR,
-    clip: str = "ViT-L-14",
-    clip_pretrained: str | None = "openai",
+    clip: str = CLIP,
+    clip_pretrained: str | None = None,
     **drawing: Any,
 ) -> dict[str, Any] | None:
     """Draw GenEval's prompts in the folders of its official program, and judge them as run RUN-geneval-hf.
 
     Writes into OUT: under ``geneval/RUN/`` the images, ``00000/samples/0000.png`` and so on; ``report.json`` (other
     runs stay) and its table ``report.md``; under ``geneval/`` the picture and the page ``RUN-geneval-hf``; in
-    ``geneval/RUN/geneval-hf/`` the verdicts. Run it again after a stop to resume.
+    ``geneval/RUN/`` also the verdicts (``verdicts.jsonl``). Run it again after a stop to resume.
 
     Args:
         checkpoint: directory or hub id of the checkpoint.
@@ -58,8 +59,8 @@ def evaluate_geneval(
         score: judge the images here; false only draws them, for the official program.
         detector: hub id or directory of a Mask2Former trained on COCO's instances.
         clip: for colours: a name of open_clip, ``hf-hub:OWNER/REPOSITORY``, or a directory in its format.
-        clip_pretrained: for a name: a tag of open_clip or a file; OpenAI's weights in a file need the name
-            "ViT-L-14-quickgelu".
+        clip_pretrained: for a name: a tag of open_clip or a file; "openai" if neither is given. OpenAI's weights in a
+            file need the name "ViT-L-14-quickgelu".
         drawing: see `simplear.evaluation.drawing.draw_prompts`.
 
     Returns:
@@ -70,11 +71,11 @@ def evaluate_geneval(
     """
     name = name_run(run, checkpoint, out)
     directory = Path(out) / FOLDER / name
+    clip_pretrained = clip_pretrained or (OPENAI if clip == CLIP else None)
     judging = {"detector": detector, "clip": clip, "clip_pretrained": clip_pretrained}
     if score:  # raises before hours of drawing
         detect = InstanceDetector(detector, object_names())
-        has_weights = Path(clip).is_dir() or clip.startswith(("hf-hub:", "local-dir:"))
-        loaded_clip = load_clip(clip, None if has_weights else clip_pretrained)
+        loaded_clip = load_clip(clip, clip_pretrained)
         claim_directory(directory / JUDGE / SETTINGS_FILE, judging)
     rows = prompts()
     names = [f"{number:05d}" for number in range(len(rows))]
@@ -104,7 +105,7 @@ def evaluate_geneval(
         return None
     settings = drawn.report_settings(FOLDER, judge=JUDGE, checkpoint=checkpoint, **judging)
     result = clustered_accuracy_result((row["tag"], row["prompt"], row["correct"]) for row in verdicts)
-    return publish(directory, f"{name}-{JUDGE}", result, settings, verdicts, title="GenEval", part=JUDGE)
+    return publish(directory, f"{name}-{JUDGE}", result, settings, verdicts)
 
 
 def _verdict(

@@ -49,9 +49,7 @@ def publish(
     settings: Mapping[str, Any],
     rows: Sequence[Mapping[str, Any]],
     *,
-    title: str,
     verdict: str = "correct",
-    part: str = "",
     picture: Image.Image | None = None,
     diversity: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
@@ -65,16 +63,14 @@ def publish(
         rows: for each image, in the order of the prompts: ``file`` below `images`, ``prompt``, the verdict, and if
             there are any ``tag`` (category), ``reason`` (what is wrong) and ``box`` (left, top, right, bottom) of the
             image in its file. Without ``file`` there is no page.
-        title: heading of the page.
         verdict: key of the rows' verdict, a bool or a score; `simplear compare` pairs runs by it.
-        part: directory of the rows below `images`.
         picture: in place of the first prompts of each category.
         diversity: how varied the images are.
 
     Returns:
         the whole report.
     """
-    out, folder, file = images.parent.parent, images.parent.name, images / part / VERDICTS_FILE
+    out, file = images.parent.parent, images / VERDICTS_FILE
     with whole_file(file) as partial:
         partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
     page = images.with_name(f"{run}.html")
@@ -87,10 +83,10 @@ def publish(
     report = merge_run(out / REPORT_FILE, run, result, settings, diversity)
     if "file" in rows[0]:
         shown_in = page
-        write_page(page, title, report, run, images, rows[:MOST_ON_PAGE], verdict)
+        write_page(page, report, run, images, rows[:MOST_ON_PAGE], verdict)
         if len(rows) > MOST_ON_PAGE:
             logger.warning("the page shows the first %d of %d images.", MOST_ON_PAGE, len(rows))
-    print(f"\n{markdown_table(report)}\nreport: {out / REPORT_FILE}\nimages ({folder}): {shown_in}")
+    print(f"\n{markdown_table(report)}\nreport: {out / REPORT_FILE}\nimages: {shown_in}")
     return report
 
 
@@ -120,7 +116,6 @@ def _cell(images: Path, prompt: str, rows: Sequence[Mapping[str, Any]], verdict:
 
 def write_page(
     file: str | Path,
-    title: str,
     report: Mapping[str, Any],
     run: str,
     images: Path,
@@ -131,7 +126,6 @@ def write_page(
 
     Args:
         file: the page.
-        title: its heading, such as the benchmark's name.
         report: all runs; the table has all of them.
         run: the one shown.
         images: directory of the images.
@@ -142,7 +136,6 @@ def write_page(
     """
     template = jinja2.Environment(autoescape=True).from_string(_PAGE)
     page = template.stream(
-        title=title,
         run=run,
         size=THUMBNAIL,
         table=report_table(report),
@@ -183,7 +176,7 @@ def _shown(images: Path, rows: Sequence[Mapping[str, Any]], verdict: str) -> Ite
 
 
 _PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{{ title }}: {{ run }}</title>
+<html lang="en"><meta charset="utf-8"><title>{{ run }}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy"
  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
@@ -197,7 +190,7 @@ figure { margin: 0; width: {{ size }}px; overflow-wrap: anywhere; } figure[hidde
 img { display: block; outline: 1px solid #ddd; image-rendering: pixelated; } figcaption p { margin: .15rem 0; }
 .right { color: #18794e; } .wrong, .reason { color: #c62a34; } .reason { white-space: pre-line; }
 </style>
-<h1>{{ title }}: {{ run }}</h1>
+<h1>{{ run }}</h1>
 <table>{% for row in table %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</table>
 <details><summary>Settings</summary><table>

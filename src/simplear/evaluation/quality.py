@@ -125,7 +125,6 @@ def evaluate_quality(
         quality_result(scores, prompts, distance),
         drawn.report_settings(FOLDER, **given),
         lines,
-        title="Quality",
         verdict=next(iter(scores), ""),
     )
 

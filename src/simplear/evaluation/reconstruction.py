@@ -132,7 +132,6 @@ def evaluate_tokenizer(
         reconstruction_result(rows, counts, distance),
         settings,
         rows,
-        title="Reconstruction",
         verdict="psnr",
         picture=image_grid({f"{name}: the first pictures, PSNR in dB": cells}),
     )

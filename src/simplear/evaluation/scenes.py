@@ -153,7 +153,7 @@ def evaluate_scenes(
         merge_run(report_file, f"{name}-strict", strict_result(judged), {**settings, **of_verdicts})
     varied = diversity([item.image for item in judged], [item.prompt["prompt"] for item in judged])
     result = scene_result(judged)
-    return publish(images, name, result, settings, rows, title="Scenes", diversity=varied)
+    return publish(images, name, result, settings, rows, diversity=varied)
 
 
 def draw_and_judge(
