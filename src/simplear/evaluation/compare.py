@@ -20,6 +20,7 @@ from simplear.evaluation.intervals import clustered_interval
 from simplear.evaluation.report import OVERALL, REPORT_FILE, markdown_rows, read_report
 from simplear.text_files import read_objects
 
+MEASURED = ("first", "second", "difference", "low", "high")
 SHOULD_AGREE = ("benchmark", "judge", "seed", "samples", "images_per_prompt", "prompts_sha256", "detector", "clip")
 """Settings that two runs of one comparison should share; a note says if they do not."""
 
@@ -138,17 +139,15 @@ def paired_differences(
                 f"the runs share {len(pairs[category])} prompts of {category} (of {len(mine)} and {len(other)}): at "
                 "least two are needed. Evaluate both on the same prompts, with the same seed where it draws them."
             )
-    return {
-        OVERALL: _difference(list(pairs.values())),
-        **{category: _difference([members]) for category, members in pairs.items() if category != OVERALL},
-    }
+    found = {category: _difference([members]) for category, members in pairs.items()}
+    return {**found, OVERALL: _difference(list(pairs.values()))}
 
 
 def _difference(strata: list[list[tuple[float, float]]]) -> dict[str, float]:
     difference, low, high = clustered_interval([[b - a for a, b in members] for members in strata])
     first, second = (fmean(fmean(pair[side] for pair in members) for members in strata) for side in (0, 1))
-    n = sum(map(len, strata))
-    return {"first": first, "second": second, "difference": difference, "low": low, "high": high, "n": n}
+    numbers = dict(zip(MEASURED, (first, second, difference, low, high), strict=True))
+    return {**numbers, "n": sum(map(len, strata))}
 
 
 def _notes(a: EvaluatedRun, b: EvaluatedRun) -> list[str]:
@@ -174,21 +173,10 @@ def comparison_table(comparison: Mapping[str, Any]) -> str:
         names = [f"{comparison[side]['run']} ({comparison[side]['report']})" for side in ("first", "second")]
     scale, digits = (100, 1) if comparison["kind"] == "accuracy" else (1, 3)
     rows = []
-    for category, entry in [
-        *list(comparison["differences"].items())[1:],
-        (OVERALL, comparison["differences"][OVERALL]),
-    ]:
-        first, second, difference, low, high = (
-            scale * entry[key] for key in ("first", "second", "difference", "low", "high")
-        )
-        rows.append(
-            [
-                f"**{category}**" if category == OVERALL else category,
-                f"{first:.{digits}f}",
-                f"{second:.{digits}f}",
-                f"{difference:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})",
-                str(entry["n"]),
-            ]
-        )
+    for category, entry in comparison["differences"].items():
+        first, second, difference, low, high = (scale * entry[key] for key in MEASURED)
+        interval = f"({low:+.{digits}f} to {high:+.{digits}f})"
+        cells = [f"{first:.{digits}f}", f"{second:.{digits}f}", f"{difference:+.{digits}f} {interval}", f"{entry['n']}"]
+        rows.append([f"**{category}**" if category == OVERALL else category, *cells])
     table = markdown_rows(["category", *names, "difference (95 %)", "prompts"], rows)
     return table + "".join(f"\n{note}\n" for note in comparison["notes"])

@@ -86,8 +86,8 @@ def evaluate_quality(
     name = name_run(run, checkpoint, out)
     source = None if references is None else ImageFolderSource(references)
     captions = _captions(source) if prompts_file is None else [text for text, _ in read_prompts(prompts_file)]
-    if min(drawing.get("limit") or len(captions), len(captions)) < 2:
-        raise UserError(f"{len(captions)} prompts: a mean and its interval need two or more.")
+    if (different := len({*captions[: drawing.get("limit")]})) < 2:
+        raise UserError(f"{different} prompts: a mean and its interval need two or more different ones.")
     if getattr(rank_zero_only, "rank", 0) == 0:  # raises for missing weights before anything is drawn
         distance = None if references is None else FrechetDistance(extractor)
         for network in networks.values():
@@ -149,8 +149,7 @@ def quality_result(
 ) -> Result:
     """FID, and the mean of each measure with its 95 % interval, the prompt as the unit; the first is the overall.
 
-    Means are over the images of each distinct prompt, then over prompts. If there is only one, the interval is left
-    out.
+    Means are over the images of each distinct prompt, then over prompts.
 
     Args:
         scores: by measure, of each image.
@@ -165,10 +164,8 @@ def quality_result(
         for prompt, value in zip(prompts, values, strict=True):
             of_prompts.setdefault(prompt, []).append(value)
         means = [fmean(images) for images in of_prompts.values()]
-        result[name] = {"score": fmean(means), "n": len(prompts)}
-        if len(means) > 1:
-            _, low, high = clustered_interval([means])
-            result[name] |= {"low": low, "high": high}
+        mean, low, high = clustered_interval([means])
+        result[name] = {"score": mean, "low": low, "high": high, "n": len(prompts)}
     return {OVERALL: next(iter(result.values())), **result}
 
 
