@@ -90,7 +90,7 @@ def test_the_report_says_what_scikit_image_says_of_each_picture(
         "codebook-perplexity",
     ]
     directory = tmp_path / "out" / "reconstruction" / name
-    rows = [json.loads(line) for line in (directory / "verdicts.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (directory / "pictures.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in rows] == sorted(str(file.relative_to(folder)) for file in folder.rglob("*.png"))
     values = [row["psnr"] for row in rows]
     margin = 1.96 * np.std(values, ddof=1) / np.sqrt(20)

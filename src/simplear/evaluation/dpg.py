@@ -1,7 +1,7 @@
 """DPG-Bench: 1,065 long prompts, four images each, and questions about what they must show.
 
 Images are written as the official program reads them: one PNG a prompt, named by its ``item_id``, its four images as
-quarters. That program asks mPLUG, which needs packages of its own. In its place a current vision-language model can be
+quarters. That program asks mPLUG, which needs an older environment. In its place a current vision-language model can be
 asked the same questions here; its scores are not the official ones and have the name ``dpg-vlm``.
 """
 

@@ -50,6 +50,7 @@ def publish(
     rows: Sequence[Mapping[str, Any]],
     *,
     verdict: str = "correct",
+    rows_file: str = VERDICTS_FILE,
     picture: Image.Image | None = None,
     diversity: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
@@ -64,13 +65,14 @@ def publish(
             there are any ``tag`` (category), ``reason`` (what is wrong) and ``box`` (left, top, right, bottom) of the
             image in its file. Without ``file`` there is no page.
         verdict: key of the rows' verdict, a bool or a score; `simplear compare` pairs runs by it.
+        rows_file: name of the rows' file.
         picture: in place of the first prompts of each category.
         diversity: how varied the images are.
 
     Returns:
         the whole report.
     """
-    out, file = images.parent.parent, images / VERDICTS_FILE
+    out, file = images.parent.parent, images / rows_file
     with whole_file(file) as partial:
         partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
     page = images.with_name(f"{run}.html")

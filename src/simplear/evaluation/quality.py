@@ -113,8 +113,8 @@ def evaluate_quality(
         measure_name(network): _scores(network, files, prompts, measure_batch_size, device)
         for network in networks.values()
     }
-    given: dict[str, Any] = {"checkpoint": checkpoint, "prompts_file": prompts_file, "references": references}
-    given |= {key: f"{network.model} {network.pretrained}" for key, network in networks.items()}
+    settings: dict[str, Any] = {"checkpoint": checkpoint, "prompts_file": prompts_file, "references": references}
+    settings |= {key: f"{network.model} {network.pretrained}" for key, network in networks.items()}
     lines = [
         {"file": str(file.relative_to(directory)), "prompt": prompt, **{key: scores[key][place] for key in scores}}
         for place, (file, prompt) in enumerate(zip(files, prompts, strict=True))
@@ -123,7 +123,7 @@ def evaluate_quality(
         directory,
         f"{name}-{FOLDER}",
         quality_result(scores, prompts, distance),
-        drawn.report_settings(FOLDER, **given),
+        drawn.report_settings(FOLDER, **settings),
         lines,
         verdict=next(iter(scores), ""),
     )

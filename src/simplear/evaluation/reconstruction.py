@@ -33,6 +33,7 @@ from simplear.text_files import FreeText
 from simplear.visual_tokenizer import load_visual_tokenizer
 
 FOLDER = "reconstruction"
+ROWS_FILE = "pictures.jsonl"
 SHOWN = 16
 """Pictures shown beside their reconstructions, the first ones."""
 SSIM_WINDOW = 11
@@ -60,7 +61,7 @@ def evaluate_tokenizer(
 
     Writes into OUT: ``report.json`` (other runs stay) and its table ``report.md``; under ``reconstruction/`` the
     picture ``RUN-reconstruction.png`` of originals beside reconstructions, and in ``RUN-reconstruction/`` PSNR and SSIM
-    of each picture (``verdicts.jsonl``).
+    of each picture (``pictures.jsonl``).
 
     Args:
         tokenizer: directory or hub id of a visual tokenizer.
@@ -133,6 +134,7 @@ def evaluate_tokenizer(
         settings,
         rows,
         verdict="psnr",
+        rows_file=ROWS_FILE,
         picture=image_grid({f"{name}: the first pictures, PSNR in dB": cells}),
     )
 
@@ -143,10 +145,10 @@ def picture_scores(originals: Tensor, decoded: Tensor) -> tuple[Tensor, Tensor]:
     Both over the three channels of RGB; SSIM with a Gaussian window of 11 × 11 and σ = 1.5, over the windows that lie
     within the picture (Wang et al. 2004).
     """
-    first, second = decoded.double() / 255, originals.double() / 255
-    psnr = peak_signal_noise_ratio(first, second, data_range=1.0, reduction="none", dim=(1, 2, 3))
+    after, before = decoded.double() / 255, originals.double() / 255
+    psnr = peak_signal_noise_ratio(after, before, data_range=1.0, reduction="none", dim=(1, 2, 3))
     _, map_of_windows = structural_similarity_index_measure(
-        first, second, data_range=1.0, reduction="none", return_full_image=True
+        after, before, data_range=1.0, reduction="none", return_full_image=True
     )
     border = SSIM_WINDOW // 2
     within = map_of_windows[..., border:-border, border:-border]

@@ -111,7 +111,7 @@ def evaluate_scenes(
             trained on the ordinary judge.
         tokenizer_ceiling: also judge drawings that went through the visual tokenizer alone, as run "tokenizer".
         batch_size: images drawn at a time.
-        device: where to draw; a GPU where there is one if not given.
+        device: where to draw; by default a GPU if there is one.
         drawing: what is drawn with, see `simplear.generation.DrawingOptions`; images from the empty caption have
             guidance, prefix and negative prompt of their own.
 
@@ -240,8 +240,8 @@ def reconstruction_accuracy(
         pixels = torch.from_numpy(to_pixels(np.stack([draw(scene, resolution) for scene in members])))
         decoded = visual_tokenizer.decode(visual_tokenizer.encode(pixels.to(device)))
         images = ((decoded.float() + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        for asked, image in zip(map(metadata, members), images, strict=True):
-            verdicts.setdefault(asked["tag"], []).append(_judged(asked, image).verdict.correct)
+        for prompt, image in zip(map(metadata, members), images, strict=True):
+            verdicts.setdefault(prompt["tag"], []).append(_judged(prompt, image).verdict.correct)
     return accuracy_result(verdicts)
 
 

@@ -145,8 +145,8 @@ def _connected(mask: NDArray[np.bool_], smallest: float) -> list[NDArray[np.bool
 def residue(image: NDArray[np.uint8], detections: Sequence[Detection]) -> float:
     """Share of the picture's area, in [0, 1], that is neither background nor a detected object in its colour.
 
-    Specks, smears, second backgrounds and patches of another colour count here: whatever a model that is trained on
-    detections alone may add without a penalty.
+    Specks, smears, second backgrounds and patches of another colour count here, which a model that is rewarded for
+    detections alone can add without a penalty.
 
     Args:
         image: (H, W, 3) uint8 RGB.
@@ -154,15 +154,15 @@ def residue(image: NDArray[np.uint8], detections: Sequence[Detection]) -> float:
     """
     height, width = image.shape[:2]
     pixels = image.astype(np.float32)
-    left = _differs(pixels, background_of(pixels), FAINT)
+    unexplained = _differs(pixels, background_of(pixels), FAINT)
     across, down = (np.arange(side, dtype=np.float32) + np.float32(0.5) for side in (width, height))
     for found in detections:
         x, y, size, edge = found.x * width, found.y * height, found.size * width, EDGE * width
         outside = coverage(found.shape, x, y, size + 2 * edge, across, down) == 0
         inside = coverage(found.shape, x, y, max(size - 2 * edge, 0), across, down) == 1
         color = np.array(COLORS[found.color], dtype=np.float32)
-        left = (left & outside) | (inside & _differs(pixels, color, MIXTURE))
-    return float(left.mean())
+        unexplained = (unexplained & outside) | (inside & _differs(pixels, color, MIXTURE))
+    return float(unexplained.mean())
 
 
 def _differs(pixels: NDArray[np.float32], color: NDArray[np.float32], distance: float) -> NDArray[np.bool_]:

@@ -71,10 +71,10 @@ def verdict(prompt: Mapping[str, Any], detections: Sequence[Detection]) -> Verdi
     where = "prompt metadata"
     tag = known(prompt, "tag", CATEGORIES, where)
     best: list[Detection] = []
-    for number, asked in enumerate(entry(prompt, "include", where)):
+    for number, item in enumerate(entry(prompt, "include", where)):
         place = f"{where}, include {number}"
-        shape, count = known(asked, "class", SHAPES, place), entry(asked, "count", place)
-        color = known(asked, "color", COLORS, place) if tag in _WITH_COLOR else None
+        shape, count = known(item, "class", SHAPES, place), entry(item, "count", place)
+        color = known(item, "color", COLORS, place) if tag in _WITH_COLOR else None
         name = f"{color} {shape}" if color else shape
         matching = [found for found in detections if found.shape == shape and color in (None, found.color)]
         if tag == "counting" and len(matching) != count:

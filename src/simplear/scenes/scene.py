@@ -169,7 +169,7 @@ def sample_scene(seed: int, index: int, split: str = "train") -> Scene:
 
     Args:
         seed: of the whole corpus, at least 0.
-        index: at least 0; there is no last one.
+        index: at least 0, without an upper limit.
         split: one of `SPLITS`; equal indices of different splits are unrelated scenes.
     """
     if split not in SPLITS:
