@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import Mask2FormerImageProcessor
 
 from evaluation.toys import COCO, save_detector
 from rewards.toys import pictures
@@ -22,9 +24,50 @@ from simplear.evaluation.geneval_models import (
     COLOR_TEMPLATES,
     ColorClassifier,
     InstanceDetector,
+    detections,
 )
 from simplear.evaluation.geneval_rules import COLORS, Detection
 from simplear.rewards import LoadedCLIP, load_clip
+
+SIDE = 384
+"""What transformers scales masks to before anything else."""
+
+
+def test_detections_are_those_of_transformers() -> None:
+    """Boxes aside, which it gives none of: scores, classes and masks of 100 queries, some of them of two classes."""
+    generator = torch.Generator().manual_seed(0)
+    classes = 4 * torch.randn(1, 100, 81, generator=generator)
+    masks = torch.nn.functional.interpolate(3 * torch.randn(1, 100, 6, 6, generator=generator), (96, 96))
+    outputs = SimpleNamespace(class_queries_logits=classes, masks_queries_logits=masks)
+    [theirs] = Mask2FormerImageProcessor(ignore_index=255).post_process_instance_segmentation(
+        outputs, threshold=0.3, return_binary_maps=True, target_sizes=[(SIDE, SIDE)]
+    )
+    ours = detections(classes[0], masks[0], (SIDE, SIDE), dict(enumerate(COCO)))
+    assert len(ours) == len(theirs["segments_info"]) > 20
+    order = sorted(range(len(ours)), key=lambda place: -theirs["segments_info"][place]["score"])
+    for place, item in zip(order, sorted(ours, key=lambda item: -item.score), strict=True):
+        info = theirs["segments_info"][place]
+        assert item.name == COCO[info["label_id"]] and item.score == pytest.approx(info["score"], abs=1e-5)
+        assert item.mask is not None and (item.mask == theirs["segmentation"][place].numpy().astype(bool)).all()
+        rows, columns = np.nonzero(item.mask)
+        assert item.box == (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+
+
+def test_the_score_is_the_class_probability_times_the_masks() -> None:
+    """A confident class with a faint mask falls below the threshold; an empty mask is nothing; no object is none."""
+    classes = torch.full((4, 3), -20.0)
+    classes[0, 0] = classes[1, 1] = classes[2, 0] = classes[3, 2] = 20.0
+    masks = torch.full((4, 8, 8), -20.0)
+    masks[0, 2:4, 4:8] = 20.0
+    masks[1, :, :] = 0.02
+    masks[3, :, :] = 20.0
+    [first, second] = detections(classes, masks, (8, 8), {0: "dog", 1: "cat"})
+    assert (first.name, first.box, round(first.score, 4)) == ("dog", (4, 2, 8, 4), 1.0)
+    assert second.name == "cat" and second.score == pytest.approx(0.505, abs=1e-3)
+    assert detections(classes, masks, (8, 8), {0: "dog"}) != []
+    half = classes.clone()
+    half[1] = torch.tensor([-20.0, 0.0, 0.0])
+    assert [item.name for item in detections(half, masks, (8, 8), {0: "dog", 1: "cat"})] == ["dog"]
 
 
 def test_classes_have_genevals_names(tiny_detector: str) -> None:

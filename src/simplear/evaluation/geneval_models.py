@@ -7,7 +7,7 @@ name.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,8 @@ DETECTOR_SIZE = {"shortest_edge": 800, "longest_edge": 1333}
 EXAMPLE = "a Mask2Former for COCO's instances (--detector); --score false leaves judging to the official program"
 COCO_NAMES = {"mouse": "computer mouse", "keyboard": "computer keyboard", "remote": "tv remote"}
 """Classes that GenEval names differently."""
+MOST_DETECTIONS = 100
+"""Of an image, over all classes, before any threshold."""
 GREY = (0x99, 0x99, 0x99)
 """Replaces the surroundings of an object when its colour is classified."""
 COLOR_TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
@@ -57,27 +59,45 @@ class InstanceDetector:
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image]) -> list[list[Detection]]:
-        """Objects of each image, those with a confidence of at least `THRESHOLD`.
-
-        A confidence is the probability of the class times the mean probability of the mask over its own pixels, and a
-        query may be several classes: section 4.2 of Cheng et al. 2022, "Masked-attention mask transformer for universal
-        image segmentation", as in mmdetection's program.
-        """
+        """Objects of images of one size, those above `THRESHOLD` in confidence."""
         inputs = self.processor(images=list(images), return_tensors="pt").to(self.network.device)
-        found = self.processor.post_process_instance_segmentation(
-            self.network(**inputs),
-            threshold=THRESHOLD,
-            target_sizes=[(image.height, image.width) for image in images],
-            return_binary_maps=True,
-        )
-        return [self._detections(item["segmentation"], item["segments_info"]) for item in found]
+        found = self.network(**inputs)
+        size = images[0].height, images[0].width
+        pairs = zip(found.class_queries_logits.float(), found.masks_queries_logits.float(), strict=True)
+        return [detections(classes, masks, size, self.names) for classes, masks in pairs]
 
-    def _detections(self, masks: Tensor, segments: Sequence[dict[str, Any]]) -> list[Detection]:
-        boxes = (masks_to_boxes(masks).cpu() + torch.tensor([0, 0, 1, 1])).tolist() if segments else []
-        return [
-            Detection(self.names[info["label_id"]], info["score"], tuple(box), mask.cpu().numpy().astype(bool))
-            for info, box, mask in zip(segments, boxes, masks, strict=False)
-        ]
+
+def detections(
+    class_logits: Tensor, mask_logits: Tensor, size: tuple[int, int], names: Mapping[int, str]
+) -> list[Detection]:
+    """Objects of one image from Mask2Former's queries.
+
+    A confidence is the probability of the class times the mean probability of the mask over its own pixels, and a query
+    may be several classes: section 4.2 of Cheng et al. 2022, "Masked-attention mask transformer for universal image
+    segmentation", as in the programs of its authors and of mmdetection. Transformers' own post-processing does the same
+    at 384 × 384 pixels, and for each query, most of which are far below the threshold.
+
+    Args:
+        class_logits: (Q, classes + 1), the last for no object.
+        mask_logits: (Q, h, w), of the whole image.
+        size: height and width of the image.
+        names: of the labels.
+    """
+    probabilities = class_logits.softmax(dim=-1)[:, :-1].flatten()
+    best = probabilities.topk(min(MOST_DETECTIONS, len(probabilities)))
+    found = []
+    for probability, place in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+        query, label = divmod(place, class_logits.shape[1] - 1)
+        if probability <= THRESHOLD or label not in names:
+            continue  # the mask can only lower it
+        logits = torch.nn.functional.interpolate(mask_logits[None, None, query], size, mode="bilinear")[0, 0]
+        mask = logits > 0
+        score = probability * float(logits[mask].sigmoid().mean())  # NaN if the mask is empty
+        if score > THRESHOLD:
+            left, top, right, bottom = masks_to_boxes(mask[None])[0].tolist()
+            box = (left, top, right + 1, bottom + 1)
+            found.append(Detection(names[label], score, box, mask.cpu().numpy()))
+    return found
 
 
 class ColorClassifier:
