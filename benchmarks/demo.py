@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 import runs
 from measure import RESULTS, result_text
 from simplear.cli import main as simplear
-from simplear.evaluation import read_report, stratified_interval
+from simplear.evaluation import read_report, stratified_interval, wilson_interval
 
 CATEGORIES = 6
 
@@ -95,7 +95,7 @@ def table(result: dict[str, Any]) -> str:
         if name != "overall" and (n := int(sum(run["sft"][name]["n"] for run in result["runs"])))
     ]
     assert len(counts) == CATEGORIES
-    mean, low, high = stratified_interval(counts)
+    mean, low, high = stratified_interval([(right / n, *wilson_interval(right, n)) for right, n in counts])
     lines.append(f"| all seeds | | {_percent({'accuracy': mean, 'low': low, 'high': high})} |")
     alone = result["pretraining_alone"]
     lines.append(f"| pretraining alone | {alone['cpu_seconds']:.0f} | {_percent(alone['pretrain']['overall'])} |")

@@ -24,7 +24,8 @@ import runs
 from measure import parser, result_file, write_result
 from simplear.cli import main as simplear
 from simplear.evaluation import clustered_interval, read_report
-from simplear.evaluation.scenes import FOLDER, VERDICTS_FILE
+from simplear.evaluation.publish import VERDICTS_FILE
+from simplear.evaluation.scenes import FOLDER
 
 START = Path("checkpoints/demo/sft")
 CLIP = Path("checkpoints/demo/clip")

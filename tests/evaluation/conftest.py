@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,14 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     name = register(directory)
     torch.save(random_weights(), directory / "weights.pt")
     return name, str(directory / "weights.pt")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_pictures_for_detectors() -> Iterator[None]:
+    """In place of 800 pixels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("simplear.evaluation.geneval_models.DETECTOR_SIZE", {"shortest_edge": 64, "longest_edge": 107})
+        yield
 
 
 @pytest.fixture(scope="session")

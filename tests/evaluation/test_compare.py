@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from simplear.cli import main
-from simplear.evaluation import accuracy_result, compare, evaluate_scenes, merge_run, paired_differences
+from simplear.evaluation import accuracy_result, compare, evaluate_scenes, merge_run
+from simplear.evaluation.compare import paired_differences
 
 
 def report(directory: Path, run: str, values: dict[str, dict[str, list[Any]]], **settings: Any) -> str:
@@ -134,8 +135,8 @@ def test_a_prompt_may_hold_what_ends_a_line_elsewhere(tmp_path: Path) -> None:
 def test_mistakes_are_named(tmp_path: Path) -> None:
     a, b = report(tmp_path, "one", FIRST), report(tmp_path, "two", SECOND)
     for first, second, message in [
-        (str(tmp_path), b, "has the runs one, two, .*: name one as"),
-        (f"{tmp_path}:three", b, "has no run 'three', but one, two, "),
+        (str(tmp_path), b, "name one as .*:RUN, of one, two, "),
+        (f"{tmp_path}:three", b, "has no run 'three': name one as .*, of one, two, "),
         (str(tmp_path / "none.json"), b, "no report at"),
         (a, report(tmp_path, "other", {"x": {"z": [True]}, "y": {}}), "share 0 prompts of x"),
         (a, report(tmp_path, "scored", {"x": {"a": [0.5], "b": [0.5]}}), r"accuracy and .* score"),
@@ -168,6 +169,4 @@ def test_scenes_can_be_compared_and_have_a_page(checkpoint: Path, tmp_path: Path
     rows = [json.loads(line) for line in (tmp_path / "scenes" / "one" / "verdicts.jsonl").read_text().splitlines()]
     assert strict["overall"]["first"] == pytest.approx(fmean(row["strict"] for row in rows))
     page = (tmp_path / "scenes" / "two.html").read_text()
-    assert page.count("<figure ") == 12 and page.count("class=this") == 1 + len(runs["two"]) + 3, (
-        "head, accuracies, images, two entropies"
-    )
+    assert page.count("<figure ") == 12

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from simplear.evaluation import diversity
+from simplear.evaluation.scenes import diversity
 from simplear.scenes import BACKGROUNDS, COLORS, Scene, SceneObject, draw, sample_scene
 
 ITEM = SceneObject("circle", "red", 0.5, 0.5, 0.4)

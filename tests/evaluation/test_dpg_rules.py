@@ -134,7 +134,6 @@ def test_the_official_file_is_read(tmp_path: Path) -> None:
     found = read_questions(file)
     assert list(found) == ["7", "whoops1"]
     assert found["7"][1] == Question(2, "question 2?", "attribute - color", (1, 3))
-    assert found["7"][1].broad_category == "attribute"
     (tmp_path / "marked.csv").write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
     assert read_questions(tmp_path / "marked.csv") == found
 
@@ -142,13 +141,11 @@ def test_the_official_file_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([row("7", 1, "0"), row("7", "one", "0")], "line 3, item '7': invalid literal"),
-        ([row("7", 1, "")], "line 2, item '7'"),
-        ([row("7", 1, "0"), row("7", 1, "0")], "line 3: item '7' has two questions 1"),
-        ([row("7", 1, "2")], "item '7': question 1 depends on 2, which there is not"),
-        ([row("7", 1, "1")], r"item '7': questions \[1\] depend on each other"),
-        ([row("6", 1, "0"), row("7", 1, "0"), row("7", 2, "1,3"), row("7", 3, "2")], r"item '7': questions \[2, 3\]"),
-        ([{**row("7", 1, "0"), "tuple": "(dog)"}], "line 2, item '7': its tuple names no category"),
+        ([row("7", 1, "0"), row("7", "one", "0")], r"line 3, .* \(invalid literal"),
+        ([row("7", 1, "")], "line 2, is not a row"),
+        ([row("7", 1, "2")], "item '7': a question depends on a missing one"),
+        ([row("7", 1, "1")], r"item '7': .*cycle"),
+        ([row("6", 1, "0"), row("7", 1, "0"), row("7", 2, "1,3"), row("7", 3, "2")], r"item '7': .*cycle"),
     ],
 )
 def test_mistakes_in_the_file_name_the_item(tmp_path: Path, rows: list[dict[str, object]], message: str) -> None:
@@ -159,10 +156,10 @@ def test_mistakes_in_the_file_name_the_item(tmp_path: Path, rows: list[dict[str,
 def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
     for column in ("item_id", "proposition_id", "dependency", "tuple", "question_natural_language"):
         rest = [name for name in COLUMNS if name != column]
-        with pytest.raises(ValueError, match=f"no column '{column}'"):
+        with pytest.raises(ValueError, match=f"line 2, is not a row .*{column}"):
             read_questions(write(tmp_path / "questions.csv", [row("7", 1, "0")], rest))
     (tmp_path / "short.csv").write_text(",".join(COLUMNS) + "\n7,a dog\n")
-    with pytest.raises(ValueError, match="line 2, item '7'"):
+    with pytest.raises(ValueError, match="line 2, is not a row"):
         read_questions(tmp_path / "short.csv")
     good = write(tmp_path / "questions.csv", [row("7", 1, "0")]).read_text()
     for encoding, message in (

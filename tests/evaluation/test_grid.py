@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageFont
 
 from simplear.evaluation import Cell, image_grid
-from simplear.evaluation.grid import CAPTION_SIZE, GAP, GREEN, MARGIN, RED, badge_of, fit, wrap
+from simplear.evaluation.grid import CAPTION_SIZE, GAP, GREEN, MARGIN, RED, fit, wrap
 
 BLUE = (10, 20, 250)
 
@@ -47,10 +47,10 @@ def test_images_are_enlarged_pixel_by_pixel() -> None:
 def test_captions_are_wrapped_to_the_width_and_lose_nothing() -> None:
     font = ImageFont.load_default(size=CAPTION_SIZE)
     text = "a photo of a blue triangle together with a " + "very" * 20 + "long word"
-    lines = wrap(text, 120, CAPTION_SIZE)
+    lines = wrap(text, 120)
     assert "".join(lines).replace(" ", "") == text.replace(" ", "")
     assert max(font.getlength(line) for line in lines) <= 120
-    assert wrap("", 120, CAPTION_SIZE) == [""]
+    assert wrap("", 120) == [""]
 
 
 def test_marks_are_green_for_right_red_for_wrong_and_hide_nothing() -> None:
@@ -58,13 +58,12 @@ def test_marks_are_green_for_right_red_for_wrong_and_hide_nothing() -> None:
         return image_grid({"": [Cell("a", (square(),) * len(marks), marks)]})
 
     both, none = page(True, False), page(None, None)
-    assert share_of(page(True), GREEN) > 50 and share_of(page(True), RED) == 0
-    assert share_of(page(False), RED) > 50 and share_of(page(False), GREEN) == 0
+    assert share_of(page(True), GREEN) > 10 and share_of(page(True), RED) == 0
+    assert share_of(page(False), RED) > 10 and share_of(page(False), GREEN) == 0
     assert share_of(none, GREEN) == share_of(none, RED) == 0
     assert share_of(both, BLUE) == share_of(none, BLUE)
     left, right = (np.nonzero((np.asarray(both) == color).all(axis=2))[1].mean() for color in (GREEN, RED))
     assert left < both.width / 2 < right
-    assert badge_of(True, 18).size == (18, 18)
 
 
 def test_nothing_to_show_is_an_error() -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from simplear.evaluation.page import THUMBNAIL, PageImage, write_page
+from simplear.evaluation.publish import THUMBNAIL, write_page
 
 REPORT: dict[str, Any] = {
     "runs": {
@@ -45,7 +45,7 @@ class Elements(HTMLParser):
 
 
 @pytest.fixture()
-def images(tmp_path: Path) -> list[PageImage]:
+def images(tmp_path: Path) -> list[dict[str, Any]]:
     """Two of a prompt in one category, two in another; one is large."""
     random = np.random.default_rng(0)
     found = []
@@ -53,41 +53,42 @@ def images(tmp_path: Path) -> list[PageImage]:
         [("one dog", "x", True), ("one dog", "x", False), (HOSTILE, "y", False), ("a cat", "y", False)]
     ):
         side = 400 if number == 3 else 32
-        file = tmp_path / f"{number}.png"
-        Image.fromarray(random.integers(0, 256, (side, 2 * side, 3), dtype=np.uint8)).save(file)
-        found.append(PageImage(file, prompt, tag, right, reason="" if right else f"no <dog> {number}"))
+        file = f"{number}.png"
+        Image.fromarray(random.integers(0, 256, (side, 2 * side, 3), dtype=np.uint8)).save(tmp_path / file)
+        reason = "" if right else f"no <dog> {number}"
+        found.append({"file": file, "prompt": prompt, "tag": tag, "correct": right, "reason": reason})
     return found
 
 
-def page_of(tmp_path: Path, images: list[PageImage]) -> tuple[str, Elements]:
-    write_page(tmp_path / "page.html", "Bench & mark", REPORT, "b", images)
+def page_of(tmp_path: Path, images: list[dict[str, Any]]) -> tuple[str, Elements]:
+    verdict = "score" if "score" in images[0] else "correct"
+    write_page(tmp_path / "page.html", REPORT, "b", tmp_path, images, verdict)
     text = (tmp_path / "page.html").read_text()
     elements = Elements()
     elements.feed(text)
     return text, elements
 
 
-def test_every_image_stands_with_prompt_verdict_and_reason(tmp_path: Path, images: list[PageImage]) -> None:
+def test_every_image_stands_with_prompt_verdict_and_reason(tmp_path: Path, images: list[dict[str, Any]]) -> None:
     _, elements = page_of(tmp_path, images)
     figures = elements.named("figure")
     assert [figure["data-verdict"] for figure in figures] == ["right", "wrong", "wrong", "wrong"]
     assert [figure["data-category"] for figure in figures] == ["x", "x", "y", "y"]
-    assert [figure["data-prompt"] for figure in figures] == ["1", "1", "1", "1"]
     assert {"one dog", HOSTILE, "a cat", "no <dog> 1"} <= set(elements.texts)
     assert {"50.0% (40.0–60.0)", "25.0% (20.0–30.0)"} <= {text.strip() for text in elements.texts}
-    assert [option["value"] for option in elements.named("option")][:3] == ["", "x", "y"]
+    assert {"x", "y"} <= set(elements.texts)
 
 
-def test_thumbnails_are_the_images(tmp_path: Path, images: list[PageImage]) -> None:
+def test_thumbnails_are_the_images(tmp_path: Path, images: list[dict[str, Any]]) -> None:
     """Small ones to the bit, large ones reduced."""
     _, elements = page_of(tmp_path, images)
     shown = [image["src"] or "" for image in elements.named("img")]
     pictures = [Image.open(io.BytesIO(base64.b64decode(source.partition("base64,")[2]))) for source in shown]
-    assert (np.asarray(pictures[0]) == np.asarray(Image.open(images[0].file))).all()
+    assert (np.asarray(pictures[0]) == np.asarray(Image.open(tmp_path / images[0]["file"]))).all()
     assert pictures[3].size == (THUMBNAIL, THUMBNAIL // 2) and shown[3].startswith("data:image/jpeg")
 
 
-def test_nothing_is_fetched_and_no_text_acts(tmp_path: Path, images: list[PageImage]) -> None:
+def test_nothing_is_fetched_and_no_text_acts(tmp_path: Path, images: list[dict[str, Any]]) -> None:
     text, elements = page_of(tmp_path, images)
     assert len(elements.named("script")) == 1 and len(elements.named("img")) == len(images)
     assert not any(name in attributes for _, attributes in elements.found for name in ("href", "onerror", "onload"))
@@ -97,9 +98,9 @@ def test_nothing_is_fetched_and_no_text_acts(tmp_path: Path, images: list[PageIm
     assert policy is not None and policy.startswith("default-src 'none'")
 
 
-def test_scores_have_no_verdict_and_the_lower_is_the_worse(tmp_path: Path, images: list[PageImage]) -> None:
-    scored = [PageImage(item.file, item.prompt, "all", score=0.25 * number) for number, item in enumerate(images)]
+def test_scores_have_no_verdict_and_the_lower_is_the_worse(tmp_path: Path, images: list[dict[str, Any]]) -> None:
+    scored = [{**item, "score": 0.25 * number} for number, item in enumerate(images)]
     text, elements = page_of(tmp_path, scored)
-    assert [figure["data-failure"] for figure in elements.named("figure")] == ["1", "0.75", "0.5", "0.25"]
-    assert [figure["data-prompt"] for figure in elements.named("figure")][:2] == ["1.75", "1.75"]
-    assert 'id="verdict"' not in text and "0.750" in text
+    failures = [float(figure["data-failure"] or 0) for figure in elements.named("figure")]
+    assert failures == [0, -0.25, -0.5, -0.75]
+    assert 'data-verdict="right"' not in text and "0.750" in text

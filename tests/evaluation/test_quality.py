@@ -69,7 +69,7 @@ def test_each_measure_is_what_its_network_says(
     assert list(result) == ["overall", "fid-mean-colors", f"clip-score-{NAME}-tiny", "hps-tiny"]
     assert result["overall"] == result["fid-mean-colors"] and "low" not in result["overall"]
     directory = tmp_path / "out" / "quality" / "tiny"
-    lines = [json.loads(line) for line in (directory / "measures" / "scores.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (directory / "verdicts.jsonl").read_text().splitlines()]
     assert [line["prompt"] for line in lines] == [CAPTIONS[number % 2] for number in range(COUNT) for _ in range(2)]
     images = [Image.open(directory / line["file"]) for line in lines]
     # Equal captions are drawn differently.
@@ -109,7 +109,8 @@ def test_a_second_run_draws_nothing_and_says_the_same(
     assert again() == first
     # Other measures of the same images.
     clip = CLIPReward(NAME, clip_weights)
-    measured = evaluate(checkpoint, tmp_path, references=str(references), clip=clip, fid=False)
+    (tmp_path / "prompts.txt").write_text("".join(f"{CAPTIONS[n % 2]}\n" for n in range(COUNT)))
+    measured = evaluate(checkpoint, tmp_path, prompts_file=str(tmp_path / "prompts.txt"), clip=clip)
     assert list(measured) == ["overall", f"clip-score-{NAME}-tiny"]
 
 
@@ -163,7 +164,6 @@ def test_mistakes_are_found_before_anything_is_drawn(tmp_path: Path, checkpoint:
     (tmp_path / "one.txt").write_text("a circle\n")
     for options, message in (
         ({}, "nothing to measure"),
-        ({"references": str(references), "fid": False}, "nothing to measure"),
         ({"hps": HPSv2Reward(str(tmp_path / "missing.pt"))}, "nothing to draw"),
         ({"references": str(tmp_path / "missing")}, "missing is not a folder"),
         ({"references": str(references), "hps": HPSv2Reward(str(tmp_path / "missing.pt"))}, r"missing\.pt"),

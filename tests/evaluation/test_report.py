@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
-from simplear.evaluation import Result, accuracy_result, markdown_table, merge_run, read_report, write_tensorboard
+from simplear.evaluation import accuracy_result, markdown_table, merge_run, read_report
+from simplear.evaluation.report import Result
 
 
 @pytest.fixture
@@ -75,14 +75,3 @@ def test_table_has_runs_side_by_side(result: Result) -> None:
     assert rows[-2][0] == "**overall**"
     assert rows[-2][2] == "0.310 (0.300–0.320)"
     assert rows[-1] == ["images", "12", "1,065"]
-
-
-def test_tensorboard_events_hold_scalars_and_picture(tmp_path: Path, result: Result) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    write_tensorboard(tmp_path, result, Image.new("RGB", (40, 30), (250, 0, 0)), tag="scenes")
-    events = EventAccumulator(str(tmp_path)).Reload()
-    assert set(events.Tags()["scalars"]) == {"scenes/overall", "scenes/colors", "scenes/counting"}
-    assert events.Scalars("scenes/colors")[0].value == pytest.approx(0.8)
-    picture = events.Images("scenes/images")[0]
-    assert (picture.width, picture.height) == (40, 30)

@@ -18,18 +18,11 @@ from PIL import Image
 from torch import Tensor
 
 from simplear.cli import main
-from simplear.evaluation import (
-    blind_accuracy,
-    draw_and_judge,
-    evaluate_scenes,
-    reconstruction_accuracy,
-    scene_result,
-    strict_result,
-)
+from simplear.evaluation import draw_and_judge, evaluate_scenes, scene_result
 from simplear.evaluation.drawing import draw_prompts
-from simplear.evaluation.quality import FolderLayout
+from simplear.evaluation.quality import write_images
 from simplear.evaluation.report import name_run
-from simplear.evaluation.scenes import image_seed
+from simplear.evaluation.scenes import blind_accuracy, image_seed, reconstruction_accuracy, strict_result
 from simplear.generation import SimpleARPipeline
 from simplear.scenes import CATEGORIES, Scene, captions, draw, evaluation_prompts, metadata, sample_scene
 
@@ -274,7 +267,7 @@ def test_what_cannot_be_drawn_is_said_before_anything_is_written(
     assert not list(tmp_path.rglob("*.json"))
     if options.keys() - {"device", "run"}:
         with pytest.raises(ValueError, match=message):
-            draw_prompts(str(checkpoint), [{"prompt": "a circle"}], tmp_path / "d", FolderLayout(), **options)
+            draw_prompts(str(checkpoint), [{"prompt": "a circle"}], tmp_path / "d", ["0"], write_images, **options)
     assert not list(tmp_path.rglob("*.json")), "no directory is bound to settings that do not work"
 
 
@@ -289,7 +282,7 @@ def test_verb_writes_report_images_verdicts_and_events(
     out = tmp_path / "out"
     options = ["--out", str(out), "--prompts_per_category", "2", "--batch_size", "5"]
     main(["evaluate", "scenes", str(checkpoint), *options])
-    extra = ["--run", "sft", "--blind_prompts", "1", "--tokenizer_ceiling", "true", "--compare_with", "tiny"]
+    extra = ["--run", "sft", "--blind_prompts", "1", "--tokenizer_ceiling", "true"]
     extra += ["--strict", "true"]
     main(["evaluate", "scenes", str(checkpoint), *options, "--guidance_scale", "2", *extra])
     report = json.loads((out / "report.json").read_text())
@@ -307,12 +300,11 @@ def test_verb_writes_report_images_verdicts_and_events(
         images = images_of(out / "scenes" / run)
         assert set(images) == {row["prompt"] for row in evaluation_prompts(2)}
         assert all(image.shape == (32, 32, 3) for image in images.values())
-        assert list((out / "scenes" / run).glob("events.out.tfevents.*"))
     verdicts = [json.loads(line) for line in (out / "scenes" / "sft" / "verdicts.jsonl").read_text().splitlines()]
     strict = report["runs"]["sft-strict"]["overall"]
     assert sum(row["strict"] for row in verdicts) == round(strict["accuracy"] * strict["n"])
     assert all(row["strict"] != bool(row["strict_reason"]) for row in verdicts)
-    assert Image.open(out / "scenes" / "sft.png").width > 1.7 * Image.open(out / "scenes" / "tiny.png").width
+    assert Image.open(out / "scenes" / "sft.png").width > 300
 
 
 def test_images_do_not_depend_on_how_many_are_drawn(checkpoint: Path, tmp_path: Path) -> None:
@@ -327,8 +319,6 @@ def test_images_do_not_depend_on_how_many_are_drawn(checkpoint: Path, tmp_path: 
 
 def test_mistakes_are_named_before_anything_is_drawn(checkpoint: Path, tmp_path: Path) -> None:
     out = str(tmp_path)
-    with pytest.raises(ValueError, match="run 'pretrain' has no image of"):
-        evaluate_scenes(str(checkpoint), out=out, prompts_per_category=1, compare_with="pretrain")
     with pytest.raises(ValueError, match="images_per_prompt 0"):
         evaluate_scenes(str(checkpoint), out=out, images_per_prompt=0)
     with pytest.raises(ValueError, match=r"blind_prompts 2 must lie in \[0, 1\]"):

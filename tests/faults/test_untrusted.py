@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 
 from rewards.toys import ARCHITECTURE as CLIP_ARCHITECTURE
 from simplear.cli import main
-from simplear.evaluation import PageImage, read_report, write_page
-from simplear.evaluation.folder import picture_batches
+from simplear.evaluation import read_report
+from simplear.evaluation.fid import picture_batches
+from simplear.evaluation.publish import write_page
 from simplear.generation.png import read_metadata
 from simplear.language_model import load_checkpoint
 from simplear.pictures import open_mask, read_rgb
@@ -249,7 +250,7 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\nshowpa
         lambda: read_rgb("x.png"),
         lambda: open_mask("x.png"),
         lambda: list(picture_batches([Path("x.png")], 1)),
-        lambda: write_page("page.html", "t", {"runs": {}}, "r", [PageImage(Path("x.png"), "p", "c", True)]),
+        lambda: write_page("page.html", {"runs": {}}, "r", Path(), [{"file": "x.png", "prompt": "p"}]),
         lambda: main(["generate", "nowhere", "--prompt", "x", "--out", "o", "--image", "x.png", "--mask", "x.png"]),
         lambda: main(["evaluate", "tokenizer", "visual", "--out", "o", "--images", ".", "--rfid", "false"]),
     ],

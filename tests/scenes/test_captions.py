@@ -17,9 +17,9 @@ from simplear.scenes import (
     draw,
     evaluation_prompts,
     judge,
-    relations_of,
     sample_scene,
 )
+from simplear.scenes.scene import relations_of
 
 NUMBERS = {"one": 1, "single": 1, "a": 1, "an": 1, "two": 2, "three": 3, "four": 4}
 RELATION_WORDS = {

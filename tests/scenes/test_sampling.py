@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 
-from simplear.scenes import BACKGROUNDS, CATEGORIES, HELD_OUT, RELATIONS, Scene, relations_of, sample_scene
-from simplear.scenes.sampling import GAP, MARGIN, SPLITS
+from simplear.scenes import BACKGROUNDS, CATEGORIES, HELD_OUT, Scene, sample_scene
+from simplear.scenes.scene import GAP, MARGIN, RELATIONS, SPLITS, relations_of
 
 
 def pairs(scene: Scene) -> set[tuple[str, str]]:

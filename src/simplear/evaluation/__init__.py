@@ -1,49 +1,23 @@
-"""Measuring checkpoints: scene accuracy, intervals, and the report with its table, pictures and TensorBoard events."""
+"""Measuring checkpoints: scene accuracy, intervals, and the report with its table, picture and page."""
 
-from simplear.evaluation.compare import compare, paired_differences
-from simplear.evaluation.diversity import diversity
+from simplear.evaluation.compare import compare
 from simplear.evaluation.grid import Cell, image_grid
-from simplear.evaluation.intervals import clustered_interval, clustered_proportion, stratified_interval, wilson_interval
-from simplear.evaluation.page import PageImage, write_page
-from simplear.evaluation.report import (
-    Result,
-    accuracy_result,
-    markdown_table,
-    merge_run,
-    read_report,
-    write_tensorboard,
-)
-from simplear.evaluation.scenes import (
-    blind_accuracy,
-    draw_and_judge,
-    evaluate_scenes,
-    reconstruction_accuracy,
-    scene_result,
-    strict_result,
-)
+from simplear.evaluation.intervals import clustered_interval, stratified_interval, wilson_interval
+from simplear.evaluation.report import accuracy_result, markdown_table, merge_run, read_report
+from simplear.evaluation.scenes import draw_and_judge, evaluate_scenes, scene_result
 
 __all__ = [
     "Cell",
-    "PageImage",
-    "Result",
     "accuracy_result",
-    "blind_accuracy",
     "clustered_interval",
-    "clustered_proportion",
     "compare",
-    "diversity",
     "draw_and_judge",
     "evaluate_scenes",
     "image_grid",
     "markdown_table",
     "merge_run",
-    "paired_differences",
     "read_report",
-    "reconstruction_accuracy",
     "scene_result",
     "stratified_interval",
-    "strict_result",
     "wilson_interval",
-    "write_page",
-    "write_tensorboard",
 ]

@@ -1,8 +1,8 @@
-"""``simplear compare``: what one evaluated run has over another, prompt by prompt.
+"""``simplear compare``: differences of two evaluated runs, prompt by prompt.
 
-Two runs on the same prompts are compared in pairs: of each prompt the difference of its mean over images, so that what
+Two runs on the same prompts are compared in pairs: for each prompt the difference of its mean over images, so that what
 makes a prompt hard for both cancels. The interval comes from the spread of these differences over prompts, which is
-narrower than that of two separate results, and right where several images of a prompt are alike.
+narrower than that of two separate results, and right if several images of a prompt are alike.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from simplear.evaluation.intervals import clustered_interval
 from simplear.evaluation.report import OVERALL, REPORT_FILE, markdown_rows, read_report
 from simplear.text_files import read_objects
 
-COMPARISON_FILE = "comparison.json"
-ALIKE = ("benchmark", "judge", "seed", "samples", "images_per_prompt", "prompts_sha256", "detector", "clip")
-"""Settings that two runs of one comparison should share; where they do not, it is said."""
+MEASURED = ("first", "second", "difference", "low", "high")
+SHOULD_AGREE = ("benchmark", "judge", "seed", "samples", "images_per_prompt", "prompts_sha256", "detector", "clip")
+"""Settings that two runs of one comparison should share; a note says if they do not."""
 
 
 @dataclass(frozen=True)
 class EvaluatedRun:
-    """A run of a report, with what each prompt reached."""
+    """A run of a report, with its value for each prompt."""
 
     report: Path
     name: str
@@ -41,8 +41,8 @@ class EvaluatedRun:
 def compare(first: str, second: str, *, out: str | None = None) -> dict[str, Any]:
     """Differences of two evaluated runs, second less first, paired by prompt, with 95 % intervals.
 
-    A run is named as REPORT:RUN, where REPORT is a report.json or its directory, with any colons; RUN can be left out
-    where the report has one only.
+    A run is named as REPORT:RUN, where REPORT is a report.json or its directory; RUN can be left out if the report has
+    only one.
 
     Args:
         first: the run to compare with.
@@ -53,7 +53,7 @@ def compare(first: str, second: str, *, out: str | None = None) -> dict[str, Any
         the content of comparison.json.
 
     Raises:
-        ValueError: a run is not there, has no results by prompt, or the two share fewer than two prompts of a category.
+        ValueError: a run is missing or has no results by prompt, or the two share fewer than two prompts of a category.
     """
     if out is not None:
         require_writable(out, "the comparison", "out")
@@ -69,10 +69,7 @@ def compare(first: str, second: str, *, out: str | None = None) -> dict[str, Any
     }
     table = comparison_table(comparison)
     if out is not None:
-        for name, text in (
-            (COMPARISON_FILE, json.dumps(comparison, indent=2) + "\n"),
-            (str(Path(COMPARISON_FILE).with_suffix(".md")), table),
-        ):
+        for name, text in (("comparison.json", json.dumps(comparison, indent=2) + "\n"), ("comparison.md", table)):
             with whole_file(Path(out) / name) as partial:
                 partial.write_text(text, encoding="utf-8")
     print(table)
@@ -80,22 +77,18 @@ def compare(first: str, second: str, *, out: str | None = None) -> dict[str, Any
 
 
 def read_run(name: str) -> EvaluatedRun:
-    """The run that is named as REPORT or REPORT:RUN, see `compare`. Raises ValueError where there is none."""
-    colons = [place for place, letter in enumerate(name) if letter == ":"]
-    readings = [(name, ""), *((name[:place], name[place + 1 :]) for place in reversed(colons))]
-    files = [(Path(path) / REPORT_FILE if Path(path).is_dir() else Path(path), run) for path, run in readings if path]
-    found = [(file, run) for file, run in files if file.is_file()]
-    if not found:
-        raise UserError(f"no report at {readings[-1][0]}: name a report.json, or its directory, and :RUN.")
-    reports = [(file, run, read_report(file)) for file, run in found]
-    # A colon may be part of the path or of the run's name: what is there decides.
-    file, run, report = next((each for each in reports if each[1] in each[2]["runs"]), reports[0])
-    present = ", ".join(report["runs"]) or "none"
-    if not run and len(report["runs"]) != 1:
-        raise UserError(f"{file} has the runs {present}: name one as {file}:RUN.")
-    run = run or next(iter(report["runs"]))
+    """The run that is named as REPORT or REPORT:RUN, see `compare`. Raises ValueError if there is none."""
+    colons = [place for place, letter in enumerate(name) if letter == ":"]  # also in paths and names of runs
+    place = next((end for end in [len(name), *colons] if Path(name[:end]).exists()), name.rfind(":"))
+    path, run = name[:place], name[place + 1 :]
+    file = Path(path) / REPORT_FILE if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise UserError(f"no report at {file}: name a report.json, or its directory, and :RUN.")
+    report = read_report(file)
+    if not run and len(report["runs"]) == 1:
+        run = next(iter(report["runs"]))
     if run not in report["runs"]:
-        raise UserError(f"{file} has no run {run!r}, but {present}.")
+        raise UserError(f"{file} has no run {run!r}: name one as {file}:RUN, of {', '.join(report['runs'])}.")
     settings = report.get("settings", {}).get(run, {})
     if "verdicts" not in settings:
         raise UserError(
@@ -106,21 +99,19 @@ def read_run(name: str) -> EvaluatedRun:
 
 
 def _values(file: Path, key: str | None) -> tuple[dict[str, dict[str, float]], str]:
-    """Means by category and prompt, and their kind, from a file of verdicts (see `VERDICTS_FILE`)."""
+    """Means by category and prompt, and their kind, from a file of verdicts."""
     if not file.is_file():
         raise UserError(f"the results by prompt, {file}, are gone: evaluate the run again.")
     images: dict[str, dict[str, list[float]]] = {}
-    kinds = set()
+    kind = "score"
     for number, row in read_objects(file):
-        name = key or ("correct" if "correct" in row else "score")
-        if not isinstance(row.get(name), (bool, int, float)) or not isinstance(row.get("prompt"), str):
-            raise UserError(f"{file}, line {number}: no prompt with a {name!r}.")
-        kinds.add("accuracy" if isinstance(row[name], bool) else "score")
-        images.setdefault(row.get("tag", OVERALL), {}).setdefault(row["prompt"], []).append(float(row[name]))
-    if len(kinds) != 1:
-        raise UserError(f"{file} holds {'verdicts and scores' if kinds else 'nothing'}: evaluate the run again.")
+        value = row.get(key or ("correct" if "correct" in row else "score"))
+        if not isinstance(value, (bool, int, float)) or "prompt" not in row:
+            raise UserError(f"{file}, line {number}, has no prompt with a verdict: evaluate the run again.")
+        kind = "accuracy" if isinstance(value, bool) else "score"
+        images.setdefault(row.get("tag", OVERALL), {}).setdefault(row["prompt"], []).append(float(value))
     means = {tag: {prompt: fmean(values) for prompt, values in prompts.items()} for tag, prompts in images.items()}
-    return means, kinds.pop()
+    return means, kind
 
 
 def paired_differences(
@@ -133,8 +124,8 @@ def paired_differences(
         second: likewise.
 
     Returns:
-        of each: ``first``, ``second`` (means over the shared prompts), ``difference``, ``low``, ``high`` (its 95 %
-        interval, `clustered_interval`) and ``n`` (prompts). Where no prompt differs, the interval has no width.
+        for each: ``first``, ``second`` (means over the shared prompts), ``difference``, ``low``, ``high`` (its 95 %
+        interval, `clustered_interval`) and ``n`` (prompts). If no prompt differs, the interval has no width.
 
     Raises:
         ValueError: fewer than two prompts of a category are shared.
@@ -148,30 +139,30 @@ def paired_differences(
                 f"the runs share {len(pairs[category])} prompts of {category} (of {len(mine)} and {len(other)}): at "
                 "least two are needed. Evaluate both on the same prompts, with the same seed where it draws them."
             )
-    found = {OVERALL: _difference(list(pairs.values()))}
-    return found | {category: _difference([members]) for category, members in pairs.items() if category != OVERALL}
+    found = {category: _difference([members]) for category, members in pairs.items()}
+    return {**found, OVERALL: _difference(list(pairs.values()))}
 
 
 def _difference(strata: list[list[tuple[float, float]]]) -> dict[str, float]:
     difference, low, high = clustered_interval([[b - a for a, b in members] for members in strata])
     first, second = (fmean(fmean(pair[side] for pair in members) for members in strata) for side in (0, 1))
-    n = sum(map(len, strata))
-    return {"first": first, "second": second, "difference": difference, "low": low, "high": high, "n": n}
+    numbers = dict(zip(MEASURED, (first, second, difference, low, high), strict=True))
+    return {**numbers, "n": sum(map(len, strata))}
 
 
 def _notes(a: EvaluatedRun, b: EvaluatedRun) -> list[str]:
-    """What keeps the comparison from being one of like with like."""
+    """What makes the runs not quite comparable."""
     notes = [
         f"{key} differs: {a.settings.get(key)!r} and {b.settings.get(key)!r}"
-        for key in ALIKE
+        for key in SHOULD_AGREE
         if a.settings.get(key) != b.settings.get(key)
     ]
-    alone = [
-        sum(prompt not in other.get(category, {}) for category, prompts in mine.items() for prompt in prompts)
-        for mine, other in ((a.values, b.values), (b.values, a.values))
-    ]
-    if any(alone):
-        notes.append(f"{alone[0]} prompts of the first and {alone[1]} of the second run have no pair and are left out")
+    first, second = ({(tag, prompt) for tag in run.values for prompt in run.values[tag]} for run in (a, b))
+    if first != second:
+        notes.append(
+            f"{len(first - second)} prompts of the first and {len(second - first)} of the second run have no pair and "
+            "are left out"
+        )
     return notes
 
 
@@ -182,18 +173,10 @@ def comparison_table(comparison: Mapping[str, Any]) -> str:
         names = [f"{comparison[side]['run']} ({comparison[side]['report']})" for side in ("first", "second")]
     scale, digits = (100, 1) if comparison["kind"] == "accuracy" else (1, 3)
     rows = []
-    differences = comparison["differences"]
-    for category in [*(name for name in differences if name != OVERALL), OVERALL]:
-        entry = {key: scale * value for key, value in differences[category].items()}
-        interval = f"{entry['low']:+.{digits}f} to {entry['high']:+.{digits}f}"
-        rows.append(
-            [
-                f"**{category}**" if category == OVERALL else category,
-                f"{entry['first']:.{digits}f}",
-                f"{entry['second']:.{digits}f}",
-                f"{entry['difference']:+.{digits}f} ({interval})",
-                str(differences[category]["n"]),
-            ]
-        )
+    for category, entry in comparison["differences"].items():
+        first, second, difference, low, high = (scale * entry[key] for key in MEASURED)
+        interval = f"({low:+.{digits}f} to {high:+.{digits}f})"
+        cells = [f"{first:.{digits}f}", f"{second:.{digits}f}", f"{difference:+.{digits}f} {interval}", f"{entry['n']}"]
+        rows.append([f"**{category}**" if category == OVERALL else category, *cells])
     table = markdown_rows(["category", *names, "difference (95 %)", "prompts"], rows)
     return table + "".join(f"\n{note}\n" for note in comparison["notes"])

@@ -1,93 +1,38 @@
 """DPG-Bench: 1,065 long prompts, four images each, and questions about what they must show.
 
-Images are written as the official program reads them: one PNG a prompt, named by its ``item_id``, its images as
-quarters. That program asks mPLUG, which needs packages of its own. In its place a vision-language model of today can be
-asked the same questions here; its scores are not the official ones and go by the name ``dpg-vlm``.
+Images are written as the official program reads them: one PNG a prompt, named by its ``item_id``, its four images as
+quarters. That program asks mPLUG, which needs an older environment. In its place a current vision-language model can be
+asked the same questions here; its scores are not the official ones and have the name ``dpg-vlm``.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from torchvision.transforms.functional import to_tensor
+from torchvision.utils import save_image
 
-from simplear.atomic import claim_directory, whole_file
+from simplear.atomic import claim_directory
 from simplear.errors import UserError
 from simplear.evaluation.dpg_rules import PromptAnswers, Question, dpg_result, image_score, read_questions
-from simplear.evaluation.drawing import SETTINGS_FILE, draw_prompts
-from simplear.evaluation.prediction import predict_prompts
+from simplear.evaluation.drawing import SETTINGS_FILE, draw_prompts, judge_prompts
 from simplear.evaluation.publish import publish
 from simplear.evaluation.report import name_run
 from simplear.evaluation.visual_questions import VisualJudge, judge_processor
 from simplear.pictures import read_rgb
-from simplear.text_files import FreeText, parse_json, read_objects
-
-logger = logging.getLogger(__name__)
+from simplear.text_files import FreeText, read_objects
 
 FOLDER = "dpg"
-IMAGES = "images"
 JUDGE = "dpg-vlm"
 DEFAULT_JUDGE = "Qwen/Qwen2-VL-7B-Instruct"
-MOST_SAMPLES = 4
-"""Images of a prompt that the official program can cut out of its picture."""
-QUARTERS = ((0, 0), (1, 0), (0, 1), (1, 1))
-"""Column and row of each image, in the official order."""
-
-
-class QuarterLayout:
-    """One PNG a prompt under ``images/``: up to four square images as quarters, the only one as the whole."""
-
-    is_folder = False
-
-    def name(self, number: int, row: Mapping[str, Any]) -> str:
-        """See `simplear.evaluation.drawing.Layout`."""
-        return f"{IMAGES}/{row['item_id']}.png"
-
-    def write(self, path: Path, row: Mapping[str, Any], images: Sequence[Image.Image]) -> None:
-        """See `simplear.evaluation.drawing.Layout`. Raises ValueError for images that are not square."""
-        join_quarters(images).save(path, "PNG")
-
-    def is_whole(self, path: Path, samples: int) -> bool:
-        """See `simplear.evaluation.drawing.Layout`."""
-        return path.is_file()
-
-
-def dpg_prompts() -> list[dict[str, Any]]:
-    """The 1,065 prompts, each with its ``item_id``."""
-    content = (files("simplear.evaluation") / "dpg_data" / "prompts.jsonl").read_bytes()
-    return [row for _, row in read_objects(content)]
-
-
-def join_quarters(images: Sequence[Image.Image]) -> Image.Image:
-    """One to four square images as one picture; what is not filled of four quarters is black.
-
-    Raises ValueError for other numbers, or for images that are not square.
-    """
-    width, height = images[0].size
-    if width != height or not 1 <= len(images) <= MOST_SAMPLES:
-        raise UserError(
-            f"{len(images)} images of {height} × {width} pixels: DPG-Bench takes one to four, and they must be square."
-        )
-    if len(images) == 1:
-        return images[0]
-    joined = Image.new("RGB", (2 * width, 2 * width))
-    for image, (column, row) in zip(images, QUARTERS, strict=False):
-        joined.paste(image, (column * width, row * width))
-    return joined
-
-
-def quarter_boxes(width: int, samples: int) -> list[tuple[int, int, int, int]]:
-    """Left, top, right and bottom of the images in a picture of `join_quarters` of this width."""
-    side = width if samples == 1 else width // 2
-    places = [(column * side, row * side) for column, row in QUARTERS[:samples]]
-    return [(left, top, left + side, top + side) for left, top in places]
+SAMPLES = 4
+"""Images of a prompt."""
 
 
 def evaluate_dpg(
@@ -98,15 +43,14 @@ def evaluate_dpg(
     questions: str | None = None,
     judge: str = DEFAULT_JUDGE,
     judge_batch_size: int = 16,
-    samples: int = MOST_SAMPLES,
     **drawing: Any,
 ) -> dict[str, Any] | None:
-    """DPG-Bench: draw its 1,065 prompts in the official layout and, where its questions are given, have a model judge.
+    """DPG-Bench: draw its 1,065 prompts in the official layout and, given its questions, have a model judge.
 
     Writes into OUT: under ``dpg/RUN/images/`` a PNG for each prompt, named by its ``item_id``, for the official
-    program. With questions also ``dpg/RUN/dpg-vlm/``, the judge's answers and events for TensorBoard; the picture
-    and the page ``dpg/RUN-dpg-vlm``; and run RUN-dpg-vlm in ``report.json`` (other runs stay) and its table
-    ``report.md``. Stopped and started again it goes on where it was, drawing and judging.
+    program. With questions also ``dpg/RUN/verdicts.jsonl``, the judge's answers; the picture and the page
+    ``dpg/RUN-dpg-vlm``; and run RUN-dpg-vlm in ``report.json`` (other runs stay) and its table ``report.md``. Run it
+    again after a stop to resume drawing and judging.
 
     Args:
         checkpoint: directory or hub id of the checkpoint.
@@ -116,142 +60,110 @@ def evaluate_dpg(
             are only drawn.
         judge: directory or hub id of a vision-language model that transformers loads for chats about images.
         judge_batch_size: questions answered at once on each device.
-        samples: images of each prompt, one to four.
-        drawing: what is drawn with.
+        drawing: see `simplear.evaluation.drawing.draw_prompts`.
 
     Returns:
         the whole report; None without questions, and on all processes but the first.
 
     Raises:
         FileNotFoundError: questions or judge are missing.
-        ValueError: the question file is not in order or lacks a prompt, a number out of its range, or images that
-            are not square.
+        ValueError: the question file is damaged or lacks a prompt, a number out of its range, or images that are not
+            square.
     """
-    if not 1 <= samples <= MOST_SAMPLES:
-        raise UserError(f"samples {samples} must lie in [1, {MOST_SAMPLES}]: the official program reads quarters.")
     if judge_batch_size < 1:
         raise UserError(f"judge_batch_size {judge_batch_size} must be at least 1.")
     name = name_run(run, checkpoint, out)
     directory = Path(out) / FOLDER / name
     prompts = dpg_prompts()
-    asked = None if questions is None else questions_of(prompts, questions)
-    judging = {"judge_model": judge, "questions_sha256": _sha256(questions), "samples": samples}
-    if asked is not None:  # one that is missing, or another than before, is missed before the first image
+    if questions is not None:  # raises before the first image
+        by_item = questions_of(prompts, questions)
         judge_processor(judge)
+        checksum = hashlib.sha256(Path(questions).read_bytes()).hexdigest()
+        judging = {"judge_model": judge, "questions_sha256": checksum}
         claim_directory(directory / JUDGE / SETTINGS_FILE, judging)
-    drawn = draw_prompts(checkpoint, prompts, directory, QuarterLayout(), samples=samples, **drawing)
-    if asked is None:
+    names = [f"images/{row['item_id']}.png" for row in prompts]
+    drawn = draw_prompts(checkpoint, prompts, directory, names, write_quarters, samples=SAMPLES, **drawing)
+    if questions is None:
         if drawn.trainer.is_global_zero:
-            side = read_rgb(drawn.paths[0]).width // (1 if samples == 1 else 2)
             print(
-                f"images: {directory / IMAGES}\nIn a clone of https://github.com/TencentQQGYLab/ELLA: "
-                f"PIC_NUM={samples} bash dpg_bench/dist_eval.sh {(directory / IMAGES).absolute()} {side}"
+                f"images: {directory / 'images'}\nIn a clone of https://github.com/TencentQQGYLab/ELLA: "
+                f"PIC_NUM={SAMPLES} bash dpg_bench/dist_eval.sh {(directory / 'images').absolute()} "
+                f"{drawn.settings['width']}"
             )
         return None
-    of_rows = [asked[row["item_id"]] for row in drawn.rows]
-    task = Judging(drawn.paths, of_rows, directory / JUDGE, judge, judge_batch_size, samples)
-    predict_prompts(drawn.trainer, task, len(drawn.rows), prompts_per_batch=1)
-    if not drawn.trainer.is_global_zero:
+
+    def load(device: torch.device) -> Callable[[int], list[dict[str, Any]]]:
+        model = VisualJudge(judge, judge_batch_size)
+        model.network.to(device)
+
+        def verdicts(number: int) -> list[dict[str, Any]]:
+            row, path = drawn.rows[number], drawn.paths[number]
+            return _verdicts(row, by_item[row["item_id"]], str(path.relative_to(directory)), read_rgb(path), model)
+
+        return verdicts
+
+    rows = judge_prompts(drawn, JUDGE, directory / JUDGE, load)
+    if rows is None:
         return None
-    judged = [PromptAnswers(of_row, task.read(number)) for number, of_row in enumerate(of_rows)]
-    boxes = quarter_boxes(read_rgb(drawn.paths[0]).width, samples)
-    lines = [
-        {
-            "file": str(path.relative_to(directory)),
-            "sample": sample,
-            "item_id": row["item_id"],
-            "prompt": row["prompt"],
-            "box": box,
-            "score": image_score(item.questions, answers),
-            "no": [question.text for question in item.questions if not answers[question.number]],
-        }
-        for row, path, item in zip(drawn.rows, drawn.paths, judged, strict=True)
-        for sample, (answers, box) in enumerate(zip(item.answers, boxes, strict=True))
+    answers = [{int(number): answer for number, answer in row["answers"].items()} for row in rows]
+    judged = [
+        PromptAnswers(by_item[row["item_id"]], answers[place * SAMPLES : (place + 1) * SAMPLES])
+        for place, row in enumerate(drawn.rows)
     ]
-    if len(drawn.rows) < len(prompts):
-        logger.warning("only the first %d of %d prompts: no number of DPG-Bench.", len(drawn.rows), len(prompts))
-    settings = {"benchmark": FOLDER, "judge": JUDGE, "checkpoint": checkpoint, **drawn.settings, **judging}
-    settings["prompts"] = len(drawn.rows)
-    return publish(directory, f"{name}-{JUDGE}", dpg_result(judged), settings, lines, title="DPG-Bench", part=JUDGE)
+    settings = drawn.report_settings(FOLDER, judge=JUDGE, checkpoint=checkpoint, **judging)
+    run_name, result = f"{name}-{JUDGE}", dpg_result(judged)
+    return publish(directory, run_name, result, settings, rows, verdict="score")
+
+
+def _verdicts(
+    row: Mapping[str, Any], questions: Sequence[Question], file: str, picture: Image.Image, model: VisualJudge
+) -> list[dict[str, Any]]:
+    """A line for each of a prompt's images, whose questions are asked in batches of this prompt alone."""
+    boxes = quarter_boxes(picture.width)
+    pairs = [(picture.crop(box), question.text) for box in boxes for question in questions]
+    found = model.answer(*zip(*pairs, strict=True))
+    lines = []
+    for place, box in enumerate(boxes):
+        part = found[place * len(questions) : (place + 1) * len(questions)]
+        answers = {question.number: answer for question, answer in zip(questions, part, strict=True)}
+        refused = [question.text for question in questions if not answers[question.number]]
+        score = image_score(questions, answers)
+        lines.append(
+            {"file": file, "box": box, **row, "score": score, "reason": "\n".join(refused), "answers": answers}
+        )
+    return lines
+
+
+def dpg_prompts() -> list[dict[str, Any]]:
+    """The 1,065 prompts, each with its ``item_id``."""
+    content = (files("simplear.evaluation") / "dpg_data" / "prompts.jsonl").read_bytes()
+    return [row for _, row in read_objects(content)]
+
+
+def write_quarters(file: Path, row: Mapping[str, Any], images: Sequence[Image.Image]) -> None:
+    """Write a prompt's four images as the quarters of a PNG. Raises ValueError if they are not square."""
+    width, height = images[0].size
+    if width != height:
+        raise UserError(f"images of {height} × {width} pixels: those of DPG-Bench must be square.")
+    save_image([to_tensor(image) for image in images], file, format="PNG", nrow=2, padding=0)
+
+
+def quarter_boxes(width: int) -> list[tuple[int, int, int, int]]:
+    """Left, top, right and bottom of the images in a file of `write_quarters` of this width."""
+    side = width // 2
+    return [(x, y, x + side, y + side) for y in (0, side) for x in (0, side)]
 
 
 def questions_of(prompts: Sequence[Mapping[str, Any]], file: str | Path) -> dict[str, list[Question]]:
     """The questions of each prompt, by ``item_id``.
 
-    Raises ValueError where the file lacks a prompt or has one more. Other errors: see
+    Raises ValueError if the file lacks a prompt or has another one. Other errors: see
     `simplear.evaluation.dpg_rules.read_questions`.
     """
     found = read_questions(file)
-    items = [row["item_id"] for row in prompts]
-    for difference, what in ((set(items) - set(found), "has no question of"), (set(found) - set(items), "asks of")):
-        if difference:
-            raise UserError(
-                f"{file} {what} item {sorted(difference)[0]!r} and {len(difference) - 1} others. It must have those of "
-                f"all {len(items)} prompts and no more: it is not DPG-Bench's question file, or another version."
-            )
+    if different := found.keys() ^ {row["item_id"] for row in prompts}:
+        raise UserError(
+            f"{file} must have questions about all {len(prompts)} prompts and no others, but differs in "
+            f"{len(different)}, such as {min(different)!r}: it is not DPG-Bench's question file, or another version."
+        )
     return found
-
-
-class Judging:
-    """The task of asking the judge about each prompt's images; its answers are written prompt by prompt.
-
-    Args:
-        paths: of the prompts' pictures.
-        questions: of each prompt.
-        directory: of the answers, one JSON file a prompt.
-        judge: see `simplear.evaluation.visual_questions.VisualJudge`.
-        batch_size: questions answered at once.
-        samples: images in each picture.
-    """
-
-    title = "judging"
-
-    def __init__(
-        self,
-        paths: Sequence[Path],
-        questions: Sequence[Sequence[Question]],
-        directory: Path,
-        judge: str,
-        batch_size: int,
-        samples: int,
-    ) -> None:
-        self.paths, self.questions, self.directory = paths, questions, directory
-        self.judge_source, self.batch_size, self.samples = judge, batch_size, samples
-        self.judge: VisualJudge | None = None
-
-    def setup(self, device: torch.device) -> None:
-        """Load the judge."""
-        self.judge = VisualJudge(self.judge_source, self.batch_size).to(device)
-
-    def is_finished(self, number: int) -> bool:
-        """Whether the prompt's answers are there."""
-        return self._file(number).is_file()
-
-    def run(self, numbers: Sequence[int]) -> None:
-        """Ask all questions about all images of each prompt, in batches of one prompt alone."""
-        assert self.judge is not None
-        for number in numbers:
-            picture = read_rgb(self.paths[number])
-            images = [picture.crop(box) for box in quarter_boxes(picture.width, self.samples)]
-            questions = self.questions[number]
-            pairs = [(image, question.text) for image in images for question in questions]
-            found = self.judge.answer(*zip(*pairs, strict=True))
-            parts = [found[start : start + len(questions)] for start in range(0, len(found), len(questions))]
-            answers = [
-                {str(question.number): answer for question, answer in zip(questions, part, strict=True)}
-                for part in parts
-            ]
-            with whole_file(self._file(number)) as partial:
-                partial.write_text(json.dumps(answers) + "\n")
-
-    def read(self, number: int) -> list[dict[int, bool]]:
-        """Of each image of a prompt that is finished, the answers by the questions' numbers."""
-        answers = parse_json(self._file(number).read_bytes())
-        return [{int(question): bool(answer) for question, answer in image.items()} for image in answers]
-
-    def _file(self, number: int) -> Path:
-        return self.directory / f"{self.paths[number].stem}.json"
-
-
-def _sha256(file: str | Path | None) -> str | None:
-    return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()

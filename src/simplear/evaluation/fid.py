@@ -1,13 +1,13 @@
-"""Fréchet distance of two sets of pictures: how far apart the Gaussians of their features are.
+"""Fréchet distance of two sets of pictures, and the pictures of a folder in batches.
 
     d² = |m₁ − m₂|² + tr(S₁ + S₂ − 2 (S₁ S₂)^½)
 
 with mean and unbiased covariance of each set's features, summed in float64 as the pictures stream by (torchmetrics).
-The network that gives the features decides what the number means, so results carry its name. `InceptionFeatures` is
-the one of published FIDs; another is a class of one's own, named by its class path: an ``nn.Module`` that maps pictures
-(B, 3, H, W) uint8 to features (B, num_features), with the attributes ``name`` and ``num_features``.
+The network that computes the features decides what the number means, so results carry its name. `InceptionFeatures` is
+the one of published FIDs; another is a class of yours: an ``nn.Module`` from pictures (B, 3, H, W) uint8 to features
+(B, num_features), with the attributes ``name`` and ``num_features``.
 
-The distance is biased upwards by the number of pictures: compare only runs of equally many.
+The distance is biased upwards when there are few pictures: compare only runs of equally many.
 
 Source: Heusel et al. 2017, "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium".
 """
@@ -15,19 +15,23 @@ Source: Heusel et al. 2017, "GANs Trained by a Two Time-Scale Update Rule Conver
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
+from tqdm import tqdm
 
+from simplear.data.prepare.crops import resize_and_crop
 from simplear.errors import MissingFileError, UserError
+from simplear.pictures import read_rgb
 
 logger = logging.getLogger(__name__)
-
-INCEPTION_HASH = "6726825d"
-"""The file's SHA-256 begins so."""
 
 
 class InceptionFeatures(nn.Module):
@@ -51,18 +55,22 @@ class InceptionFeatures(nn.Module):
             ValueError: the file is damaged or holds other weights.
         """
         super().__init__()
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
-        file = _cached_weights() if weights is None else Path(weights)
-        if not file.is_file():
-            raise MissingFileError(f"{file}, the weights of Inception-v3, is no file: check the path.")
         try:
-            # torch-fidelity unpickles whatever is in the file: what this refuses does not get there.
-            torch.load(file, map_location="meta", weights_only=True)
-            self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(file))
+            if weights is not None:  # torch-fidelity would unpickle anything
+                torch.load(weights, map_location="meta", weights_only=True)
+            self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], weights)
+        except OSError as error:
+            raise MissingFileError(
+                f"{weights or 'the cached file'}, the weights of Inception-v3, could not be read or downloaded "
+                f"({error}): download {URL_INCEPTION_V3} where there is a network and name the file "
+                "(--extractor InceptionFeatures --extractor.weights FILE)."
+            ) from error
         except Exception as error:  # pickle, zipfile and load_state_dict raise a dozen kinds
             raise UserError(
-                f"{file} holds no weights of torch-fidelity's Inception-v3, or is damaged ({error}): fetch it again."
+                f"{weights} does not hold the weights of torch-fidelity's Inception-v3, or is damaged ({error}): "
+                "download it again."
             ) from error
 
     def forward(self, images: Tensor) -> Tensor:
@@ -70,80 +78,83 @@ class InceptionFeatures(nn.Module):
         return self.network(images)[0]
 
 
-def _cached_weights() -> Path:
-    """Where PyTorch's hub keeps the weights, downloaded if they are not there."""
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-
-    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name
-    if not file.is_file():
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(file), INCEPTION_HASH, progress=False)
-        except Exception as error:
-            raise MissingFileError(
-                f"the weights of Inception-v3 are not in {file} and could not be downloaded ({error}). Download "
-                f"{URL_INCEPTION_V3} where there is a network and name the file "
-                "(--extractor InceptionFeatures --extractor.weights FILE)."
-            ) from error
-    return file
-
-
 class FrechetDistance:
     """The distance of drawn pictures from real ones, batch by batch."""
 
-    def __init__(self, extractor: nn.Module, device: torch.device | str = "cpu") -> None:
+    def __init__(self, extractor: nn.Module | None = None, device: torch.device | str = "cpu") -> None:
         """
         Args:
-            extractor: As the module's description says.
+            extractor: As the module's description says; `InceptionFeatures` if not given.
             device: Where features are computed and summed.
-
-        Raises ValueError where the extractor has no ``num_features``.
         """
-        if not isinstance(getattr(extractor, "num_features", None), int):
-            raise ValueError(f"{type(extractor).__name__} has no num_features: say how many features it gives.")
-        self.extractor: Any = extractor.eval().requires_grad_(False)
-        # Measured by one process of several, which would else wait for the others to give theirs.
+        self.extractor: Any = (extractor or InceptionFeatures()).eval().requires_grad_(False)
+        # Only one of several processes measures; it would wait for the others without this.
         self.metric = FrechetInceptionDistance(feature=self.extractor, sync_on_compute=False).to(device)
-        self.device = torch.device(device)
-
-    def to(self, device: torch.device | str) -> FrechetDistance:
-        """Go on on another device."""
-        self.metric, self.device = self.metric.to(device), torch.device(device)
-        return self
 
     @property
     def name(self) -> str:
-        """Of the extractor, its class's where it has none."""
+        """Of the extractor; its class's name if it has none."""
         return str(getattr(self.extractor, "name", type(self.extractor).__name__))
 
     def update(self, images: Tensor, real: bool) -> None:
-        """Take pictures (B, 3, H, W) uint8 into the one set or the other.
-
-        Raises ValueError for pictures of another type, for [0, 1] and [-1, 1] would pass as black, and for features
-        that are not finite.
-        """
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"FID takes pictures (B, 3, H, W) uint8, not {tuple(images.shape)} {images.dtype}.")
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            self.metric.update(images.to(self.device), real=real)
-        sums = self.metric.real_features_sum if real else self.metric.fake_features_sum
-        if not sums.isfinite().all():
-            raise UserError(f"features of {self.name} are not finite: its weights are damaged, or it is another's.")
+        """Add pictures (B, 3, H, W) uint8 to one of the two sets."""
+        device = self.metric.device
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            self.metric.update(images.to(device), real=real)
 
     def compute(self) -> float:
-        """The distance, 0 or more; a line is logged where there are too few pictures for it to mean much.
+        """The distance, 0 or more; a line is logged if there are too few pictures for it to mean much.
 
-        Raises ValueError for fewer than two pictures in a set.
+        Raises ValueError for fewer than two pictures in a set, and for features that are not finite.
         """
         real, drawn = int(self.metric.real_features_num_samples), int(self.metric.fake_features_num_samples)
         if min(real, drawn) < 2:
-            raise UserError(f"FID needs two pictures or more of each kind; there are {real} real and {drawn} drawn.")
-        if min(real, drawn) <= self.extractor.num_features:
+            raise UserError(f"FID needs two or more pictures of each kind; there are {real} real and {drawn} drawn.")
+        if min(real, drawn) <= self.metric.real_features_sum.numel():
             logger.warning(
-                "FID of %d and %d pictures by %d features: there are more features than pictures, so the covariances "
-                "are singular and the number is far too high. Compare it only with runs of as many pictures.",
+                "FID of %d and %d pictures: there are more features than pictures, so the covariances are singular and "
+                "the number is far too high. Compare it only with runs of as many pictures.",
                 real,
                 drawn,
-                self.extractor.num_features,
             )
-        return max(0.0, float(self.metric.compute()))  # rounding can take equal sets below 0
+        distance = float(self.metric.compute())
+        if not math.isfinite(distance):
+            raise UserError(f"features of {self.name} are not finite: its weights are damaged.")
+        return max(0.0, distance)  # rounding can take equal sets below 0
+
+
+def picture_batches(
+    files: Sequence[Path], batch_size: int, size: tuple[int, int] | None = None, title: str = "reading"
+) -> Iterator[Tensor]:
+    """Pictures (B, 3, H, W) uint8 of files, batch after batch, under a progress bar.
+
+    What measures a set of pictures must not leave any out, so one that cannot be read is an error here.
+
+    Args:
+        files: pictures.
+        batch_size: pictures at a time.
+        size: height and width, to which pictures are resized and cropped at the centre; enlarged ones are counted in a
+            warning. If not given, all must have the size of the first.
+        title: of the progress bar.
+
+    Raises ValueError, naming the file, for a picture that cannot be read or, if no size is given, has another size.
+    """
+    resize, enlarged = size is not None, 0
+    bar = tqdm(total=len(files), desc=title, unit="picture", disable=None, leave=False)
+    with bar, ThreadPoolExecutor() as pool:  # Pillow decodes in parallel
+        for start in range(0, len(files), batch_size):
+            part = files[start : start + batch_size]
+            pictures = []
+            for file, picture in zip(part, pool.map(read_rgb, part), strict=True):
+                height, width = size = size or (picture.height, picture.width)
+                if not resize and picture.size != (width, height):
+                    raise UserError(
+                        f"{file} has {picture.height} × {picture.width} pixels, {files[0]} {height} × {width}: name "
+                        "the height and width to which all are resized and cropped."
+                    )
+                enlarged += picture.height < height or picture.width < width
+                pictures.append(resize_and_crop(picture, height, width))
+            yield torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+            bar.update(len(part))
+    if enlarged:
+        logger.warning("%d of %d pictures were smaller than %d × %d and enlarged", enlarged, len(files), *(size or ()))

@@ -9,35 +9,30 @@ name.
 from __future__ import annotations
 
 import json
-import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from torchvision.transforms.functional import to_tensor
+from torchvision.utils import save_image
 
-from simplear.atomic import claim_directory, whole_file
-from simplear.evaluation.drawing import SETTINGS_FILE, DrawnPrompts, draw_prompts
-from simplear.evaluation.geneval_models import DETECTOR, DETECTOR_SIZE, ColorClassifier, InstanceDetector
-from simplear.evaluation.geneval_rules import CATEGORIES, Detection, counted, judge, threshold_of
-from simplear.evaluation.grid import tiled
-from simplear.evaluation.prediction import predict_prompts
+from simplear.atomic import claim_directory
+from simplear.evaluation.drawing import SETTINGS_FILE, draw_prompts, judge_prompts
+from simplear.evaluation.geneval_models import DETECTOR, ColorClassifier, InstanceDetector
+from simplear.evaluation.geneval_rules import Detection, counted, judge
 from simplear.evaluation.publish import publish
 from simplear.evaluation.report import clustered_accuracy_result, name_run
 from simplear.pictures import read_rgb
 from simplear.rewards import load_clip
 from simplear.text_files import FreeText, read_objects
 
-logger = logging.getLogger(__name__)
-
 FOLDER = "geneval"
 JUDGE = "geneval-hf"
-METADATA_FILE = "metadata.jsonl"
-SAMPLES_FOLDER = "samples"
-GRID_FILE = "grid.png"
+CLIP, OPENAI = "ViT-L-14", "openai"
 
 
 def evaluate_geneval(
@@ -47,75 +42,80 @@ def evaluate_geneval(
     run: FreeText | None = None,
     score: bool = True,
     detector: str = DETECTOR,
-    detector_size: int = DETECTOR_SIZE,
-    clip: str = "ViT-L-14",
-    clip_pretrained: str | None = "openai",
+    clip: str = CLIP,
+    clip_pretrained: str | None = None,
     **drawing: Any,
 ) -> dict[str, Any] | None:
     """Draw GenEval's prompts in the folders of its official program, and judge them as run RUN-geneval-hf.
 
     Writes into OUT: under ``geneval/RUN/`` the images, ``00000/samples/0000.png`` and so on; ``report.json`` (other
     runs stay) and its table ``report.md``; under ``geneval/`` the picture and the page ``RUN-geneval-hf``; in
-    ``geneval/RUN/geneval-hf/`` verdicts and events for TensorBoard. Run again after a stop, it goes on where it was.
+    ``geneval/RUN/`` also the verdicts (``verdicts.jsonl``). Run it again after a stop to resume.
 
     Args:
         checkpoint: directory or hub id of the checkpoint.
         out: directory of the report.
         run: name of the result; the checkpoint directory's own name if not given.
-        score: judge the images here; false draws them alone, for the official program.
+        score: judge the images here; false only draws them, for the official program.
         detector: hub id or directory of a Mask2Former trained on COCO's instances.
-        detector_size: pixels of the shorter side of what the detector sees.
         clip: for colours: a name of open_clip, ``hf-hub:OWNER/REPOSITORY``, or a directory in its format.
-        clip_pretrained: for a name: a tag of open_clip or a file; OpenAI's weights in a file need the name
-            "ViT-L-14-quickgelu".
+        clip_pretrained: for a name: a tag of open_clip or a file; "openai" if neither is given. OpenAI's weights in a
+            file need the name "ViT-L-14-quickgelu".
         drawing: see `simplear.evaluation.drawing.draw_prompts`.
 
     Returns:
-        the whole report; None where nothing was judged, or another process writes the report.
+        the whole report; None if nothing was judged, or another process writes the report.
 
     Raises:
         ValueError, FileNotFoundError: detector or CLIP cannot be had, or what `draw_prompts` raises.
     """
     name = name_run(run, checkpoint, out)
     directory = Path(out) / FOLDER / name
-    networks = None
-    if score:  # before hours of drawing
-        networks = (
-            InstanceDetector(detector, object_names(), detector_size),
-            ColorClassifier(
-                load_clip(
-                    clip, None if Path(clip).is_dir() or clip.startswith(("hf-hub:", "local-dir:")) else clip_pretrained
-                )
-            ),
-        )
-        judge_settings = {
-            "detector": detector,
-            "detector_size": detector_size,
-            "clip": clip,
-            "clip_pretrained": clip_pretrained,
-        }
-        claim_directory(directory / JUDGE / SETTINGS_FILE, judge_settings)
-    drawn = draw_prompts(checkpoint, prompts(), directory, GenEvalLayout(), **drawing)
-    if networks is None:
+    clip_pretrained = clip_pretrained or (OPENAI if clip == CLIP else None)
+    judging = {"detector": detector, "clip": clip, "clip_pretrained": clip_pretrained}
+    if score:  # raises before hours of drawing
+        detect = InstanceDetector(detector, object_names())
+        loaded_clip = load_clip(clip, clip_pretrained)
+        claim_directory(directory / JUDGE / SETTINGS_FILE, judging)
+    rows = prompts()
+    names = [f"{number:05d}" for number in range(len(rows))]
+    drawn = draw_prompts(checkpoint, rows, directory, names, write_images, **drawing)
+    if not score:
         if drawn.trainer.is_global_zero:
             print(f"images: {directory}\njudge them: python evaluation/evaluate_images.py {directory} (see docs)")
         return None
-    task = _Judging(drawn, directory / JUDGE, *networks)
-    predict_prompts(drawn.trainer, task, len(drawn.rows), prompts_per_batch=1)
-    if not drawn.trainer.is_global_zero:
+
+    def load(device: torch.device) -> Callable[[int], list[dict[str, Any]]]:
+        detect.network.to(device)
+        colors = ColorClassifier(loaded_clip, device)
+
+        def verdicts(number: int) -> list[dict[str, Any]]:
+            row, path = drawn.rows[number], drawn.paths[number]
+            samples = [sample_file(path, sample) for sample in range(drawn.settings["samples"])]
+            images = [read_rgb(sample) for sample in samples]
+            return [
+                _verdict(row, str(sample.relative_to(directory)), image, detections, colors)
+                for sample, image, detections in zip(samples, images, detect(images), strict=True)
+            ]
+
+        return verdicts
+
+    verdicts = judge_prompts(drawn, JUDGE, directory / JUDGE, load)
+    if verdicts is None:
         return None
-    rows = [row for number in range(len(drawn.rows)) for _, row in read_objects(task.file(number))]
-    verdicts: dict[str, dict[str, list[bool]]] = {}
-    for row in rows:
-        verdicts.setdefault(row["tag"], {}).setdefault(row["prompt"], []).append(row["correct"])
-    if len(drawn.rows) < len(prompts()):
-        logger.warning("only the first %d of %d prompts: no number of GenEval.", len(drawn.rows), len(prompts()))
-    if missing := [category for category in CATEGORIES if category not in verdicts]:
-        logger.warning("no prompt of %s: overall is the mean of the others.", ", ".join(missing))
-    settings = {"benchmark": FOLDER, "judge": JUDGE, "checkpoint": checkpoint, **judge_settings, **drawn.settings}
-    settings["prompts"] = len(drawn.rows)
-    result = clustered_accuracy_result(verdicts)
-    return publish(directory, f"{name}-{JUDGE}", result, settings, rows, title="GenEval", part=JUDGE)
+    settings = drawn.report_settings(FOLDER, judge=JUDGE, checkpoint=checkpoint, **judging)
+    result = clustered_accuracy_result((row["tag"], row["prompt"], row["correct"]) for row in verdicts)
+    return publish(directory, f"{name}-{JUDGE}", result, settings, verdicts)
+
+
+def _verdict(
+    row: Mapping[str, Any], file: str, image: Image.Image, detections: Sequence[Detection], colors: ColorClassifier
+) -> dict[str, Any]:
+    """The verdict on one image, with box and confidence of the objects that count."""
+    found = counted(row, detections)
+    verdict = judge(row, found, lambda objects, name: colors(image, objects, name))
+    boxes = {name: [[round(x, 4) for x in (*item.box, item.score)] for item in items] for name, items in found.items()}
+    return {"file": file, **row, "correct": verdict.correct, "reason": verdict.reason, "found": boxes}
 
 
 def prompts() -> list[dict[str, Any]]:
@@ -129,79 +129,16 @@ def object_names() -> list[str]:
     return (files("simplear.evaluation") / "geneval_data" / "object_names.txt").read_text().split("\n")[:-1]
 
 
-class GenEvalLayout:
-    """``00000/metadata.jsonl``, ``00000/grid.png``, ``00000/samples/0000.png`` and so on."""
-
-    is_folder = True
-
-    def name(self, number: int, row: Mapping[str, Any]) -> str:
-        """Of a prompt's directory."""
-        return f"{number:05d}"
-
-    def write(self, path: Path, row: Mapping[str, Any], images: Sequence[Image.Image]) -> None:
-        """Fill it."""
-        (path / METADATA_FILE).write_text(json.dumps(row))
-        (path / SAMPLES_FOLDER).mkdir()
-        for sample, image in enumerate(images):
-            image.save(sample_file(path, sample))
-        tiled(images, math.ceil(math.sqrt(len(images)))).save(path / GRID_FILE)
-
-    def is_whole(self, path: Path, samples: int) -> bool:
-        """Whether every sample is there, and the row."""
-        return (path / METADATA_FILE).exists() and all(sample_file(path, k).exists() for k in range(samples))
+def write_images(directory: Path, row: Mapping[str, Any], images: Sequence[Image.Image]) -> None:
+    """A prompt's ``metadata.jsonl``, ``grid.png``, ``samples/0000.png`` and so on."""
+    (directory / "metadata.jsonl").write_text(json.dumps(row))
+    (directory / "samples").mkdir()
+    for sample, image in enumerate(images):
+        image.save(sample_file(directory, sample))
+    columns = math.ceil(math.sqrt(len(images)))
+    save_image([to_tensor(image) for image in images], directory / "grid.png", nrow=columns, padding=0)
 
 
-def sample_file(path: Path, sample: int) -> Path:
+def sample_file(directory: Path, sample: int) -> Path:
     """An image in a prompt's directory."""
-    return path / SAMPLES_FOLDER / f"{sample:04d}.png"
-
-
-class _Judging:
-    """The task: a file of verdicts for each prompt, a line an image."""
-
-    title = JUDGE
-
-    def __init__(
-        self, drawn: DrawnPrompts, directory: Path, detector: InstanceDetector, colors: ColorClassifier
-    ) -> None:
-        self.drawn, self.directory, self.detector, self.colors = drawn, directory, detector, colors
-
-    def setup(self, device: torch.device) -> None:
-        """Bring the networks to the device."""
-        self.detector.to(device)
-        self.colors.to(device)
-
-    def file(self, number: int) -> Path:
-        """Of a prompt's verdicts."""
-        return self.directory / f"{number:05d}.jsonl"
-
-    def is_finished(self, number: int) -> bool:
-        """Whether they are there."""
-        return self.file(number).exists()
-
-    def run(self, numbers: Sequence[int]) -> None:
-        """Judge all images of prompts."""
-        for number in numbers:
-            row, path = self.drawn.rows[number], self.drawn.paths[number]
-            names = [sample_file(path, sample) for sample in range(self.drawn.settings["samples"])]
-            images = [read_rgb(name) for name in names]
-            lines = []
-            for name, image, detected in zip(names, images, self.detector(images), strict=True):
-                found = counted(detected, threshold_of(row))
-                verdict = judge(row, found, self.colors.colors_in(image))
-                lines.append(
-                    {
-                        "file": str(name.relative_to(path.parent)),
-                        **row,
-                        "correct": verdict.correct,
-                        "reason": verdict.reason,
-                        "found": {key: [_described(item) for item in items] for key, items in found.items()},
-                    }
-                )
-            with whole_file(self.file(number)) as partial:
-                partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def _described(item: Detection) -> list[float]:
-    """Box and confidence."""
-    return [round(value, 4) for value in (*item.box, item.score)]
+    return directory / "samples" / f"{sample:04d}.png"

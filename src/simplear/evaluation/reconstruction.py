@@ -1,63 +1,46 @@
-"""What a visual tokenizer keeps of pictures: each is encoded and decoded, and both are compared.
+"""What a visual tokenizer preserves of pictures: each is encoded and decoded, and both are compared.
 
-PSNR and SSIM say how close a picture comes back, rFID how close the whole set does, and the use of the codebook how
-much of what codes could say they do. Reconstructions are rounded to 8 bits before anything is measured, as they would
-be saved; no model on top of the tokenizer can draw better than they look.
+PSNR and SSIM tell how close a picture comes back, rFID how close the whole set does, and the use of the codebook how
+much of it the pictures need. Reconstructions are rounded to 8 bits before anything is measured, as they would be saved;
+no model on top of the tokenizer can draw better than they look.
 
 Left out: LPIPS, whose network would have to be downloaded too.
 """
 
 from __future__ import annotations
 
-import heapq
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
-from tqdm import tqdm
 
 from simplear.atomic import require_writable
+from simplear.data.sources.folders import pictures_below
 from simplear.device import resolve_device
 from simplear.errors import UserError
-from simplear.evaluation.fid import FrechetDistance, InceptionFeatures
-from simplear.evaluation.folder import picture_batches, picture_files
+from simplear.evaluation.fid import FrechetDistance, picture_batches
+from simplear.evaluation.grid import Cell, image_grid
 from simplear.evaluation.intervals import clustered_interval
-from simplear.evaluation.page import PageImage
-from simplear.evaluation.publish import SHOWN, publish
+from simplear.evaluation.publish import publish
 from simplear.evaluation.report import OVERALL, Result, name_run
 from simplear.text_files import FreeText
-from simplear.visual_tokenizer import VisualTokenizer, load_visual_tokenizer, to_pixels
+from simplear.visual_tokenizer import load_visual_tokenizer
 
 FOLDER = "reconstruction"
 ROWS_FILE = "pictures.jsonl"
-SMALLEST_SIDE = 11
-"""Pixels of SSIM's window."""
+SHOWN = 16
+"""Pictures shown beside their reconstructions, the first ones."""
+SSIM_WINDOW = 11
+"""Pixels of a side."""
 PSNR_CEILING = 10 * float(np.log10(255**2 * 12))
 """dB, 58.9: the noise of rounding to 8 bits alone, a twelfth of a level squared. A picture that comes back exactly
-counts as this, for its own ratio is infinite."""
-
-
-@dataclass(frozen=True)
-class Reconstruction:
-    """A picture and what came back."""
-
-    file: Path
-    original: NDArray[np.uint8]
-    """(H, W, 3)."""
-    decoded: NDArray[np.uint8]
-    """(H, W, 3)."""
-    psnr: float
-    """dB, at most `PSNR_CEILING`."""
-    ssim: float
-    """-1 to 1."""
+counts as this, since its own ratio is infinite."""
 
 
 def evaluate_tokenizer(
@@ -74,11 +57,11 @@ def evaluate_tokenizer(
     batch_size: int = 32,
     device: str | None = None,
 ) -> dict[str, Any]:
-    """What a visual tokenizer keeps of pictures: rFID, PSNR, SSIM, and how much of its codebook it uses.
+    """What a visual tokenizer preserves of pictures: rFID, PSNR, SSIM, and how much of its codebook it uses.
 
-    Writes into OUT: ``report.json`` (other runs stay) and its table ``report.md``; under ``reconstruction/`` the page
-    ``RUN-reconstruction.png`` of originals beside reconstructions, and in ``RUN-reconstruction/`` PSNR and SSIM of each
-    picture (``pictures.jsonl``) and events for TensorBoard.
+    Writes into OUT: ``report.json`` (other runs stay) and its table ``report.md``; under ``reconstruction/`` the
+    picture ``RUN-reconstruction.png`` of originals beside reconstructions, and in ``RUN-reconstruction/`` PSNR and SSIM
+    of each picture (``pictures.jsonl``).
 
     Args:
         tokenizer: directory or hub id of a visual tokenizer.
@@ -93,7 +76,7 @@ def evaluate_tokenizer(
             weights are ``--extractor InceptionFeatures --extractor.weights FILE``.
         rfid: false leaves rFID out, and needs no such network.
         batch_size: pictures at a time.
-        device: where to encode and decode; a GPU where there is one if not given.
+        device: where to encode and decode; a GPU if there is one if not given.
 
     Returns:
         the whole report.
@@ -103,11 +86,11 @@ def evaluate_tokenizer(
         ValueError: a picture that cannot be read or has another size (the message names it), or a number too small.
     """
     if (height is None) != (width is None):
-        raise UserError("height and width go together: give both, or neither where all pictures have one size.")
+        raise UserError("height and width go together: give both, or neither if all pictures have one size.")
     if batch_size < 1 or (limit is not None and limit < 2):
         raise UserError(f"batch_size {batch_size} must be at least 1 and limit {limit} at least 2.")
     name = f"{name_run(run, tokenizer, out)}-{FOLDER}"
-    files = picture_files(images)
+    files = pictures_below(Path(images))
     if limit is not None and limit < len(files):
         files = [files[index * len(files) // limit] for index in range(limit)]
     if len(files) < 2:
@@ -115,73 +98,45 @@ def evaluate_tokenizer(
     require_writable(out, "the report", "--out")
     place = resolve_device(device)
     visual_tokenizer = load_visual_tokenizer(tokenizer, place)
-    distance = FrechetDistance(extractor or InceptionFeatures(), place) if rfid else None
+    distance = FrechetDistance(extractor, place) if rfid else None
     size = None if height is None or width is None else (height, width)
-    _, pictures = next(picture_batches(files[:1], 1, size))
-    _check_size(pictures.shape[1], pictures.shape[2], visual_tokenizer.downsample)
-
     counts = torch.zeros(visual_tokenizer.codebook_size, dtype=torch.long)
-    batches = picture_batches(files, batch_size, size)
-    scores: list[tuple[Path, float, float]] = []
-    first: list[Reconstruction] = []
-    worst: list[tuple[float, int, Reconstruction]] = []
-    with tqdm(total=len(files), desc="reconstructing", unit="picture", disable=None, leave=False) as bar:
-        for item in reconstructions(visual_tokenizer, batches, counts, distance, place):
-            if len(first) < SHOWN:
-                first.append(item)
-            entry = (-item.psnr, -len(scores), item)
-            (heapq.heappush if len(worst) < SHOWN else heapq.heappushpop)(worst, entry)
-            scores.append((item.file, item.psnr, item.ssim))
-            bar.update()
+    rows: list[dict[str, Any]] = []
+    cells: list[Cell] = []
+    for originals in picture_batches(files, batch_size, size, "reconstructing"):
+        originals = originals.to(place)
+        codes = visual_tokenizer.encode(originals.float() / 127.5 - 1)
+        counts += torch.bincount(codes.flatten().cpu(), minlength=len(counts))
+        decoded = ((visual_tokenizer.decode(codes).float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        if distance is not None:
+            distance.update(originals, real=True)
+            distance.update(decoded, real=False)
+        for psnr, ssim, *pair in zip(*picture_scores(originals, decoded), originals, decoded, strict=True):
+            # A picture stands where other evaluations have a prompt: it is what two runs are compared by.
+            path = os.fsencode(files[len(rows)].relative_to(images)).decode(errors="replace")
+            rows.append({"prompt": path, "psnr": float(psnr), "ssim": float(ssim)})
+            if len(cells) < SHOWN:
+                shown = tuple(Image.fromarray(picture.permute(1, 2, 0).cpu().numpy()) for picture in pair)
+                cells.append(Cell(f"{path} ({float(psnr):.3f})", shown, labels=("original", "decoded")))
 
-    result = reconstruction_result([(psnr, ssim) for _, psnr, ssim in scores], counts, distance)
     settings = {
         "benchmark": FOLDER,
         "tokenizer": tokenizer,
         "fingerprint": visual_tokenizer.fingerprint,
         "images": images,
-        "size": list(first[0].original.shape[:2]),
+        "size": list(originals.shape[2:]),
         "resized": size is not None,
-        "verdict": "psnr",
     }
-    # A picture stands where other evaluations have a prompt: it is what two runs are compared by.
-    rows = [{"prompt": _path_in(images, file), "psnr": psnr, "ssim": ssim} for file, psnr, ssim in scores]
-    shown = [
-        PageImage(Image.fromarray(image), _path_in(images, item.file), score=item.psnr, label=label)
-        for item in {item.file: item for item in [*first, *(item for _, _, item in worst)]}.values()
-        for image, label in ((item.original, "original"), (item.decoded, "decoded"))
-    ]
-    return publish(Path(out) / FOLDER / name, name, result, settings, rows, shown=shown, rows_file=ROWS_FILE)
-
-
-def reconstructions(
-    tokenizer: VisualTokenizer,
-    batches: Iterable[tuple[Sequence[Path], NDArray[np.uint8]]],
-    counts: Tensor,
-    distance: FrechetDistance | None = None,
-    device: str | torch.device = "cpu",
-) -> Iterator[Reconstruction]:
-    """Each picture with what came back.
-
-    Args:
-        tokenizer: encodes and decodes, on the device.
-        batches: files and their pictures (B, H, W, 3) uint8.
-        counts: (codebook size,) int64 on CPU; how often each code occurred is added.
-        distance: is given originals as real and reconstructions as drawn.
-        device: where to compute.
-    """
-    for files, originals in batches:
-        codes = tokenizer.encode(torch.from_numpy(to_pixels(originals)).to(device))
-        counts += torch.bincount(codes.flatten().cpu(), minlength=len(counts))
-        decoded = ((tokenizer.decode(codes).float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        given = torch.from_numpy(originals).permute(0, 3, 1, 2).to(device)
-        if distance is not None:
-            distance.update(given, real=True)
-            distance.update(decoded, real=False)
-        psnr, ssim = picture_scores(given, decoded)
-        shown = decoded.permute(0, 2, 3, 1).cpu().numpy()
-        for rows in zip(files, originals, shown, psnr.tolist(), ssim.tolist(), strict=True):
-            yield Reconstruction(*rows)
+    return publish(
+        Path(out) / FOLDER / name,
+        name,
+        reconstruction_result(rows, counts, distance),
+        settings,
+        rows,
+        verdict="psnr",
+        rows_file=ROWS_FILE,
+        picture=image_grid({f"{name}: the first pictures, PSNR in dB": cells}),
+    )
 
 
 def picture_scores(originals: Tensor, decoded: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,18 +145,18 @@ def picture_scores(originals: Tensor, decoded: Tensor) -> tuple[Tensor, Tensor]:
     Both over the three channels of RGB; SSIM with a Gaussian window of 11 × 11 and σ = 1.5, over the windows that lie
     within the picture (Wang et al. 2004).
     """
-    given, found = originals.double() / 255, decoded.double() / 255
-    psnr = peak_signal_noise_ratio(found, given, data_range=1.0, reduction="none", dim=(1, 2, 3))
+    after, before = decoded.double() / 255, originals.double() / 255
+    psnr = peak_signal_noise_ratio(after, before, data_range=1.0, reduction="none", dim=(1, 2, 3))
     _, map_of_windows = structural_similarity_index_measure(
-        found, given, data_range=1.0, reduction="none", return_full_image=True
+        after, before, data_range=1.0, reduction="none", return_full_image=True
     )
-    border = SMALLEST_SIDE // 2
+    border = SSIM_WINDOW // 2
     within = map_of_windows[..., border:-border, border:-border]
     return psnr.clamp(max=PSNR_CEILING), within.flatten(1).mean(dim=1)
 
 
 def reconstruction_result(
-    scores: Sequence[tuple[float, float]], counts: Tensor, distance: FrechetDistance | None = None
+    rows: Sequence[dict[str, Any]], counts: Tensor, distance: FrechetDistance | None = None
 ) -> Result:
     """PSNR and SSIM with 95 % intervals over pictures, use of the codebook, and rFID, which is the overall.
 
@@ -209,16 +164,16 @@ def reconstruction_result(
     the overall.
 
     Args:
-        scores: PSNR and SSIM of each picture, two pictures or more.
+        rows: ``psnr`` and ``ssim`` of each picture, two pictures or more.
         counts: (codebook size,), how often each code occurred.
         distance: of all the pictures.
     """
     result: Result = {}
     if distance is not None:
-        result[f"rfid-{distance.name}"] = {"score": distance.compute(), "n": len(scores)}
-    for name, values in zip(("psnr", "ssim"), zip(*scores, strict=True), strict=True):
-        mean, low, high = clustered_interval([values])
-        result[name] = {"score": mean, "low": low, "high": high, "n": len(scores)}
+        result[f"rfid-{distance.name}"] = {"score": distance.compute(), "n": len(rows)}
+    for name in ("psnr", "ssim"):
+        mean, low, high = clustered_interval([[row[name] for row in rows]])
+        result[name] = {"score": mean, "low": low, "high": high, "n": len(rows)}
     used, perplexity = codebook_use(counts)
     result["codebook-used"] = {"score": used, "n": int(counts.sum())}
     result["codebook-perplexity"] = {"score": perplexity, "n": int(counts.sum())}
@@ -232,20 +187,5 @@ def codebook_use(counts: Tensor) -> tuple[float, float]:
     Args:
         counts: (C,), not all 0.
     """
-    shares = counts.double() / counts.sum()
-    return float((counts > 0).double().mean()), float(torch.exp(-torch.special.xlogy(shares, shares).sum()))
-
-
-def _check_size(height: int, width: int, downsample: int) -> None:
-    if height % downsample or width % downsample:
-        raise UserError(
-            f"pictures of {height} × {width} pixels are not made of whole patches of {downsample} × {downsample}: name "
-            "a height and width that are multiples, to which they are resized and cropped."
-        )
-    if min(height, width) < SMALLEST_SIDE:
-        raise UserError(f"pictures of {height} × {width} pixels are smaller than SSIM's window of {SMALLEST_SIDE}.")
-
-
-def _path_in(folder: str, file: Path) -> str:
-    """A picture's path in its folder as text: a name may hold bytes that are not."""
-    return os.fsencode(file.relative_to(folder)).decode(errors="replace")
+    entropy = torch.distributions.Categorical(probs=counts.double()).entropy()
+    return float((counts > 0).double().mean()), float(entropy.exp())

@@ -1,17 +1,20 @@
-"""Scene accuracy: draw what held-out captions ask for, read the images back with the exact detector, and judge.
+"""Scene accuracy: draw held-out captions, read the images back with the exact detector, and judge them.
 
-GenEval in small: the same six categories and the same overall, the mean of the categories, with a detector that does
-not err. Two lines of comparison frame the number: the same checkpoint drawing from the empty caption, judged by the
-same prompts (what a model that ignores its caption reaches), and drawings that only pass through the visual tokenizer
-(what no language model on top of it can exceed).
+A small GenEval: the same six categories and the same overall, the mean of the categories, with a detector that does
+not err. Two baselines frame the number: the same checkpoint drawing from the empty caption, judged by the same prompts
+(what a model that ignores its caption reaches), and drawings that only pass through the visual tokenizer (an upper
+bound for any language model on top of it).
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
+import math
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,33 +27,42 @@ from tqdm import tqdm
 
 from simplear.atomic import require_writable
 from simplear.errors import UserError
-from simplear.evaluation.diversity import diversity
 from simplear.evaluation.intervals import clustered_proportion
-from simplear.evaluation.publish import page_image, publish
+from simplear.evaluation.publish import VERDICTS_FILE, publish
 from simplear.evaluation.report import (
     OVERALL,
     REPORT_FILE,
-    VERDICTS_FILE,
     Result,
+    accuracy_entry,
     accuracy_result,
     clustered_accuracy_result,
     merge_run,
     name_run,
 )
 from simplear.generation import DrawingOptions, SimpleARPipeline
-from simplear.scenes import Verdict, detect, draw, evaluation_prompts, metadata, sample_scene, strict_verdict, verdict
-from simplear.text_files import FreeText, read_objects
+from simplear.scenes import (
+    Verdict,
+    background_name,
+    detect,
+    draw,
+    evaluation_prompts,
+    metadata,
+    sample_scene,
+    strict_verdict,
+    verdict,
+)
+from simplear.text_files import FreeText
 from simplear.visual_tokenizer import VisualTokenizer, to_pixels
 
 FOLDER = "scenes"
-TOKENIZER_RUN = "tokenizer"
 BLIND: dict[str, Any] = {"guidance_scale": 1.0, "prompt_prefix": "", "negative_prompt": ""}
-"""Of images from the empty caption."""
+"""Options for images from the empty caption."""
+LARGEST_PIXEL = 255.0
 
 
 @dataclass(frozen=True)
 class JudgedImage:
-    """An image, what was asked of it and whether it shows that."""
+    """An image, its prompt, and whether it shows that."""
 
     prompt: dict[str, Any]
     """As `simplear.scenes.evaluation_prompts` gives it."""
@@ -60,7 +72,7 @@ class JudgedImage:
 
     @cached_property
     def strict(self) -> Verdict:
-        """`simplear.scenes.strict_verdict`, which takes some milliseconds, when it is first asked for."""
+        """See `simplear.scenes.strict_verdict`."""
         return strict_verdict(self.prompt, self.image)
 
 
@@ -75,7 +87,6 @@ def evaluate_scenes(
     blind_prompts: int = 0,
     tokenizer_ceiling: bool = False,
     strict: bool = False,
-    compare_with: FreeText | None = None,
     batch_size: int = 100,
     device: str | None = None,
     **drawing: Any,
@@ -83,8 +94,8 @@ def evaluate_scenes(
     """Scene accuracy of a checkpoint, in six categories, on captions whose shapes and colours it never saw together.
 
     Writes into OUT: ``report.json`` (other runs stay) and its table ``report.md``; under ``scenes/`` the picture
-    ``RUN.png`` and the page ``RUN.html`` with every image; in ``scenes/RUN/`` the images, their verdicts
-    (``verdicts.jsonl``) and events for TensorBoard.
+    ``RUN.png`` and the page ``RUN.html`` with every image; in ``scenes/RUN/`` the images and their verdicts
+    (``verdicts.jsonl``).
 
     Args:
         checkpoint: directory or hub id of the checkpoint.
@@ -99,9 +110,8 @@ def evaluate_scenes(
         strict: also judge the images by `simplear.scenes.strict_verdict`, as run RUN-strict: for models that were
             trained on the ordinary judge.
         tokenizer_ceiling: also judge drawings that went through the visual tokenizer alone, as run "tokenizer".
-        compare_with: an earlier run in OUT on the same prompts; the picture shows its images beside the new ones.
         batch_size: images drawn at a time.
-        device: where to draw; a GPU where there is one if not given.
+        device: where to draw; by default a GPU if there is one.
         drawing: what is drawn with, see `simplear.generation.DrawingOptions`; images from the empty caption have
             guidance, prefix and negative prompt of their own.
 
@@ -109,36 +119,30 @@ def evaluate_scenes(
         the whole report.
 
     Raises:
-        ValueError: `compare_with` has no images of these prompts, or a number is too small.
+        ValueError: a number is out of its range.
     """
-    for name, value in (("prompts_per_category", prompts_per_category), ("images_per_prompt", images_per_prompt)):
-        if value < 1:
-            raise UserError(f"{name} {value} must be at least 1.")
-    if not 0 <= blind_prompts <= prompts_per_category:
+    if prompts_per_category < 1 or images_per_prompt < 1 or not 0 <= blind_prompts <= prompts_per_category:
         raise UserError(
-            f"blind_prompts {blind_prompts} must lie in [0, {prompts_per_category}], the prompts there are."
+            f"prompts_per_category {prompts_per_category} and images_per_prompt {images_per_prompt} must be at least "
+            f"1, and blind_prompts {blind_prompts} must lie in [0, {prompts_per_category}]."
         )
     options = DrawingOptions(batch_size=batch_size, **drawing)
     prompts = evaluation_prompts(prompts_per_category, seed)
     name = name_run(run, checkpoint, out)
-    if compare_with is not None:
-        earlier = _of_prompts(Path(out), compare_with, prompts)
     pipeline = options.pipeline(checkpoint, device)
     captions = [prompt["prompt"] for prompt in prompts]
     pipeline.check_prompts(captions, options.prompt_prefix, options.height, options.width)
     require_writable(out, "the report", "--out")
     report_file = Path(out) / REPORT_FILE
+    tokenizer = pipeline.visual_tokenizer
     settings = {"checkpoint": checkpoint, "seed": seed, **options.stated(pipeline.settings)}
-    settings["visual_tokenizer"] = pipeline.visual_tokenizer.fingerprint
+    settings["visual_tokenizer"] = tokenizer.fingerprint
     if tokenizer_ceiling:
         resolution = pipeline.settings.grid[0] * pipeline.settings.downsample
-        ceiling = reconstruction_accuracy(pipeline.visual_tokenizer, resolution, len(prompts), seed, pipeline.device)
-        merge_run(
-            report_file, TOKENIZER_RUN, ceiling, {"checkpoint": checkpoint, "seed": seed, "resolution": resolution}
-        )
+        ceiling = reconstruction_accuracy(tokenizer, resolution, len(prompts), seed, pipeline.device)
+        merge_run(report_file, "tokenizer", ceiling, {"checkpoint": checkpoint, "seed": seed, "resolution": resolution})
     if blind_prompts:
-        unconditional = replace(options, **BLIND)
-        blind = blind_accuracy(pipeline, prompts, blind_prompts, seed, **unconditional.arguments())
+        blind = blind_accuracy(pipeline, prompts, blind_prompts, seed, **options.arguments())
         merge_run(report_file, f"{name}-blind", blind, {**settings, **BLIND, "images": blind_prompts})
     judged = draw_and_judge(pipeline, prompts, images_per_prompt, seed, **options.arguments())
     images = Path(out) / FOLDER / name
@@ -147,16 +151,9 @@ def evaluate_scenes(
     if strict:
         of_verdicts = {"verdicts": f"{FOLDER}/{name}/{VERDICTS_FILE}", "verdict": "strict"}
         merge_run(report_file, f"{name}-strict", strict_result(judged), {**settings, **of_verdicts})
-    shown = None
-    if compare_with is not None:
-        first = {row["prompt"]: row for row in reversed(rows)}  # of a prompt that has several images
-        shown = [
-            page_image(images.with_name(by), row, label=by)
-            for prompt in prompts
-            for by, row in ((compare_with, earlier[prompt["prompt"]]), (name, first[prompt["prompt"]]))
-        ]
     varied = diversity([item.image for item in judged], [item.prompt["prompt"] for item in judged])
-    return publish(images, name, scene_result(judged), settings, rows, title="Scenes", shown=shown, diversity=varied)
+    result = scene_result(judged)
+    return publish(images, name, result, settings, rows, diversity=varied)
 
 
 def draw_and_judge(
@@ -164,37 +161,31 @@ def draw_and_judge(
     prompts: Sequence[dict[str, Any]],
     images_per_prompt: int = 1,
     seed: int = 0,
-    *,
-    batch_size: int = 100,
     **options: Any,
 ) -> list[JudgedImage]:
     """Draw each prompt and judge the images, in the order of the prompts.
 
     Arguments as for `evaluate_scenes`; ``options`` are those of the pipeline's call.
     """
-    asked = [(prompt, sample) for prompt in prompts for sample in range(images_per_prompt)]
-    captions = [prompt["prompt"] for prompt, _ in asked]
-    seeds = [image_seed(seed, prompt["prompt"], sample) for prompt, sample in asked]
-    images = _draw(pipeline, captions, seeds, batch_size, "drawing", **options)
-    return [_judged(prompt, image) for (prompt, _), image in zip(asked, images, strict=True)]
+    repeated = [prompt for prompt in prompts for _ in range(images_per_prompt)]
+    captions = [prompt["prompt"] for prompt in repeated]
+    seeds = [image_seed(seed, prompt["prompt"], sample) for prompt in prompts for sample in range(images_per_prompt)]
+    images = _draw(pipeline, captions, seeds, **options)
+    return [_judged(prompt, image) for prompt, image in zip(repeated, images, strict=True)]
 
 
 def scene_result(judged: Sequence[JudgedImage]) -> Result:
-    """Accuracy with 95 % intervals, overall and by category; images of one prompt are taken for alike, as they are."""
-    return _result(judged, lambda item: item.verdict)
+    """Accuracy overall and by category, with 95 % intervals that take the prompt as the unit."""
+    return clustered_accuracy_result(
+        (item.prompt["tag"], item.prompt["prompt"], item.verdict.correct) for item in judged
+    )
 
 
 def strict_result(judged: Sequence[JudgedImage]) -> Result:
     """As `scene_result`, by `simplear.scenes.strict_verdict`, a judge that gives no rewards."""
-    return _result(judged, lambda item: item.strict)
-
-
-def _result(judged: Sequence[JudgedImage], judge: Callable[[JudgedImage], Verdict]) -> Result:
-    verdicts: dict[str, dict[str, list[bool]]] = {}
-    for item in judged:
-        of_category = verdicts.setdefault(item.prompt["tag"], {})
-        of_category.setdefault(item.prompt["prompt"], []).append(judge(item).correct)
-    return clustered_accuracy_result(verdicts)
+    return clustered_accuracy_result(
+        (item.prompt["tag"], item.prompt["prompt"], item.strict.correct) for item in judged
+    )
 
 
 def blind_accuracy(
@@ -202,8 +193,6 @@ def blind_accuracy(
     prompts: Sequence[dict[str, Any]],
     count: int,
     seed: int = 0,
-    *,
-    batch_size: int = 100,
     **options: Any,
 ) -> Result:
     """Accuracy of images drawn from the empty caption, without prefix and guidance, judged by prompts all the same.
@@ -212,18 +201,18 @@ def blind_accuracy(
     different ones the same: for the overall's interval an image is the unit, with a verdict of each category.
     """
     seeds = [image_seed(seed, "", sample) for sample in range(count)]
-    images = _draw(pipeline, [""] * count, seeds, batch_size, "drawing blind", **{**options, **BLIND})
+    images = _draw(pipeline, [""] * count, seeds, **{**options, **BLIND})
     by_category: dict[str, list[dict[str, Any]]] = {}
     for prompt in prompts:
         by_category.setdefault(prompt["tag"], []).append(prompt)
-    judged = {
-        category: [_judged(prompt, image) for prompt, image in zip(members[:count], images, strict=True)]
+    correct = {
+        category: [
+            _judged(prompt, image).verdict.correct for prompt, image in zip(members[:count], images, strict=True)
+        ]
         for category, members in by_category.items()
     }
-    correct = {category: [item.verdict.correct for item in items] for category, items in judged.items()}
-    result = accuracy_result(correct)
-    _, low, high = clustered_proportion(list(zip(*correct.values(), strict=True)))
-    return {**result, OVERALL: {**result[OVERALL], "low": low, "high": high}}
+    shared = clustered_proportion([(sum(right), len(right)) for right in zip(*correct.values(), strict=True)])
+    return {**accuracy_result(correct), OVERALL: accuracy_entry(*shared, count * len(correct))}
 
 
 def reconstruction_accuracy(
@@ -239,7 +228,7 @@ def reconstruction_accuracy(
     Args:
         visual_tokenizer: encodes and decodes.
         resolution: pixels of a side.
-        count: scenes, a sixth of them of each category; they come from where the evaluation's prompts do.
+        count: scenes of the split of the evaluation's prompts, a sixth of them of each category.
         seed: another seed draws other scenes.
         device: where the tokenizer is.
         batch_size: drawings at a time.
@@ -251,8 +240,8 @@ def reconstruction_accuracy(
         pixels = torch.from_numpy(to_pixels(np.stack([draw(scene, resolution) for scene in members])))
         decoded = visual_tokenizer.decode(visual_tokenizer.encode(pixels.to(device)))
         images = ((decoded.float() + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        for asked, image in zip(map(metadata, members), images, strict=True):
-            verdicts.setdefault(asked["tag"], []).append(_judged(asked, image).verdict.correct)
+        for prompt, image in zip(map(metadata, members), images, strict=True):
+            verdicts.setdefault(prompt["tag"], []).append(_judged(prompt, image).verdict.correct)
     return accuracy_result(verdicts)
 
 
@@ -263,15 +252,13 @@ def image_seed(seed: int, prompt: str, sample: int) -> int:
 
 
 def _draw(
-    pipeline: SimpleARPipeline, captions: list[str], seeds: list[int], batch_size: int, title: str, **options: Any
+    pipeline: SimpleARPipeline, captions: list[str], seeds: list[int], batch_size: int = 100, **options: Any
 ) -> list[NDArray[np.uint8]]:
     images: list[NDArray[np.uint8]] = []
-    with tqdm(total=len(captions), desc=title, unit="image", disable=None, leave=False) as bar:
-        for start in range(0, len(captions), batch_size):
-            part = slice(start, start + batch_size)
-            pictures: Any = pipeline(captions[part], seed=seeds[part], batch_size=batch_size, **options).images
-            images += [np.asarray(picture) for picture in pictures]
-            bar.update(len(pictures))
+    for start in tqdm(range(0, len(captions), batch_size), desc="drawing", unit="batch", disable=None, leave=False):
+        part = slice(start, start + batch_size)
+        pictures: Any = pipeline(captions[part], seed=seeds[part], batch_size=batch_size, **options).images
+        images += [np.asarray(picture) for picture in pictures]
     return images
 
 
@@ -293,14 +280,35 @@ def _write_images(directory: Path, judged: Sequence[JudgedImage], strict: bool) 
     return rows
 
 
-def _of_prompts(out: Path, run: str, prompts: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The line of each prompt's first image in an earlier run. Raises UserError where a prompt has none."""
-    file = out / FOLDER / run / VERDICTS_FILE
-    rows = [row for _, row in read_objects(file)] if file.exists() else []
-    found = {row.get("prompt", ""): row for row in reversed(rows)}
-    if missing := [prompt["prompt"] for prompt in prompts if prompt["prompt"] not in found]:
-        raise UserError(
-            f"run {run!r} has no image of {missing[0]!r} in {file}: evaluate it into the same directory with the "
-            "same seed and as many prompts_per_category."
-        )
-    return found
+def diversity(images: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> dict[str, float]:
+    """Variety of the images: reinforcement learning can lose it without any loss of accuracy.
+
+    Args:
+        images: (H, W, 3) uint8 each; those of one prompt have one size.
+        prompts: of each image.
+
+    Returns:
+        ``background_entropy``: bits, 0 if all backgrounds are alike, log2(3) if the three are equally frequent;
+        ``color_entropy``: bits, of the colours of all detected objects, 0 to 3; and, if a prompt has several images,
+        ``sample_distance``: root mean square difference of two images of one prompt on [0, 1], averaged over all pairs
+        of a prompt, then over prompts.
+    """
+    groups: dict[str, list[NDArray[np.float64]]] = {}
+    for image, prompt in zip(images, prompts, strict=True):
+        groups.setdefault(prompt, []).append(image / LARGEST_PIXEL)
+    found = {
+        "background_entropy": _entropy(map(background_name, images)),
+        "color_entropy": _entropy(item.color for image in images for item in detect(image)),
+    }
+    distances = [
+        float(np.mean([np.sqrt(np.mean((a - b) ** 2)) for a, b in itertools.combinations(members, 2)]))
+        for members in groups.values()
+        if len(members) > 1
+    ]
+    return {**found, "sample_distance": float(np.mean(distances))} if distances else found
+
+
+def _entropy(names: Iterable[str]) -> float:
+    """Of the frequencies of names, in bits; 0 for none."""
+    counts = Counter(names)
+    return sum(-count / counts.total() * math.log2(count / counts.total()) for count in counts.values())

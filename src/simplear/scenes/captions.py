@@ -1,17 +1,30 @@
-"""Scenes to words: a short and a long caption with varied wording, and the prompts of the evaluation.
+"""Scenes to words: a short and a long caption with varied wording, evaluation prompts, and false captions.
 
 Everything a caption says is true of its scene. The short one names the objects and what the category is about; the
-long one adds the background and, where there is something to say, sizes and places. About sixty words in all.
-Evaluation prompts are short captions of scenes with held-out pairs, so they read as the training captions do.
+long one adds the background and, if notable, sizes and places. The vocabulary has about sixty words. Evaluation prompts
+are short captions of scenes with held-out pairs, so they read like the training captions.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection, Iterator
 from typing import Any
 
+import numpy as np
+
 from simplear.errors import UserError
-from simplear.scenes.sampling import Dice, sample_scene
-from simplear.scenes.scene import CATEGORIES, Scene, SceneObject, metadata
+from simplear.scenes.scene import (
+    BACKGROUNDS,
+    CATEGORIES,
+    COLORS,
+    SHAPES,
+    Dice,
+    Scene,
+    SceneObject,
+    metadata,
+    sample_scene,
+)
 
 SMALL, LARGE = 0.29, 0.36
 """Objects of at most, or at least, this size may be called small or large."""
@@ -24,7 +37,18 @@ _BESIDE = {
     "above": ("above", "over", "higher than"),
     "below": ("below", "under", "lower than"),
 }
-_INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+_OPPOSITES = (("left of", "right of"), ("above", "below"), ("over", "under"), ("higher than", "lower than"))
+_INVERSE = {a: b for pair in _OPPOSITES for a, b in (pair, pair[::-1])}
+_PLURALS = {"cross": "crosses", "circle": "circles", "square": "squares", "triangle": "triangles"}
+_ALTERNATIVES: dict[str, dict[str, list[str]]] = {
+    "shape": {word: [x for x in words if x != word] for words in (SHAPES, _PLURALS.values()) for word in words},
+    "count": {word: [x for x in _NUMBERS.values() if x != word] for word in _NUMBERS.values()},
+    "background": {word: [x for x in BACKGROUNDS if x != word] for word in BACKGROUNDS},
+    "relation": {word: [inverse] for word, inverse in _INVERSE.items()},
+}
+"""For each kind of perturbation, the words that can be replaced and their replacements."""
+PERTURBATIONS = (*_ALTERNATIVES, "binding")
+"""What can be changed in a caption; "binding" swaps the colours of two objects."""
 
 
 def captions(scene: Scene, seed: int, index: int) -> tuple[str, str]:
@@ -98,8 +122,7 @@ def _group(scene: Scene, dice: Dice, size: str) -> str:
     if count == 1:
         one = dice.pick(("", "one ", "a single "))
         return one + f"{size}{first.color} {first.shape}" if one else _named(first, size)
-    plural = "crosses" if first.shape == "cross" else first.shape + "s"
-    return f"{_NUMBERS[count]} {size}{first.color} {plural}"
+    return f"{_NUMBERS[count]} {size}{first.color} {_PLURALS[first.shape]}"
 
 
 def _pair(scene: Scene, dice: Dice, named: list[str]) -> str:
@@ -127,3 +150,45 @@ def _place(item: SceneObject) -> str:
     if row and column:
         return f" in the {row} {column}"
     return f" at the {row}" if row else f" on the {column}" if column else " in the center"
+
+
+def perturb(caption: str, kind: str, rng: np.random.Generator, avoid: Collection[tuple[str, str]] = ()) -> str | None:
+    """The caption with one thing changed, so that it is false of its scene; None if it says nothing of that kind.
+
+    False captions are the negatives from which a contrastive model learns most.
+
+    Args:
+        caption: of any scene.
+        kind: one of `PERTURBATIONS`.
+        rng: picks one of all possible changes.
+        avoid: (shape, colour) pairs that the changed caption must not name: `HELD_OUT` in training, or a model learns
+            that captions with those are always false.
+    """
+    pairs = re.compile(rf"\b({'|'.join(COLORS)}) ({'|'.join(SHAPES)})")
+    changed = [
+        other
+        for other in map(_with_articles, _changes(caption, kind))
+        if not any((shape, color) in avoid for color, shape in pairs.findall(other))
+    ]
+    return changed[int(rng.integers(len(changed)))] if changed else None
+
+
+def _changes(caption: str, kind: str) -> Iterator[str]:
+    if kind == "binding":
+        colors = _pattern(COLORS).findall(caption)
+        if len(set(colors)) == 2:
+            swapped = dict(zip(colors, reversed(colors), strict=True))
+            yield _pattern(COLORS).sub(lambda match: swapped[match[0]], caption)
+        return
+    for place in _pattern(_ALTERNATIVES[kind]).finditer(caption):
+        for option in _ALTERNATIVES[kind][place[0]]:
+            yield caption[: place.start()] + option + caption[place.end() :]
+
+
+def _pattern(words: Collection[str]) -> re.Pattern[str]:
+    return re.compile(rf"\b(?:{'|'.join(words)})\b")
+
+
+def _with_articles(caption: str) -> str:
+    """With "a" and "an" as the next word requires, so that grammar does not give a changed caption away."""
+    return re.sub(r"\ban? (?=(\w))", lambda match: "an " if match[1] in "aeiou" else "a ", caption)

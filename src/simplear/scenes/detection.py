@@ -1,32 +1,40 @@
 """Pictures back to objects: exact on what `draw` draws, and tolerant of the blur and noise of a learned decoder.
 
-1. The background is the median of the picture's outermost pixels; what differs from it by `CONTRAST` is foreground.
-2. Each connected piece of foreground takes the palette colour that most of its pixels are nearest to. Pixels that are
-   no mixture of that colour and the background belong to something else that touches it, and are taken apart alike.
-3. Area and centroid of a piece say where each shape would have to be, and how large; the shape whose mask overlaps
-   the piece best is its shape.
+1. The background is the median of the picture's outermost pixels; pixels that differ from it by `CONTRAST` are
+   foreground.
+2. Each connected piece of foreground has the palette colour that most of its pixels are nearest to. Pixels that are not
+   a mixture of that colour and the background belong to another object that touches it, and become pieces themselves.
+3. The area and centroid of a piece determine where each shape would be and how large; the shape whose mask overlaps the
+   piece best is its shape.
 
-Pieces smaller than `SMALLEST` are specks and no objects, and those that overlap no shape by `MATCH` are not recognised:
-neither is reported, as a neural detector reports nothing below its confidence threshold.
+Pieces smaller than `SMALLEST` and pieces that overlap no shape by `MATCH` are not reported, just as a neural detector
+reports nothing below its confidence threshold. `residue` measures what remains unreported.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from simplear.scenes.drawing import ARM, coverage
-from simplear.scenes.scene import BACKGROUNDS, COLORS, SHAPES
+from simplear.scenes.scene import BACKGROUNDS, COLORS, SHAPES, SceneObject
 
 CONTRAST = 48.0
 """Euclidean RGB distance from the background at which foreground begins; noise stays below, every colour far above."""
 
 MIXTURE = 64.0
 """Euclidean RGB distance within which a pixel passes for a mixture of an object's colour and the background."""
+
+FAINT = 24.0
+"""Euclidean RGB distance from the background above which a pixel is more than a decoder's noise; half of `CONTRAST`."""
+
+EDGE = 1 / 32
+"""Pixels this near to the outline of a detected shape, a share of the picture's width, may be anything: 2 at 64."""
 
 SMALLEST = 0.005
 """Area of the smallest object, a share of the picture's: 20 pixels at 64 x 64, a quarter of the smallest one drawn."""
@@ -45,30 +53,11 @@ _COLOR_NAMES = tuple(COLORS)
 
 
 @dataclass(frozen=True)
-class Detection:
-    """An object found; centre and size as in `SceneObject`."""
+class Detection(SceneObject):
+    """An object that was found, with the nearest of `COLORS`."""
 
-    shape: str
-    """One of `SHAPES`."""
-    color: str
-    """One of `COLORS`, the nearest."""
-    x: float
-    """Centre of the bounding square, from the left edge, as a fraction of the width."""
-    y: float
-    """Centre of the bounding square, from the top edge, as a fraction of the height."""
-    size: float
-    """Side of the bounding square as a fraction of the width."""
     match: float
     """Overlap with the mask of the shape, `MATCH` to 1: the detector's confidence."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A connected set of pixels: a mask, and where its top left pixel lies in the picture."""
-
-    top: int
-    left: int
-    mask: NDArray[np.bool_]
 
 
 def detect(image: NDArray[np.uint8]) -> list[Detection]:
@@ -85,13 +74,12 @@ def detect(image: NDArray[np.uint8]) -> list[Detection]:
     height, width = image.shape[:2]
     pixels = image.astype(np.float32)
     background = background_of(pixels)
-    foreground = ((pixels - background) ** 2).sum(axis=2) > CONTRAST**2
-    found = []
-    pieces = list(connected(Piece(0, 0, foreground), SMALLEST * height * width))
+    foreground = _differs(pixels, background, CONTRAST)
+    smallest = SMALLEST * height * width
+    found, pieces = [], _connected(foreground, smallest)
     while pieces:
         piece = pieces.pop()
-        rows, columns = np.nonzero(piece.mask)
-        rows, columns = rows + piece.top, columns + piece.left
+        rows, columns = np.nonzero(piece)
         values = pixels[rows, columns]
         nearest = ((values[:, None] - _PALETTE) ** 2).sum(axis=2).argmin(axis=1)
         color = int(np.bincount(nearest).argmax())
@@ -102,12 +90,10 @@ def detect(image: NDArray[np.uint8]) -> list[Detection]:
         share = np.clip((values - background) @ axis / max(axis @ axis, 1.0), 0, 1)
         foreign = ((values - background - share[:, None] * axis) ** 2).sum(axis=1) > MIXTURE**2
         if foreign.any() and not foreign.all():
-            others = np.zeros_like(piece.mask)
-            others[rows[foreign] - piece.top, columns[foreign] - piece.left] = True
-            rest = list(connected(Piece(piece.top, piece.left, others), SMALLEST * height * width))
-            if rest:
-                own = Piece(piece.top, piece.left, piece.mask & ~others)
-                pieces += [*rest, *connected(own, SMALLEST * height * width)]
+            others = np.zeros_like(piece)
+            others[rows[foreign], columns[foreign]] = True
+            if rest := _connected(others, smallest):
+                pieces += [*rest, *_connected(piece & ~others, smallest)]
                 continue
         shape, x, y, size, match = _fit(rows, columns, share)
         if match >= MATCH:
@@ -149,39 +135,35 @@ def _fit(
     return shape, x, y, size, match
 
 
-def connected(whole: Piece, smallest: float) -> Iterator[Piece]:
-    """The connected pieces (pixels that share a side) of at least ``smallest`` pixels.
+def _connected(mask: NDArray[np.bool_], smallest: float) -> list[NDArray[np.bool_]]:
+    """A mask of each connected piece (pixels that share a side) of at least ``smallest`` pixels."""
+    labels, _ = ndimage.label(mask)
+    sizes = np.bincount(labels.ravel())
+    return [labels == number for number in range(1, len(sizes)) if sizes[number] >= smallest]
 
-    Works on the runs of each row, of which a picture has few: runs that overlap in neighbouring rows are one piece.
+
+def residue(image: NDArray[np.uint8], detections: Sequence[Detection]) -> float:
+    """Share of the picture's area, in [0, 1], that is neither background nor a detected object in its colour.
+
+    Specks, smears, second backgrounds and patches of another colour count here, which a model that is rewarded for
+    detections alone can add without a penalty.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        detections: of the picture, as `detect` gives them.
     """
-    edges = np.diff(np.pad(whole.mask, ((0, 0), (1, 1))).astype(np.int8), axis=1)
-    rows, starts = np.nonzero(edges == 1)
-    stops = np.nonzero(edges == -1)[1]
-    runs = list(zip(rows.tolist(), starts.tolist(), stops.tolist(), strict=True))
-    parent = list(range(len(runs)))
+    height, width = image.shape[:2]
+    pixels = image.astype(np.float32)
+    unexplained = _differs(pixels, background_of(pixels), FAINT)
+    across, down = (np.arange(side, dtype=np.float32) + np.float32(0.5) for side in (width, height))
+    for found in detections:
+        x, y, size, edge = found.x * width, found.y * height, found.size * width, EDGE * width
+        outside = coverage(found.shape, x, y, size + 2 * edge, across, down) == 0
+        inside = coverage(found.shape, x, y, max(size - 2 * edge, 0), across, down) == 1
+        color = np.array(COLORS[found.color], dtype=np.float32)
+        unexplained = (unexplained & outside) | (inside & _differs(pixels, color, MIXTURE))
+    return float(unexplained.mean())
 
-    def root(run: int) -> int:
-        while parent[run] != run:
-            parent[run] = parent[parent[run]]
-            run = parent[run]
-        return run
 
-    above = 0
-    for run, (row, start, stop) in enumerate(runs):
-        while runs[above][0] < row - 1 or (runs[above][0] == row - 1 and runs[above][2] <= start):
-            above += 1
-        other = above
-        while runs[other][0] == row - 1 and runs[other][1] < stop:
-            parent[root(other)] = root(run)
-            other += 1
-    members: dict[int, list[tuple[int, int, int]]] = {}
-    for run, extent in enumerate(runs):
-        members.setdefault(root(run), []).append(extent)
-    for extents in members.values():
-        if sum(stop - start for _, start, stop in extents) < smallest:
-            continue
-        top, left = extents[0][0], min(start for _, start, _ in extents)
-        mask = np.zeros((extents[-1][0] + 1 - top, max(stop for _, _, stop in extents) - left), dtype=np.bool_)
-        for row, start, stop in extents:
-            mask[row - top, start - left : stop - left] = True
-        yield Piece(whole.top + top, whole.left + left, mask)
+def _differs(pixels: NDArray[np.float32], color: NDArray[np.float32], distance: float) -> NDArray[np.bool_]:
+    return np.asarray(((pixels - color) ** 2).sum(axis=2) > distance**2)
