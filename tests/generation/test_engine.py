@@ -34,9 +34,11 @@ def test_an_unknown_engine_is_refused_with_the_names_there_are():
 
 def test_options_go_to_the_engine_and_unknown_ones_are_named():
     assert make_engine("jacobi", language_model(), window=3).window == 3
-    with pytest.raises(ValueError, match="engine options of 'jacobi': .*windows.* Its options are: window, compiled"):
+    with pytest.raises(ValueError, match=r"engine options of 'jacobi': .*windows.* Its options are: window, compiled"):
         make_engine("jacobi", language_model(), windows=3)
-    with pytest.raises(ValueError, match="engine options of 'cached': .*max_num_seqs.* Its options are: prompt_multiple"):
+    with pytest.raises(
+        ValueError, match=r"engine options of 'cached': .*max_num_seqs.* Its options are: prompt_multiple"
+    ):
         make_engine("cached", language_model(), max_num_seqs=3)
 
 
@@ -113,7 +115,9 @@ def test_rows_that_were_given_are_shown_too(name: str) -> None:
 @pytest.mark.parametrize("name", IN_MEMORY)
 def test_all_codes_may_be_given(name: str) -> None:
     fixed = torch.arange(12).view(1, *GRID)
-    codes, _ = make_engine(name, language_model()).generate(PROMPTS[:1], NEGATIVES[:1], GRID, SAMPLED, [0], fixed_codes=fixed)
+    codes, _ = make_engine(name, language_model()).generate(
+        PROMPTS[:1], NEGATIVES[:1], GRID, SAMPLED, [0], fixed_codes=fixed
+    )
     assert torch.equal(codes, fixed)
 
 

@@ -32,7 +32,9 @@ def train(model):
 def test_rollouts_of_a_training_follow_the_weights_and_take_nothing_anew(make, monkeypatch):
     """Of six rollouts with changing prompts and an update between each two: copies, allocations, compilations."""
     model, copies, copy = language_model(), [], DecoderStep.copy
-    monkeypatch.setattr(DecoderStep, "copy", lambda self, *args, **kwargs: (copies.append(1), copy(self, *args, **kwargs)))
+    monkeypatch.setattr(
+        DecoderStep, "copy", lambda self, *args, **kwargs: (copies.append(1), copy(self, *args, **kwargs))
+    )
     engine, drawn, counted = make(model), [], []
     for number in range(6):
         order = [(row + number) % 4 for row in range(4)]

@@ -15,7 +15,9 @@ from simplear.generation import OutOfMemoryError, SimpleARPipeline
 from simplear.generation.memory import with_memory_error
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), MemoryError(), RuntimeError("can't allocate memory")])
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA"), MemoryError(), RuntimeError("can't allocate memory")]
+)
 def test_what_was_allocated_is_free_when_the_error_arrives(error: Exception) -> None:
     held: list[Any] = []
 

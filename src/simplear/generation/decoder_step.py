@@ -31,7 +31,7 @@ Attend = Callable[[Tensor, Tensor], Tensor]
 """From queries (R, T, heads, size) and a layer's keys and values in the cache, which hold those of the queries already,
 to what each query saw, (R · T, heads · size)."""
 STORED_IN_OUT = ("cpu",)
-"""Devices on which matrices lie in memory as (in, out), which CPUs multiply few rows by fastest; elsewhere (out, in)."""
+"""Devices on which matrices lie in memory as (in, out), the fastest for few rows on CPUs; elsewhere (out, in)."""
 
 
 class CacheMemory:

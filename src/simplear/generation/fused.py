@@ -62,7 +62,11 @@ class DecodeState(nn.Module):
     ) -> None:
         super().__init__()
         self.step, self.cache, self.images, self.grid, self.window = step, cache, images, grid, window
-        self.count, self.offset, self.positions_at = grid[0] * grid[1], model.layout.image_token_offset, model.positions_at
+        self.count, self.offset, self.positions_at = (
+            grid[0] * grid[1],
+            model.layout.image_token_offset,
+            model.positions_at,
+        )
         self.visible = cache.capacity
         """Tokens of each row that attention under a mask reads."""
         options: dict[str, Any] = {"dtype": torch.long, "device": cache.layers[0].device}
@@ -202,9 +206,7 @@ class FusedEngine(Engine):
         state.begin(self.step.logits(last)[rows], lengths[rows], request.initial_codes(device))
         return state, advance, width
 
-    def _state(
-        self, rows: int, prompt_width: int, request: DrawRequest
-    ) -> tuple[DecodeState, Callable[[], None]]:
+    def _state(self, rows: int, prompt_width: int, request: DrawRequest) -> tuple[DecodeState, Callable[[], None]]:
         assert self.step is not None and self.memory is not None
         capacity = prompt_width + request.count + self.window + 1
         if self.compiled:
@@ -213,9 +215,7 @@ class FusedEngine(Engine):
         if shape in self.compiled_passes:
             return self.compiled_passes[shape]
         cache = self.memory.cache(rows, capacity)
-        state = DecodeState(
-            self.model, self.step, cache, request.images, request.grid, request.sampling, self.window
-        )
+        state = DecodeState(self.model, self.step, cache, request.images, request.grid, request.sampling, self.window)
         if self.compiled and len(self.compiled_passes) < SHAPES:
             self.compiled_passes[shape] = state, self._recorded(compiled_pass(state))
             return self.compiled_passes[shape]

@@ -83,7 +83,9 @@ class DrawingOptions:
         """
         height, width = (side * checkpoint.downsample for side in checkpoint.grid)
         defaults = {**dataclasses.asdict(checkpoint.generation), "height": height, "width": width}
-        stated = {name: value if getattr(self, name) is None else getattr(self, name) for name, value in defaults.items()}
+        stated = {
+            name: value if getattr(self, name) is None else getattr(self, name) for name, value in defaults.items()
+        }
         SamplingSettings(**{name: stated[name] for name in ("guidance_scale", "temperature", "top_k", "top_p")})
         stated |= {"engine": self.engine, "engine_options": self.engine_options or {}}
         stated |= {} if self.dtype is None else {"dtype": self.dtype}

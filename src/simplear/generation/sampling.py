@@ -89,7 +89,7 @@ class SamplingTensors(nn.Module):
     def set(self, settings: SamplingSettings) -> None:
         """Take the numbers of settings with the same parts."""
         for name, buffer in self.named_buffers():
-            buffer.fill_(settings.numbers[name])
+            buffer.fill_(getattr(settings, name))
 
 
 class Noise(nn.Module):

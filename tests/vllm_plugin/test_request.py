@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from simplear.generation import SamplingSettings
-from simplear.generation.vllm_plugin.image_request import NEUTRAL, ImageRequest
+from simplear_vllm.request import REQUIRED, ImageRequest
 
 GUIDED = ImageRequest(
     codes=3,
@@ -18,7 +18,7 @@ GUIDED = ImageRequest(
     sampling=SamplingSettings(guidance_scale=2.0, temperature=0.7, top_k=5, top_p=0.9),
     pair="a",
     role="negative",
-    given=(-1, 4, 49),
+    fixed_codes=(-1, 4, 49),
 )
 PLAIN = ImageRequest(3, 0, 40, 50, SamplingSettings(do_sample=False))
 
@@ -26,7 +26,7 @@ PLAIN = ImageRequest(3, 0, 40, 50, SamplingSettings(do_sample=False))
 def params(request: ImageRequest, **changes) -> SimpleNamespace:
     """vLLM's sampling parameters, after a way through JSON."""
     extra = json.loads(json.dumps(request.extra_args()))
-    return SimpleNamespace(**{**NEUTRAL, "max_tokens": request.codes, "extra_args": extra, **changes})
+    return SimpleNamespace(**{**REQUIRED, "max_tokens": request.codes, "extra_args": extra, **changes})
 
 
 @pytest.mark.parametrize("request_", [GUIDED, PLAIN])
@@ -38,15 +38,14 @@ def test_requests_survive_the_way(request_):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"extra_args": None}, "draws images alone"),
-        ({"extra_args": {"other": 1}}, "draws images alone"),
+        ({"extra_args": None}, "only draws images"),
+        ({"extra_args": {"other": 1}}, "only draws images"),
         ({"temperature": 1.0}, r"temperature=1\.0"),
         ({"n": 2}, "n=2"),
         ({"ignore_eos": False}, "ignore_eos=False"),
-        ({"logit_bias": {5: 1.0}}, "logit_bias"),
         ({"stop_token_ids": [4]}, "stop_token_ids"),
         ({"max_tokens": None}, "max_tokens is missing"),
-        ({"max_tokens": 2}, "3 given codes for 2"),
+        ({"max_tokens": 2}, "2 codes .* 3 of them fixed_codes"),
     ],
 )
 def test_parameters_that_no_image_can_have_are_named(changes, words):
@@ -61,7 +60,7 @@ def test_parameters_that_no_image_can_have_are_named(changes, words):
         ({"simplear_role": "third"}, "role 'third'"),
         ({"simplear_seed": -1}, "seed -1"),
         ({"simplear_seed": "one"}, "simplear_… of the request"),
-        ({"simplear_given": [1, 2, 50]}, "given codes"),
+        ({"simplear_fixed_codes": [1, 2, 50]}, "fixed_codes"),
         ({"simplear_top_p": 2.0}, r"top_p 2\.0"),
         ({"simplear_colour": "red"}, "colour"),
     ],

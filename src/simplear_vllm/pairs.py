@@ -1,8 +1,8 @@
 """Who waits for whom: admission of image requests so that the two rows of a pair always run together to the end.
 
 A pair is admitted when both rows have arrived and, beside all that runs, there are two places in the batch, room for
-both whole prompts in the next forward pass, and KV blocks for both whole sequences. What is admitted keeps its
-reservation until it leaves, so nothing is ever preempted and no prompt is fed in parts; those are what splits naive
+both whole prompts in the next forward pass, and KV blocks for both whole sequences. An admitted pair keeps its
+reservation until it leaves, so it is never preempted and its prompts are never fed in parts, which is what splits naive
 pairs. First complete, first served: nothing overtakes, so a large pair waits no longer than what runs before it.
 
 Pure book-keeping over request names and lengths; vLLM's scheduler does what it says.
@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from simplear.generation.vllm_plugin.image_request import ImageRequest
+from simplear_vllm.request import ImageRequest
 
 
 @dataclass(frozen=True)
@@ -32,31 +32,25 @@ class Capacity:
     positions: int
     """Longest sequence (max_model_len)."""
 
-    def blocks_of(self, length: int) -> int:
-        """Blocks that a sequence of this many tokens fills."""
-        return -(-length // self.block_size)
+    def blocks_of(self, prompts: Sequence[int], codes: int) -> int:
+        """Blocks that sequences with prompts of these lengths fill."""
+        return sum(-(-(prompt + codes) // self.block_size) for prompt in prompts)
 
     def refusal(self, prompts: Sequence[int], codes: int) -> str | None:
         """Why an image whose rows have prompts of these lengths can never run; None if it can."""
-        longest, blocks = max(prompts) + codes, sum(self.blocks_of(prompt + codes) for prompt in prompts)
-        if longest > self.positions:
-            return (
-                f"a prompt of {max(prompts)} tokens and {codes} codes take {longest} positions, and max_model_len is "
-                f"{self.positions}: shorten the prompt or ask for a smaller picture."
-            )
-        if len(prompts) > self.sequences:
-            return f"an image with guidance takes 2 places in a batch, and max_num_seqs is {self.sequences}: raise it."
-        if sum(prompts) > self.tokens:
-            return (
-                f"prompts of {' and '.join(map(str, prompts))} tokens are fed in one forward pass, and "
-                f"max_num_batched_tokens is {self.tokens}: raise it."
-            )
-        if blocks > self.blocks:
-            return (
-                f"the image takes {blocks} KV blocks of {self.block_size} tokens, and there are {self.blocks}: give "
-                "vLLM more memory for its KV cache (gpu_memory_utilization, VLLM_CPU_KVCACHE_SPACE)."
-            )
-        return None
+        needed = {
+            "max_model_len": (max(prompts) + codes, self.positions),
+            "max_num_seqs": (len(prompts), self.sequences),
+            "max_num_batched_tokens": (sum(prompts), self.tokens),
+            "the number of KV blocks (gpu_memory_utilization, VLLM_CPU_KVCACHE_SPACE)": (
+                self.blocks_of(prompts, codes),
+                self.blocks,
+            ),
+        }
+        lacking = [f"{name} is {has} and must be {wanted}" for name, (wanted, has) in needed.items() if wanted > has]
+        if not lacking:
+            return None
+        return f"an image of {codes} codes with prompts of {prompts} tokens can never run: {'; '.join(lacking)}."
 
 
 class Refused(ValueError):
@@ -77,14 +71,9 @@ class _Image:
     """The requests of one image: one, or the two of a pair."""
 
     size: int
-    begun: float
     requests: dict[str, ImageRequest] = field(default_factory=dict)
     prompts: list[int] = field(default_factory=list)
     blocks: int = 0
-
-    @property
-    def complete(self) -> bool:
-        return len(self.requests) == self.size
 
 
 class Pairs:
@@ -96,39 +85,35 @@ class Pairs:
 
     def __init__(self, capacity: Capacity) -> None:
         self.capacity = capacity
-        self._of: dict[str, _Image] = {}
-        self._named: dict[str, _Image] = {}
+        self._image_of: dict[str, _Image] = {}
+        self._by_pair: dict[str, _Image] = {}
         self._ready: deque[_Image] = deque()
         self._running: list[_Image] = []
 
-    def arrive(self, request_id: str, request: ImageRequest, prompt: int, now: float) -> None:
-        """Take a request in.
-
-        Args:
-            prompt: its length in tokens.
-            now: seconds on any clock that only goes forward.
+    def arrive(self, request_id: str, request: ImageRequest, prompt: int) -> None:
+        """Take a request whose prompt has this many tokens.
 
         Raises Refused when it, or its pair, will never be drawn.
         """
-        image = self._named.get(request.pair) if request.pair is not None else None
-        if image is not None and image.complete:
+        image = _Image(size=1)
+        if request.pair is not None:
+            image = self._by_pair.setdefault(request.pair, _Image(size=2))
+        if len(image.requests) == image.size:
             raise Refused([request_id], f"pair {request.pair!r} has both its requests already: name another.")
-        image = image or _Image(size=1 if request.pair is None else 2, begun=now)
-        partner = next(iter(image.requests.values()), request)
+        partners = list(image.requests.values())
         image.requests[request_id] = request
         image.prompts.append(prompt)
-        self._of[request_id] = image
-        if request.pair is not None:
-            self._named[request.pair] = image
-        if partner is not request and not request.matches(partner):
-            raise Refused(
-                image.requests,
-                f"the two requests of pair {request.pair!r} differ in more than their roles: {partner} and {request}.",
-            )
-        if image.complete:
+        self._image_of[request_id] = image
+        for partner in partners:
+            if not request.matches(partner):
+                raise Refused(
+                    image.requests,
+                    f"the requests of pair {request.pair!r} differ in more than their roles: {partner} and {request}.",
+                )
+        if len(image.requests) == image.size:
             if reason := self.capacity.refusal(image.prompts, request.codes):
                 raise Refused(image.requests, reason)
-            image.blocks = sum(self.capacity.blocks_of(length + request.codes) for length in image.prompts)
+            image.blocks = self.capacity.blocks_of(image.prompts, request.codes)
             self._ready.append(image)
 
     def admit(self) -> list[str]:
@@ -148,12 +133,12 @@ class Pairs:
 
     def companions(self, request_id: str) -> list[str]:
         """The requests of the same image, itself among them; none of an unknown request."""
-        image = self._of.get(request_id)
+        image = self._image_of.get(request_id)
         return [] if image is None else list(image.requests)
 
     def leave(self, request_id: str) -> None:
-        """Forget a request that finished or was given up, and what it has reserved once its image is gone."""
-        image = self._of.pop(request_id, None)
+        """Forget a request that finished or was given up, and its image's reservation once both rows have left."""
+        image = self._image_of.pop(request_id, None)
         if image is None:
             return
         pair = image.requests.pop(request_id).pair
@@ -163,13 +148,4 @@ class Pairs:
             if image in self._running:
                 self._running.remove(image)
             if pair is not None:
-                del self._named[pair]
-
-    def overdue(self, since: float) -> list[str]:
-        """Requests that came before then and still wait for a partner."""
-        late = [image for image in self._named.values() if not image.blocks and image.begun < since]
-        return [request_id for image in late for request_id in image.requests]
-
-    def running(self) -> list[list[str]]:
-        """The requests of each pair that runs; one alone where its partner has left."""
-        return [list(image.requests) for image in self._running if image.size == 2]
+                del self._by_pair[pair]

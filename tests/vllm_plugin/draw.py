@@ -24,18 +24,19 @@ from typing import Any
 import torch
 
 from simplear.generation import SamplingSettings
-from simplear.generation.vllm_plugin import engine as engine_module
-from simplear.generation.vllm_plugin.engine import VLLMEngine
-from simplear.generation.vllm_plugin.requirements import LOGITS_PROCESSOR, SCHEDULER
+from simplear.generation.engine import DrawRequest
 from simplear.language_model import load_checkpoint
+from simplear_vllm import engine as engine_module
+from simplear_vllm.engine import VLLMEngine
+from simplear_vllm.requirements import LOGITS_PROCESSOR, SCHEDULER
 
 
 def at_once(engine: VLLMEngine, ask: dict[str, Any]) -> dict[str, Any]:
     """As a user draws."""
     rows: list[tuple[int, list[int]]] = []
-    given = None if ask.get("given") is None else torch.tensor(ask["given"])
+    fixed = None if ask.get("fixed_codes") is None else torch.tensor(ask["fixed_codes"])
     codes, stats = engine.generate(
-        *inputs(ask), on_row=lambda row, so_far: rows.append((row, list(so_far.shape))), given=given
+        *inputs(ask), on_row=lambda row, so_far: rows.append((row, list(so_far.shape))), fixed_codes=fixed
     )
     return {"codes": codes.tolist(), "rows": rows, "stats": vars(stats)}
 
@@ -67,21 +68,13 @@ def apart(engine: VLLMEngine, ask: dict[str, Any]) -> dict[str, Any]:
 
 
 def aborted(engine: VLLMEngine, ask: dict[str, Any]) -> dict[str, Any]:
-    """The negative row of image 2 is given up while it is drawn, one row of a pair that waits likewise.
-
-    Before that vLLM is told to preempt everything, for its cache's sake.
-    """
+    """The negative row of image 2 is given up while it is drawn, one row of a pair that waits likewise."""
     requests = both_rows(engine, ask)
     names = [[engine._add(*row) for row in rows] for rows in requests]
     drawn: dict[str, list[int]] = {}
     ends: dict[str, Any] = {}
     step(engine, drawn, 5, ends)
     assert 0 < len(drawn[names[2][0]]) < ask["grid"][0] * ask["grid"][1] and names[7][0] not in drawn
-    try:
-        engine._vllm.reset_prefix_cache(reset_running_requests=True)
-        reset = "done"
-    except Exception as error:
-        reset = str(error)
     engine._vllm.abort_request([names[2][1], names[7][0]])
     while engine._vllm.has_unfinished_requests():
         step(engine, drawn, 1, ends)
@@ -89,15 +82,13 @@ def aborted(engine: VLLMEngine, ask: dict[str, Any]) -> dict[str, Any]:
     again = engine.generate(*inputs(ask))[0].tolist()
     others = [drawn[name] for image, (name, _) in enumerate(names) if image not in (2, 7)]
     codes = as_codes(engine, ask, others)
-    return {"codes": [*codes[:2], again[2], *codes[2:], again[7]], "told": told, "reset": reset}
+    return {"codes": [*codes[:2], again[2], *codes[2:], again[7]], "told": told}
 
 
 def after_mistakes(engine: VLLMEngine, ask: dict[str, Any]) -> dict[str, Any]:
     """What cannot be drawn, one mistake after another, and then everything else."""
     from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import SamplingParams
-
-    from simplear.generation.vllm_plugin import scheduler
 
     prompts, negatives, grid, sampling, seeds = inputs(ask)
     told = []
@@ -117,14 +108,12 @@ def after_mistakes(engine: VLLMEngine, ask: dict[str, Any]) -> dict[str, Any]:
         return lambda: engine._vllm.add_request("text", prompt, SamplingParams(max_tokens=4, **options))
 
     (first, prompt), (second, negative) = both_rows(engine, ask)[0]
-    scheduler.PARTNER_SECONDS = 1.0
     mistake(texts())
     mistake(texts(extra_args=first.extra_args()))
     mistake(lambda: [engine._add(first, prompt), engine._add(dataclasses.replace(second, seed=77), negative)])
     mistake(lambda: [engine._add(first, prompt), engine._add(second, negative), engine._add(second, negative)])
     mistake(lambda: engine.generate(prompts[1:2], prompts[1:2], grid, sampling, [0]))
     mistake(lambda: engine.generate(prompts, negatives, (40, 40), sampling, seeds))
-    mistake(lambda: engine._add(first, prompt))
     return {"codes": engine.generate(prompts, negatives, grid, sampling, seeds)[0].tolist(), "told": told}
 
 
@@ -144,7 +133,7 @@ def naive(ask: dict[str, Any]) -> dict[str, Any]:
     """The same requests and the same logits processor over vLLM's own scheduler, all checks of both switched off."""
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    from simplear.generation.vllm_plugin import logits_processor
+    from simplear_vllm import logits_processor
 
     logits_processor.check_configuration = engine_module.check_configuration = lambda config: None
     engine_module.SCHEDULER = f"{Scheduler.__module__}.{Scheduler.__qualname__}"
@@ -153,7 +142,7 @@ def naive(ask: dict[str, Any]) -> dict[str, Any]:
 
 def overcommitted(ask: dict[str, Any]) -> dict[str, Any]:
     """Our scheduler, but admission does not look at what it has of one thing."""
-    from simplear.generation.vllm_plugin.scheduler import PairScheduler
+    from simplear_vllm.scheduler import PairScheduler
 
     capacity = PairScheduler._capacity
     PairScheduler._capacity = lambda self: dataclasses.replace(capacity(self), **{ask["ignored"]: 10**6})
@@ -162,7 +151,7 @@ def overcommitted(ask: dict[str, Any]) -> dict[str, Any]:
 
 def careless(ask: dict[str, Any]) -> dict[str, Any]:
     """As `naive`, and a row without its partner is drawn without guidance, as a plugin without checks would."""
-    from simplear.generation.vllm_plugin.logits_processor import GuidedSampling
+    from simplear_vllm.logits_processor import GuidedSampling
 
     images = GuidedSampling._images
 
@@ -180,9 +169,6 @@ def careless(ask: dict[str, Any]) -> dict[str, Any]:
             return {(*key, "pairs"): whole, (*key, "halves"): [p for p in pairs.values() if len(p) == 1]}
 
     GuidedSampling._images = lambda self: {key: places for key, places in whatever(self).items() if places}
-    VLLMEngine._codes = lambda self, drawn, images, count: self.model.layout.codes_of_ids(
-        torch.tensor([drawn[image, "conditional"][:count] for image in range(images)])
-    )
     return naive(ask)
 
 
@@ -255,7 +241,8 @@ def inputs(ask: dict[str, Any]) -> tuple[Any, ...]:
 def both_rows(engine: VLLMEngine, ask: dict[str, Any]) -> list[list[Any]]:
     """Request and prompt of each row of each image."""
     prompts, negatives, grid, sampling, seeds = inputs(ask)
-    made = [list(engine._requests(seed, grid[0] * grid[1], sampling, None)) for seed in seeds]
+    request = DrawRequest(prompts, negatives, grid, sampling, seeds, None, None)
+    made = [list(engine._rows(request, image)) for image in range(len(seeds))]
     return [list(zip(rows, texts, strict=True)) for rows, *texts in zip(made, prompts, negatives, strict=True)]
 
 
