@@ -135,7 +135,7 @@ class VLLMEngine(Engine):
     def _rows(self, request: DrawRequest, image: int) -> Iterator[ImageRequest]:
         """One request, or two with guidance."""
         pair = uuid.uuid4().hex if request.negative_ids else None
-        fixed_codes = None if request.fixed_codes is None else tuple(request.fixed_codes[image].flatten().tolist())
+        fixed_codes = None if request.fixed_codes is None else request.fixed_codes[image].flatten().tolist()
         for role in get_args(Role)[: 1 if pair is None else 2]:
             yield ImageRequest(
                 codes=request.count,

@@ -40,11 +40,6 @@ class GuidedSampling(LogitsProcessor):
         check_configuration(vllm_config)
         self._rows: dict[int, _Row] = {}
 
-    @classmethod
-    def validate_params(cls, sampling_params: Any) -> None:
-        """Raise ValueError for a request that does not ask for an image; see `ImageRequest.of`."""
-        ImageRequest.of(sampling_params)
-
     def is_argmax_invariant(self) -> bool:
         """No: it decides what is taken."""
         return False

@@ -11,7 +11,7 @@ Pure book-keeping over request names and lengths; vLLM's scheduler does what it 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from simplear_vllm.request import ImageRequest
@@ -53,25 +53,12 @@ class Capacity:
         return f"an image of {codes} codes with prompts of {prompts} tokens can never run: {'; '.join(lacking)}."
 
 
-class Refused(ValueError):
-    """Requests that will not be drawn.
-
-    Args:
-        request_ids: all that belong to the image.
-        reason: for the reader.
-    """
-
-    def __init__(self, request_ids: Iterable[str], reason: str) -> None:
-        super().__init__(reason)
-        self.request_ids = list(request_ids)
-
-
 @dataclass(eq=False)
 class _Image:
     """The requests of one image: one, or the two of a pair."""
 
     size: int
-    requests: dict[str, ImageRequest] = field(default_factory=dict)
+    request_ids: list[str] = field(default_factory=list)
     prompts: list[int] = field(default_factory=list)
     blocks: int = 0
 
@@ -86,40 +73,33 @@ class Pairs:
     def __init__(self, capacity: Capacity) -> None:
         self.capacity = capacity
         self._image_of: dict[str, _Image] = {}
-        self._by_pair: dict[str, _Image] = {}
+        self._incomplete: dict[str, _Image] = {}
         self._ready: deque[_Image] = deque()
         self._running: list[_Image] = []
 
-    def arrive(self, request_id: str, request: ImageRequest, prompt: int) -> None:
+    def arrive(self, request_id: str, request: ImageRequest, prompt: int) -> str | None:
         """Take a request whose prompt has this many tokens.
 
-        Raises Refused when it, or its pair, will never be drawn.
+        Returns:
+            why its image can never be drawn; None if it can, or if the partner is missing yet.
         """
-        image = _Image(size=1)
-        if request.pair is not None:
-            image = self._by_pair.setdefault(request.pair, _Image(size=2))
-        if len(image.requests) == image.size:
-            raise Refused([request_id], f"pair {request.pair!r} has both its requests already: name another.")
-        partners = list(image.requests.values())
-        image.requests[request_id] = request
+        image = self._incomplete.pop(request.pair or "", None) or _Image(size=1 if request.pair is None else 2)
+        image.request_ids.append(request_id)
         image.prompts.append(prompt)
         self._image_of[request_id] = image
-        for partner in partners:
-            if not request.matches(partner):
-                raise Refused(
-                    image.requests,
-                    f"the requests of pair {request.pair!r} differ in more than their roles: {partner} and {request}.",
-                )
-        if len(image.requests) == image.size:
-            if reason := self.capacity.refusal(image.prompts, request.codes):
-                raise Refused(image.requests, reason)
-            image.blocks = self.capacity.blocks_of(image.prompts, request.codes)
+        if len(image.request_ids) < image.size:
+            self._incomplete[str(request.pair)] = image
+            return None
+        image.blocks = self.capacity.blocks_of(image.prompts, request.codes)
+        refusal = self.capacity.refusal(image.prompts, request.codes)
+        if refusal is None:
             self._ready.append(image)
+        return refusal
 
     def admit(self) -> list[str]:
         """Requests that run from the next forward pass on: whole images, as many as fit beside those that run."""
         admitted: list[str] = []
-        rows = sum(len(image.requests) for image in self._running)
+        rows = sum(len(image.request_ids) for image in self._running)
         # Each row that runs takes one token of the pass, each that begins its whole prompt.
         tokens, blocks = rows, sum(image.blocks for image in self._running)
         while self._ready:
@@ -128,24 +108,16 @@ class Pairs:
             if rows > self.capacity.sequences or tokens > self.capacity.tokens or blocks > self.capacity.blocks:
                 break
             self._running.append(self._ready.popleft())
-            admitted += image.requests
+            admitted += image.request_ids
         return admitted
 
-    def companions(self, request_id: str) -> list[str]:
-        """The requests of the same image, itself among them; none of an unknown request."""
-        image = self._image_of.get(request_id)
-        return [] if image is None else list(image.requests)
-
     def leave(self, request_id: str) -> None:
-        """Forget a request that finished or was given up, and its image's reservation once both rows have left."""
+        """Forget a request that ended, and its image's reservation once both rows have left."""
         image = self._image_of.pop(request_id, None)
         if image is None:
             return
-        pair = image.requests.pop(request_id).pair
+        image.request_ids.remove(request_id)
         if image in self._ready:
             self._ready.remove(image)
-        if not image.requests:
-            if image in self._running:
-                self._running.remove(image)
-            if pair is not None:
-                del self._by_pair[pair]
+        if not image.request_ids and image in self._running:
+            self._running.remove(image)

@@ -6,7 +6,6 @@ engine goes on. A pair that is split all the same is noticed in `logits_processo
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -18,7 +17,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from simplear_vllm.pairs import Capacity, Pairs, Refused
+from simplear_vllm.pairs import Capacity, Pairs
 from simplear_vllm.request import ImageRequest
 from simplear_vllm.requirements import VLLMError, check_configuration
 
@@ -50,13 +49,12 @@ class PairScheduler(Scheduler):
         )
 
     def add_request(self, request: Request) -> None:
-        """Hold a request back until its image can run; one that never can ends as an error."""
+        """Hold a request back until its image can run; an image that never can ends as an error with the reason."""
         super().add_request(request)
-        try:
-            image = ImageRequest.of(request.sampling_params)
-            self._pairs.arrive(request.request_id, image, request.num_prompt_tokens)
-        except Refused as refused:
-            self._give_up(refused.request_ids, RequestStatus.FINISHED_ERROR, str(refused))
+        image = ImageRequest.of(request.sampling_params)
+        refusal = self._pairs.arrive(request.request_id, image, request.num_prompt_tokens)
+        if refusal is not None:
+            self._refuse(request.request_id, refusal)
 
     def _enqueue_waiting_request(self, request: Request) -> None:
         self._held[request.request_id] = request
@@ -68,25 +66,11 @@ class PairScheduler(Scheduler):
                 super()._enqueue_waiting_request(self._held.pop(request_id))
         return super().schedule(throttle_prefills)
 
-    def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus) -> list[Request]:
-        """As vLLM's, and the partners of these requests too, whose clients are told so."""
-        if request_ids is None:
-            return super().finish_requests(None, finished_status)
-        ending = {request_ids} if isinstance(request_ids, str) else set(request_ids)
-        partners = {partner for request_id in ending for partner in self._pairs.companions(request_id)} - ending
-        finished = super().finish_requests(ending, finished_status)
-        self._give_up(partners, finished_status, "the other request of its pair was given up.")
-        return finished
-
-    def _give_up(self, request_ids: Iterable[str], status: RequestStatus, reason: str) -> None:
-        """End requests that their clients still wait for; the reason is the output's ``stop_reason``."""
-        for request in super().finish_requests(list(request_ids), status):
-            notice = EngineCoreOutput(
-                request_id=request.request_id,
-                new_token_ids=[],
-                finish_reason=request.get_finished_reason(),
-                stop_reason=reason,
-            )
+    def _refuse(self, request_id: str, reason: str) -> None:
+        """End a request, whose client gets the reason as the output's ``stop_reason``."""
+        for request in self.finish_requests([request_id], RequestStatus.FINISHED_ERROR):
+            finish_reason = request.get_finished_reason()
+            notice = EngineCoreOutput(request_id, new_token_ids=[], finish_reason=finish_reason, stop_reason=reason)
             self._notices.append((request.client_index, notice))
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
@@ -97,7 +81,7 @@ class PairScheduler(Scheduler):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        """What the clients get from this step, including requests that were given up."""
+        """What the clients get from this step, including refusals."""
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for client, notice in self._notices:
             outputs.setdefault(client, EngineCoreOutputs()).outputs.append(notice)
@@ -110,5 +94,5 @@ class PairScheduler(Scheduler):
         return running, waiting + len(self._held)
 
     def has_requests(self) -> bool:
-        """Whether a step is needed, be it only to tell clients what was given up."""
+        """Whether a step is needed, be it only to tell clients what was refused."""
         return bool(self._notices) or super().has_requests()

@@ -9,15 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import random
-import socket
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +21,6 @@ from simplear.generation.engine import DrawRequest
 from simplear.language_model import load_checkpoint
 from simplear_vllm import engine as engine_module
 from simplear_vllm.engine import VLLMEngine
-from simplear_vllm.requirements import LOGITS_PROCESSOR, SCHEDULER
 
 
 def at_once(engine: VLLMEngine, ask: dict[str, Any]) -> dict[str, Any]:
@@ -67,53 +59,19 @@ def apart(engine: VLLMEngine, ask: dict[str, Any]) -> dict[str, Any]:
     return {"codes": as_codes(engine, ask, [drawn[names[image][0]] for image in range(len(requests))])}
 
 
-def aborted(engine: VLLMEngine, ask: dict[str, Any]) -> dict[str, Any]:
-    """The negative row of image 2 is given up while it is drawn, one row of a pair that waits likewise."""
-    requests = both_rows(engine, ask)
-    names = [[engine._add(*row) for row in rows] for rows in requests]
-    drawn: dict[str, list[int]] = {}
-    ends: dict[str, Any] = {}
-    step(engine, drawn, 5, ends)
-    assert 0 < len(drawn[names[2][0]]) < ask["grid"][0] * ask["grid"][1] and names[7][0] not in drawn
-    engine._vllm.abort_request([names[2][1], names[7][0]])
-    while engine._vllm.has_unfinished_requests():
-        step(engine, drawn, 1, ends)
-    told = [ends[names[2][0]], ends[names[7][1]]]
-    again = engine.generate(*inputs(ask))[0].tolist()
-    others = [drawn[name] for image, (name, _) in enumerate(names) if image not in (2, 7)]
-    codes = as_codes(engine, ask, others)
-    return {"codes": [*codes[:2], again[2], *codes[2:], again[7]], "told": told}
-
-
 def after_mistakes(engine: VLLMEngine, ask: dict[str, Any]) -> dict[str, Any]:
     """What cannot be drawn, one mistake after another, and then everything else."""
-    from vllm.exceptions import VLLMValidationError
-    from vllm.sampling_params import SamplingParams
-
     prompts, negatives, grid, sampling, seeds = inputs(ask)
     told = []
-
-    def mistake(call: Any) -> None:
+    for request in (
+        (prompts[1:2], prompts[1:2], grid, sampling, [0]),
+        (prompts, negatives, (40, 40), sampling, seeds),
+        ([*prompts[:1], *prompts[1:2]], [*negatives[:1], *prompts[1:2]], grid, sampling, [0, 1]),
+    ):
         try:
-            call()
-            while engine._vllm.has_unfinished_requests():
-                for output in engine._vllm.step():
-                    if output.outputs[0].stop_reason:
-                        told.append(output.outputs[0].stop_reason)
-        except (ValueError, VLLMValidationError) as error:
+            engine.generate(*request)
+        except ValueError as error:
             told.append(str(error))
-
-    def texts(**options: Any) -> Any:
-        prompt = {"type": "token", "prompt_token_ids": [1, 2, 3]}
-        return lambda: engine._vllm.add_request("text", prompt, SamplingParams(max_tokens=4, **options))
-
-    (first, prompt), (second, negative) = both_rows(engine, ask)[0]
-    mistake(texts())
-    mistake(texts(extra_args=first.extra_args()))
-    mistake(lambda: [engine._add(first, prompt), engine._add(dataclasses.replace(second, seed=77), negative)])
-    mistake(lambda: [engine._add(first, prompt), engine._add(second, negative), engine._add(second, negative)])
-    mistake(lambda: engine.generate(prompts[1:2], prompts[1:2], grid, sampling, [0]))
-    mistake(lambda: engine.generate(prompts, negatives, (40, 40), sampling, seeds))
     return {"codes": engine.generate(prompts, negatives, grid, sampling, seeds)[0].tolist(), "told": told}
 
 
@@ -172,67 +130,6 @@ def careless(ask: dict[str, Any]) -> dict[str, Any]:
     return naive(ask)
 
 
-def served(ask: dict[str, Any]) -> dict[str, Any]:
-    """By vLLM's own HTTP server: sixteen clients at once, each with a row of some image; and one that wants text."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"http://127.0.0.1:{free.getsockname()[1]}"
-    os.environ.update({**engine_module.ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"})
-    options = {
-        "model": ask["checkpoint"],
-        "port": address.rpartition(":")[2],
-        "dtype": "float32",
-        "generation_config": "vllm",
-        "scheduler_cls": SCHEDULER,
-        "logits_processors": LOGITS_PROCESSOR,
-        **ask["options"],
-    }
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    switches = ["--skip-tokenizer-init", "--enforce-eager", "--no-async-scheduling"]
-    server = subprocess.Popen([sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags, *switches])
-    try:
-        while server.poll() is None:
-            try:
-                urllib.request.urlopen(f"{address}/health", timeout=1)
-                break
-            except OSError:
-                time.sleep(0.5)
-
-        def answer(body: dict[str, Any]) -> dict[str, Any]:
-            body = {"model": ask["checkpoint"], "temperature": 0, "return_token_ids": True, **body}
-            head = {"Content-Type": "application/json"}
-            request = urllib.request.Request(f"{address}/v1/completions", json.dumps(body).encode(), head)
-            try:
-                with urllib.request.urlopen(request, timeout=120) as response:
-                    return json.load(response)["choices"][0]
-            except urllib.error.HTTPError as error:
-                return json.load(error)["error"]
-
-        engine = VLLMEngine.__new__(VLLMEngine)
-        engine.model = load_checkpoint(ask["checkpoint"], with_weights=False).model
-        asked = [
-            {
-                "prompt": prompt.tolist(),
-                "max_tokens": request.codes,
-                "ignore_eos": True,
-                "detokenize": False,
-                "vllm_xargs": request.extra_args(),
-            }
-            for rows in both_rows(engine, ask)
-            for request, prompt in rows
-        ]
-        order = random.Random(0).sample(range(16), 16)
-        with ThreadPoolExecutor(16) as clients:
-            answers = dict(zip(order, clients.map(lambda row: answer(asked[row]), order), strict=True))
-        taken = [[answers[row]["token_ids"] for row in (2 * image, 2 * image + 1)] for image in range(8)]
-        assert all(one == other for one, other in taken)
-        told = answer({"prompt": [1, 2], "max_tokens": 4})
-        return {"codes": as_codes(engine, ask, [one for one, _ in taken]), "told": [told["code"], told["message"]]}
-    finally:
-        server.terminate()
-        server.wait()
-
-
 def inputs(ask: dict[str, Any]) -> tuple[Any, ...]:
     prompts, negatives = ([torch.tensor(ids) for ids in ask[name]] for name in ("prompts", "negatives"))
     return prompts, negatives, tuple(ask["grid"]), SamplingSettings(**ask["sampling"]), ask["seeds"]
@@ -246,7 +143,7 @@ def both_rows(engine: VLLMEngine, ask: dict[str, Any]) -> list[list[Any]]:
     return [list(zip(rows, texts, strict=True)) for rows, *texts in zip(made, prompts, negatives, strict=True)]
 
 
-def step(engine: VLLMEngine, drawn: dict[str, list[int]], times: int, ends: dict[str, Any] | None = None) -> None:
+def step(engine: VLLMEngine, drawn: dict[str, list[int]], times: int) -> None:
     for _ in range(times):
         if not engine._vllm.has_unfinished_requests():
             return
@@ -254,8 +151,6 @@ def step(engine: VLLMEngine, drawn: dict[str, list[int]], times: int, ends: dict
             return  # another process would be waited for, and it has nothing to say while all wait for partners
         for output in engine._vllm.step():
             drawn.setdefault(output.request_id, []).extend(output.outputs[0].token_ids)
-            if ends is not None and output.finished:
-                ends[output.request_id] = [output.outputs[0].finish_reason, output.outputs[0].stop_reason]
 
 
 def as_codes(engine: VLLMEngine, ask: dict[str, Any], ids: list[list[int]]) -> Any:
@@ -267,7 +162,7 @@ def load(ask: dict[str, Any], options: dict[str, Any]) -> VLLMEngine:
     return VLLMEngine(model, ask["checkpoint"], **options)
 
 
-WITHOUT_ENGINE = (refused, naive, careless, overcommitted, served)
+WITHOUT_ENGINE = (refused, naive, careless, overcommitted)
 
 
 def main(request: str, answer: str) -> None:

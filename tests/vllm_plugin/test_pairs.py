@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import replace
 
 import pytest
 
 from simplear.generation import SamplingSettings
-from simplear_vllm.pairs import Capacity, Pairs, Refused
+from simplear_vllm.pairs import Capacity, Pairs
 from simplear_vllm.request import ImageRequest
 
 ROOM = Capacity(sequences=8, tokens=64, blocks=40, block_size=4, positions=64)
@@ -20,9 +21,11 @@ def rows(pair: str, **fields) -> tuple[ImageRequest, ImageRequest]:
     return conditional, replace(conditional, role="negative")
 
 
-def arrive(pairs: Pairs, name: str, prompts: tuple[int, int] = (4, 4)) -> None:
-    for request, prompt in zip(rows(name), prompts, strict=True):
+def arrive(pairs: Pairs, name: str, prompts: tuple[int, int] = (4, 4)) -> list[str | None]:
+    return [
         pairs.arrive(f"{name}-{request.role}", request, prompt)
+        for request, prompt in zip(rows(name), prompts, strict=True)
+    ]
 
 
 def test_a_row_waits_for_its_partner():
@@ -33,7 +36,6 @@ def test_a_row_waits_for_its_partner():
     assert pairs.admit() == []
     pairs.arrive("3", negative, 4)
     assert pairs.admit() == ["1", "3"]
-    assert pairs.companions("3") == ["1", "3"] and pairs.companions("unknown") == []
 
 
 def test_an_image_without_guidance_is_one_request():
@@ -81,7 +83,7 @@ def test_nothing_overtakes_a_large_image():
     arrive(pairs, "large", (31, 33))
     arrive(pairs, "small")
     assert pairs.admit() == []
-    for request_id in pairs.companions("a-negative"):
+    for request_id in ("a-conditional", "a-negative"):
         pairs.leave(request_id)
     assert pairs.admit() == ["large-conditional", "large-negative"]
 
@@ -108,35 +110,14 @@ def test_blocks_stay_reserved_until_both_rows_have_left():
 )
 def test_what_never_fits_is_refused_with_numbers(capacity, prompts, words):
     pairs = Pairs(capacity)
-    with pytest.raises(Refused, match=words) as raised:
-        arrive(pairs, "a", prompts)
-    assert raised.value.request_ids == ["a-conditional", "a-negative"]
-    for request_id in raised.value.request_ids:
+    first, second = arrive(pairs, "a", prompts)
+    assert first is None and re.search(words, second)
+    assert pairs.admit() == []
+    for request_id in ("a-conditional", "a-negative"):
         pairs.leave(request_id)
-    arrive(pairs, "a", (2, 2)) if capacity is ROOM else None
-    assert len(pairs.admit()) == (2 if capacity is ROOM else 0)
-
-
-@pytest.mark.parametrize(
-    "other", [{"seed": 1}, {"codes": 15}, {"role": "conditional"}, {"fixed_codes": (3,) * CODES}, {"codebook_size": 49}]
-)
-def test_rows_that_are_no_pair_are_refused(other):
-    pairs = Pairs(ROOM)
-    conditional, negative = rows("a")
-    pairs.arrive("1", conditional, 4)
-    with pytest.raises(Refused, match="differ in more than their roles") as raised:
-        pairs.arrive("2", replace(negative, **other), 4)
-    assert raised.value.request_ids == ["1", "2"]
-
-
-def test_a_third_row_is_refused_alone():
-    pairs = Pairs(ROOM)
-    arrive(pairs, "a")
-    with pytest.raises(Refused, match="has both its requests already") as raised:
-        pairs.arrive("3", rows("a")[0], 4)
-    assert raised.value.request_ids == ["3"]
-    pairs.leave("3")
-    assert len(pairs.admit()) == 2
+    if capacity is ROOM:
+        arrive(pairs, "a", (2, 2))
+        assert len(pairs.admit()) == 2
 
 
 @pytest.mark.parametrize("seed", range(20))
