@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from simplear.device import resolve_device
@@ -166,7 +166,6 @@ class SimpleARPipeline:
         mask: Image.Image | Sequence[Image.Image] | None = None,
         output_type: OutputType = "pil",
         batch_size: int = 32,
-        progress: bool = False,
         on_row: Callable[[int, Tensor], None] | None = None,
     ) -> PipelineOutput:
         """Draw. None means the checkpoint's default.
@@ -191,7 +190,6 @@ class SimpleARPipeline:
                 continues what is above it and to its left, and does not see what is kept below.
             output_type: "pil", "pt", or "codes", which needs no visual tokenizer.
             batch_size: images drawn at once.
-            progress: show a bar over the codes.
             on_row: called after each row of codes, with the number of the batch's first image in this call and its
                 codes so far (B, rows, w), which `decode` turns into the upper part of the pictures.
 
@@ -225,29 +223,28 @@ class SimpleARPipeline:
         seeds = _seeds(seed, len(prompt_of_image))
         fixed_codes = self._codes_to_keep(pictures, masks) if pictures else None
         codes, stats = [], GenerationStats("")
-        with tqdm(total=len(seeds) * grid[0], unit="row", disable=not progress, desc="drawing") as bar:
-            for start in range(0, len(seeds), batch_size):
-                part = prompt_of_image[start : start + batch_size]
+        for start in range(0, len(seeds), batch_size):
+            part = prompt_of_image[start : start + batch_size]
 
-                def show(row: int, so_far: Tensor, first: int = start) -> None:
-                    bar.update(len(so_far))
-                    if on_row is not None:
-                        on_row(first, so_far.view(len(so_far), row, grid[1]))
+            def show(row: int, so_far: Tensor, first: int = start) -> None:
+                assert on_row is not None
+                on_row(first, so_far.view(len(so_far), row, grid[1]))
 
-                request = (
-                    [prompt_ids[number] for number in part],
-                    [negative_ids[number] for number in part],
-                    grid,
-                    sampling,
-                    seeds[start : start + batch_size],
-                    show,
-                    None if fixed_codes is None else fixed_codes[part],
-                )
-                drawn, cost = with_memory_error(lambda: self.engine.generate(*request), "drawing", len(part))  # noqa: B023
-                codes.append(drawn.cpu())
-                stats.engine = cost.engine
-                for name in ("images", "tokens", "steps", "seconds"):
-                    setattr(stats, name, getattr(stats, name) + getattr(cost, name))
+            call = functools.partial(
+                self.engine.generate,
+                [prompt_ids[number] for number in part],
+                [negative_ids[number] for number in part],
+                grid,
+                sampling,
+                seeds[start : start + batch_size],
+                None if on_row is None else show,
+                None if fixed_codes is None else fixed_codes[part],
+            )
+            drawn, cost = with_memory_error(call, "drawing", len(part))
+            codes.append(drawn.cpu())
+            stats.engine = cost.engine
+            for name in ("images", "tokens", "steps", "seconds"):
+                setattr(stats, name, getattr(stats, name) + getattr(cost, name))
         all_codes = torch.cat(codes)
         images = None if output_type == "codes" else self.decode(all_codes, batch_size)
         shown = pil_images(images) if output_type == "pil" and images is not None else images
