@@ -11,10 +11,10 @@ long rows among thread blocks, of which a few rows with a few heads would otherw
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any, cast
 
 import torch
@@ -275,15 +275,14 @@ def attention_by_length(device: torch.device, dtype: torch.dtype) -> Callable[..
     """
     if device.type != "cuda":
         return None
-    if dtype not in (torch.bfloat16, torch.float16):
-        reason = f"{dtype} was asked for"
-    elif torch.cuda.get_device_capability(device) < (8, 0):
-        reason = f"{torch.cuda.get_device_name(device)} is older than flash attention"
-    elif "seqused_k" not in inspect.signature(varlen_attn).parameters:
-        reason = f"varlen_attn of PyTorch {torch.__version__} reads no caches"
-    else:
+    recent = torch.cuda.get_device_capability(device) >= (8, 0) and "seqused_k" in signature(varlen_attn).parameters
+    if recent and dtype in (torch.bfloat16, torch.float16):
         return cast(Callable[..., Tensor], varlen_attn)
-    logger.info("attention while drawing reads whole caches under a mask, which is slower: %s", reason)
+    logger.info(
+        "attention while drawing reads whole caches under a mask, which is slower: reading by length needs an Ampere "
+        "GPU or later, bfloat16 or float16 (not %s), and a PyTorch later than 2.11",
+        dtype,
+    )
     return None
 
 
