@@ -328,9 +328,9 @@ class SimpleARPipeline:
         return [prompt_sequence(ids, self.model.layout) for ids in encoded]
 
 
-def _one_each(given: Entry | Sequence[Entry], noun: str, prompts: int) -> list[Entry]:
+def _one_each(value: Entry | Sequence[Entry], noun: str, prompts: int) -> list[Entry]:
     """One entry for each prompt."""
-    entries: list[Any] = [given] * prompts if isinstance(given, str | Image.Image) else list(given)
+    entries: list[Any] = [value] * prompts if isinstance(value, str | Image.Image) else list(value)
     if len(entries) != prompts:
         raise UserError(f"{len(entries)} {noun} for {prompts} prompts: give one, or one for each.")
     return entries

@@ -122,16 +122,16 @@ class CosmosTokenizer(protocol.TokenizerBase):
         return video[:, :, 0]
 
 
-def _expected(file: Path, given: Mapping[str, str] | None) -> str:
+def _expected(file: Path, stated: Mapping[str, str] | None) -> str:
     """The hash that the file must have."""
     if not file.is_file():
         raise MissingFileError(
             f"{file} is missing: Cosmos DV8x16x16 is the two files {' and '.join(FILES)} of "
             "nvidia/Cosmos-1.0-Tokenizer-DV8x16x16 on the hub."
         )
-    if given is None and (sums := file.parent / SUMS_FILE).is_file():
-        given = _read_sums(sums)
-    digest = stated_sha256(file) if given is None else given.get(file.name)
+    if stated is None and (sums := file.parent / SUMS_FILE).is_file():
+        stated = _read_sums(sums)
+    digest = stated_sha256(file) if stated is None else stated.get(file.name)
     if digest is None:
         raise UserError(
             f"no SHA-256 is known for {file}, and a TorchScript file is a program: download it with `hf download "
