@@ -90,6 +90,8 @@ class VLLMEngine(Engine):
             raise VLLMError(f"{', '.join(taken)}: the vllm engine sets this itself. Leave it out.")
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+        if os.environ[V2_RUNNER] != "0":
+            raise VLLMError(f"the vllm engine does not work with the V2 model runner of GPU builds: set {V2_RUNNER}=0.")
         logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())  # it logs before it reads that
         from vllm.engine.arg_utils import EngineArgs
         from vllm.platforms import current_platform

@@ -49,7 +49,6 @@ def check_configuration(config: Any) -> None:
     refused = {
         f"architecture {model.architectures} (a plain {ARCHITECTURE} is needed)": model.architectures != [ARCHITECTURE],
         "speculative decoding (it draws several codes a step)": config.speculative_config,
-        f"the V2 model runner of GPU builds (set {V2_RUNNER}=0)": config.use_v2_model_runner,
         "asynchronous scheduling (set async_scheduling=False)": scheduler.async_scheduling,
         f"the scheduling policy {scheduler.policy} (pairs run in the order in which they are complete)": (
             scheduler.policy != "fcfs"

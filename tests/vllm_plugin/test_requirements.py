@@ -73,7 +73,6 @@ def configuration(**changes) -> SimpleNamespace:
         kv_transfer_config=None,
         ec_transfer_config=None,
         lora_config=None,
-        use_v2_model_runner=False,
     )
     for name, value in changes.items():
         part, _, field = name.rpartition("__")
@@ -90,7 +89,6 @@ def test_a_configuration_as_the_engine_makes_it_passes(monkeypatch):
     ("changes", "words"),
     [
         ({"speculative_config": object()}, "speculative decoding"),
-        ({"use_v2_model_runner": True}, "V2 model runner .*VLLM_USE_V2_MODEL_RUNNER=0"),
         ({"scheduler_config__async_scheduling": True}, "asynchronous scheduling"),
         ({"scheduler_config__policy": "priority"}, "policy priority"),
         ({"scheduler_config__long_prefill_token_threshold": 4}, "long_prefill_token_threshold"),
