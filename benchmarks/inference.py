@@ -39,6 +39,7 @@ from simplear.generation import (
     make_engine,
     pil_images,
 )
+from simplear.generation.engine import DrawRequest
 from simplear.language_model import LanguageModel, LanguageModelConfig
 from simplear.scenes import detect, evaluation_prompts, judge
 from simplear.sequence import TokenLayout, encode_captions, prompt_sequence
@@ -366,16 +367,17 @@ def time_shape(settings: argparse.Namespace, claims: list[dict[str, Any]], detai
 
 def one_pass(model: LanguageModel, prompt: Tensor, negative: Tensor, width: int) -> Callable[[], object]:
     """A pass over so many tokens of an image's two rows."""
-    engine, nothing_kept = FusedEngine(model, window=width - 1), torch.full((1, 64), -1, device=prompt.device)
+    engine = FusedEngine(model, window=width - 1)
     engine.refresh()
+    request = DrawRequest([prompt], [negative], (8, 8), SAMPLING, [0], None, None)
 
     @torch.inference_mode()
     def draw() -> None:
-        drawing.done.fill_(1)
-        drawing.advance()
+        state.final_counts.fill_(1)
+        state.advance()
 
     with torch.inference_mode():
-        drawing, _, _ = engine.prefill([prompt], [negative], nothing_kept, 0, (8, 8), SAMPLING, [0])
+        state, _, _ = engine.prefill(request)
     return draw
 
 

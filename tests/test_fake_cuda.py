@@ -19,9 +19,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from pretended_gpu import GPU, PretendedGPU, autocast_on_gpu, backward
 from simplear.generation import FusedEngine, SamplingSettings
-from simplear.generation.decoder_step import _varlen_attn_before_caches, attention_by_length
-from simplear.generation.fused import Drawing
-from simplear.generation.memory import NUMBERS_A_CODE, image_bytes
+from simplear.generation.decoder_step import attention_by_length
+from simplear.generation.engine import DrawRequest
+from simplear.generation.fused import DecodeState
 from simplear.language_model import Architecture, LanguageModel, LanguageModelConfig
 from simplear.sequence import TokenLayout, training_batch
 from simplear.stages import GRPOModule, PretrainModule, SFTModule
@@ -34,6 +34,8 @@ LAYOUT = TokenLayout(151_665, 151_667, 151_672, 64_000)
 GRID, CODES = (64, 64), 4096
 SAMPLING = SamplingSettings(guidance_scale=6.0, top_k=64_000)
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+NUMBERS_A_CODE = 10
+"""float64 numbers a code of the codebook while one is drawn: log-weights of both rows, probabilities, hashes."""
 LAYERS = 6
 """Where more would only take longer."""
 
@@ -59,11 +61,11 @@ def gpu() -> Iterator[PretendedGPU]:
         yield made
 
 
-def prefilled(engine: FusedEngine, images: int, grid: tuple[int, int] = GRID) -> Drawing:
+def prefilled(engine: FusedEngine, images: int, grid: tuple[int, int] = GRID) -> DecodeState:
     engine.refresh()
     prompts = [torch.arange(40 - row) for row in range(images)]
-    kept = torch.full((images, grid[0] * grid[1]), -1, device="cuda")
-    return engine.prefill(prompts, [torch.arange(2)] * images, kept, 0, grid, SAMPLING, list(range(images)))[0]
+    request = DrawRequest(prompts, [torch.arange(2)] * images, grid, SAMPLING, range(images), None, None)
+    return engine.prefill(request)[0]
 
 
 @pytest.mark.parametrize(("size", "images", "layers"), [("0.5b", 1, 24), ("1.5b", 32, LAYERS)])
@@ -73,17 +75,16 @@ def test_a_pass_of_a_drawing_waits_for_nothing_and_leaves_nothing(
     model = language_model(size, torch.bfloat16, num_hidden_layers=layers).eval()
     engine = FusedEngine(model)
     with torch.inference_mode():
-        drawing = prefilled(engine, images)
-        capacity = drawing.visible
+        state = prefilled(engine, images)
+        capacity = state.visible
         architecture = Architecture.of(model.decoder.config)
-        cache = sum(layer.untyped_storage().nbytes() for layer in drawing.cache.layers)
+        cache = sum(layer.untyped_storage().nbytes() for layer in state.cache.layers)
         assert capacity >= 40 + CODES and cache == 2 * architecture.key_value_numbers(2 * images * capacity)
-        assert cache <= images * image_bytes(model, 40, CODES, rows=2)
-        assert {tensor.device for tensor in (*drawing.buffers(), *drawing.step.buffers())} == {GPU}
+        assert {tensor.device for tensor in (*state.buffers(), *state.step.buffers())} == {GPU}
         for visible in (41, capacity):
-            drawing.visible = visible
+            state.visible = visible
             before = gpu.restart()
-            drawing.advance()
+            state.advance()
             assert not gpu.transfers and gpu.alive() == before
             # What a draw takes, and for two rows an image the widest of what passes through a layer.
             width = 2 * (3 * architecture.intermediate_size + 8 * architecture.hidden_size + 20 * capacity)
@@ -102,23 +103,23 @@ def test_what_travels_between_the_devices_does_not_depend_on_the_codes(gpu: Pret
     assert found[1] == found[2] and "to the CPU" not in found[1]
 
 
-def reading(drawing: Drawing) -> None:
-    if int(drawing.done.min()) < drawing.count:
-        drawing.advance()
+def reading(state: DecodeState) -> None:
+    if int(state.final_counts.min()) < state.count:
+        state.advance()
 
 
-def from_the_cpu(drawing: Drawing) -> None:
-    drawing.canvas.add_(torch.arange(drawing.canvas.shape[1]))
-    drawing.advance()
+def from_the_cpu(state: DecodeState) -> None:
+    state.canvas.add_(torch.arange(state.canvas.shape[1]))
+    state.advance()
 
 
-def over_the_cpu(drawing: Drawing) -> None:
-    drawing.done.copy_(drawing.done.cpu())
+def over_the_cpu(state: DecodeState) -> None:
+    state.final_counts.copy_(state.final_counts.cpu())
 
 
-def branching(drawing: Drawing) -> None:
-    drawing.canvas[drawing.canvas < 0] += 1
-    drawing.kept[drawing.canvas.nonzero()[0]]
+def branching(state: DecodeState) -> None:
+    state.canvas[state.canvas < 0] += 1
+    state.fixed_codes[state.canvas.nonzero()[0]]
 
 
 @pytest.mark.parametrize(
@@ -130,17 +131,17 @@ def branching(drawing: Drawing) -> None:
         (branching, torch._subclasses.fake_tensor.DynamicOutputShapeException),
     ],
 )
-def test_wrong_passes_are_found(gpu: PretendedGPU, wrong: Callable[[Drawing], None], error: Any) -> None:
+def test_wrong_passes_are_found(gpu: PretendedGPU, wrong: Callable[[DecodeState], None], error: Any) -> None:
     engine = FusedEngine(language_model("0.5b", torch.bfloat16, num_hidden_layers=1).eval())
     with torch.inference_mode():
-        drawing = prefilled(engine, 2, (2, 2))
+        state = prefilled(engine, 2, (2, 2))
         gpu.restart()
         if error is None:
-            wrong(drawing)
+            wrong(state)
             assert gpu.transfers == {"to the CPU": 1, "to the GPU": 1}
         else:
             with pytest.raises(error):
-                wrong(drawing)
+                wrong(state)
 
 
 def training_run(model: LanguageModel, images: int, codes: int, text: int, chunk_rows: int | None) -> Run:
@@ -257,13 +258,14 @@ def test_the_backward_pass_is_torchs() -> None:
         torch.testing.assert_close(weight.grad, gradient)
 
 
-@pytest.mark.parametrize("attention", [attention_by_length, lambda *_: _varlen_attn_before_caches])
-def test_attention_by_length_in_every_release(gpu: PretendedGPU, attention: Any) -> None:
-    """Torch 2.11's function does not pass a row's length on; the operation under it does."""
+def test_attention_by_length(gpu: PretendedGPU) -> None:
+    attention: Any = attention_by_length(GPU, torch.bfloat16)
+    if attention is None:
+        pytest.skip("varlen_attn of PyTorch 2.11 reads no caches")
     options: dict[str, Any] = {"dtype": torch.bfloat16, "device": GPU}
     tokens, lengths = torch.empty(4 * 100, 4, 64, **options), torch.ones(5, dtype=torch.int32, device=GPU)
     for new, window in ((1, (-1, -1)), (5, (-1, 0))):
-        attended = attention(GPU, torch.bfloat16)(
+        attended = attention(
             torch.empty(4 * new, 14, 64, **options),
             tokens.narrow(1, 0, 2),
             tokens.narrow(1, 2, 2),

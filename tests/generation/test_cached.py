@@ -147,17 +147,15 @@ def test_a_sequence_may_fill_the_positions_and_no_more():
 
 
 @pytest.mark.parametrize(
-    ("count", "negatives", "seeds", "grid", "words"),
+    ("count", "negatives", "seeds", "words"),
     [
-        (0, 0, 0, GRID, "no prompts"),
-        (2, 1, 2, GRID, "2 prompts, 1 negative prompts and 2 seeds"),
-        (2, 2, 3, GRID, "2 prompts, 2 negative prompts and 3 seeds"),
-        (1, 1, 1, (0, 4), "0 × 4 holds no codes"),
+        (2, 1, 2, "2 prompts, 1 negative prompts and 2 seeds"),
+        (2, 2, 3, "2 prompts, 2 negative prompts and 3 seeds"),
     ],
 )
-def test_requests_that_cannot_be_are_named(count, negatives, seeds, grid, words):
+def test_requests_that_cannot_be_are_named(count, negatives, seeds, words):
     with pytest.raises(ValueError, match=words):
-        CachedEngine(language_model()).generate(PROMPTS[:count], NEGATIVES[:negatives], grid, GUIDED, SEEDS[:seeds])
+        CachedEngine(language_model()).generate(PROMPTS[:count], NEGATIVES[:negatives], GRID, GUIDED, SEEDS[:seeds])
 
 
 def test_prompts_are_not_changed():

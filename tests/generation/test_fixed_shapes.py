@@ -16,8 +16,8 @@ from simplear.generation import (
     FusedEngine,
     SamplingSettings,
     cached,
-    drafts,
     fused,
+    jacobi,
 )
 
 GRID = (2, 3)
@@ -45,9 +45,9 @@ def drawn(engine: Engine, batch: list[Tensor], place: int, seen: list[Any]) -> T
 
 @pytest.fixture(params=[CachedEngine, FusedEngine, CompiledEngine])
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    owner, name = (cached, "draw") if request.param is CachedEngine else (drafts, "draw")
+    owner, name = (cached, "draw") if request.param is CachedEngine else (jacobi, "draw")
     plain = getattr(owner, name)
-    monkeypatch.setattr(fused, "compiled_pass", lambda drawing: drawing.advance)  # as it is traced, in its fixed shape
+    monkeypatch.setattr(fused, "compiled_pass", lambda state: state.advance)  # as it is traced, in its fixed shape
 
     def make(prompt_multiple: int) -> Engine:
         def draw(logits: Tensor, images: int, *others: Any) -> Tensor:

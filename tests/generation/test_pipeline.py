@@ -102,7 +102,7 @@ def test_typed_control_tokens_stay_text(pipe: SimpleARPipeline) -> None:
         ({"prompt": []}, "at least one prompt"),
         ({"prompt": "a red circle " * 30}, "prompt 0 .* tokens; there is room for 20"),
         ({"prompt": "a \ud800 circle"}, "prompt 0 is not valid text"),
-        ({"prompt": "x", "height": 12}, "height 12 is no multiple of 8"),
+        ({"prompt": "x", "height": 12}, "height 12 must be a multiple of 8"),
         ({"prompt": "x", "top_k": 0}, "top_k 0"),
         ({"prompt": "x", "temperature": -1.0}, "temperature -1.0"),
         ({"prompt": ["x", "y"], "seed": [1]}, "1 seeds for 2 images"),
@@ -189,8 +189,8 @@ def test_what_is_masked_is_drawn_anew_and_the_rest_stays(pipe: SimpleARPipeline)
     ("image", "mask", "words"),
     [
         ((24, 16), None, "image and mask go together"),
-        ((24, 16), (16, 24), r"have the sizes .*\(16, 24\), \(24, 16\)\], and \(24, 16\) is to be drawn: resize them"),
-        ((20, 16), (20, 16), "width 20 is no multiple of 8"),
+        ((24, 16), (16, 24), r"have the sizes .*\(16, 24\), \(24, 16\)\], but \(24, 16\) is to be drawn: resize them"),
+        ((20, 16), (20, 16), "width 20 must be a multiple of 8"),
     ],
 )
 def test_a_picture_and_a_mask_that_do_not_belong_together_are_refused(
@@ -198,7 +198,7 @@ def test_a_picture_and_a_mask_that_do_not_belong_together_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=words):
         pipe("one star", image=Image.new("RGB", image), mask=mask and Image.new("L", mask), seed=0)
-    with pytest.raises(ValueError, match="2 images and 1 masks for 1 prompts"):
+    with pytest.raises(ValueError, match="2 images for 1 prompts"):
         pipe("one star", image=[Image.new("RGB", (24, 16))] * 2, mask=Image.new("L", (24, 16)), seed=0)
 
 

@@ -49,9 +49,9 @@ def test_prefix_stands_before_prompts_and_not_before_negative_or_empty_ones(tiny
         (["the one star", "the two"], ["red", "blue"]),
     ]
     for request, captions in zip(pipe.engine.requests, expected, strict=True):
-        for given, texts in zip(request[:2], captions, strict=True):
+        for encoded, texts in zip(request[:2], captions, strict=True):
             wanted = [prompt_sequence(ids, pipe.model.layout) for ids in encode_captions(pipe.tokenizer, texts)]
-            assert [ids.tolist() for ids in given] == [ids.tolist() for ids in wanted]
+            assert [ids.tolist() for ids in encoded] == [ids.tolist() for ids in wanted]
 
 
 def test_a_typed_control_token_does_not_begin_the_image(tiny_text_tokenizer):

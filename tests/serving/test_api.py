@@ -175,8 +175,8 @@ def test_models(live: Live) -> None:
     [
         ({"size": "-8x8"}, "size", "pattern"),
         ({"size": "big"}, "size", "pattern"),
-        ({"size": "12x8"}, "size", "width 12 is no multiple of 8"),
-        ({"size": "4x8"}, "size", "width 4 is no multiple of 8"),
+        ({"size": "12x8"}, "size", "width 12 must be a multiple of 8"),
+        ({"size": "4x8"}, "size", "width 4 must be a multiple of 8"),
         ({"size": "80x80"}, "size", "100 codes; at most 12"),
         ({"size": "1024x1024"}, "size", f"16384 codes; at most 12 are drawn, {SIZE} by default"),
         ({"size": "99999x99999"}, "size", "at most 12"),

@@ -137,9 +137,9 @@ def test_changed_weight_is_refused(directory):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("init_args", {"levels": [5, 3], "downsample": 4}, "another configuration"),
-        ("init_args", {"levels": [4, 3], "downsample": 4, "colour": 1}, "cannot have these init_args .*colour"),
-        ("init_args", [4, 3], "cannot have these init_args"),
+        ("init_args", {"levels": [5, 3], "downsample": 4}, "does not fit the init_args"),
+        ("init_args", {"levels": [4, 3], "downsample": 4, "colour": 1}, "does not fit the init_args .*colour"),
+        ("init_args", [4, 3], "does not fit the init_args"),
         ("fingerprint", None, "no key 'fingerprint'"),
     ],
 )

@@ -109,9 +109,6 @@ def test_a_file_of_unknown_hash_is_not_loaded(files: Path, tmp_path: Path) -> No
     write(tmp_path, sums=False)
     with pytest.raises(ValueError, match=r"no SHA-256 is known for .*encoder\.jit.* SHA256SUMS"):
         load_visual_tokenizer(tmp_path)
-    (tmp_path / "SHA256SUMS").write_text("abc  encoder.jit\n")
-    with pytest.raises(ValueError, match=r"'abc', not 64 hexadecimal digits"):
-        load_visual_tokenizer(tmp_path)
     sums = [line.split() for line in (files / "SHA256SUMS").read_text().splitlines()]
     (tmp_path / "SHA256SUMS").write_text("".join(f"{digest} * {name}\n" for digest, name in sums))  # git lfs ls-files
     assert load_visual_tokenizer(tmp_path).fingerprint == load_visual_tokenizer(files).fingerprint
@@ -160,7 +157,7 @@ def test_a_missing_or_unreadable_file_is_named(files: Path, tmp_path: Path) -> N
         load_visual_tokenizer(tmp_path)
     (tmp_path / "decoder.jit").write_bytes((files / "decoder.jit").read_bytes()[:-2000])
     digests = {name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in cosmos.FILES}
-    with pytest.raises(ValueError, match=r"decoder\.jit is no TorchScript module"):
+    with pytest.raises(ValueError, match=r"decoder\.jit is not a TorchScript module"):
         CosmosTokenizer.from_directory(tmp_path, digests)
     saved = tmp_path / "saved"
     save_visual_tokenizer(load_visual_tokenizer(files), saved)
@@ -185,11 +182,11 @@ class Continuous(nn.Module):
             Encoder(patch=8),
             r"encoder\.jit gave torch\.int32 of shape \(3, 1, 6, 4\).* not whole numbers of shape \(3, 1, 3, 2\)",
         ),
-        (Encoder(shift=64_000), r"encoder\.jit gave code \d{5,6} for picture 0 of the batch, at row 0, column 0"),
-        (Encoder(shift=-64_000), r"encoder\.jit gave code -\d+ for picture 0"),
+        (Encoder(shift=64_000), r"encoder\.jit gave .* in \[\d+, \d{5,6}\] .* in \[0, 64000\)"),
+        (Encoder(shift=-64_000), r"encoder\.jit gave .* in \[-\d+, -?\d+\]"),
     ],
 )
-def test_what_is_not_cosmos_is_an_error_that_names_file_and_picture(
+def test_what_is_not_cosmos_is_an_error_that_names_the_file(
     tmp_path: Path, pixels: torch.Tensor, encoder: nn.Module, message: str
 ) -> None:
     write(tmp_path, encoder)

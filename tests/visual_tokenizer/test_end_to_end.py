@@ -79,6 +79,6 @@ def test_a_released_directory_is_decoded_with_cosmos_from_the_hub(
     assert drawn.images.shape == (1, 3, 32, 48) and torch.equal(drawn.images, named.images)
     expected = load_visual_tokenizer(cosmos).decode(drawn.codes)
     assert torch.equal(drawn.images, ((expected + 1) / 2).clamp(0, 1))
-    with pytest.raises(ValueError, match="a code of the visual tokenizer stands for 4 pixels a side"):
+    with pytest.raises(ValueError, match=r"4 pixels a code along each side, .* and 16: use the one that belongs to it"):
         wrong = SimpleARPipeline.from_pretrained(released, device="cpu", visual_tokenizer=janus(tmp_path / "janus"))
         wrong("one star", **options)

@@ -3,9 +3,8 @@
 from simplear.generation.cached import CachedEngine
 from simplear.generation.command import generate
 from simplear.generation.engine import ENGINES, Engine, GenerationStats, make_engine
-from simplear.generation.fused import CompiledEngine, FusedEngine
+from simplear.generation.fused import CompiledEngine, FusedEngine, JacobiEngine
 from simplear.generation.guidance import guide
-from simplear.generation.jacobi import JacobiEngine
 from simplear.generation.memory import OutOfMemoryError
 from simplear.generation.options import DrawingOptions
 from simplear.generation.pipeline import PipelineOutput, SimpleARPipeline, pil_images

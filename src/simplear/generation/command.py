@@ -1,7 +1,7 @@
 """`simplear generate`: prompts to PNG files that say how they were made.
 
 Image k of a run, prompts in order and the images of a prompt together, is drawn with seed + k, whatever else is drawn
-beside it. So a run that was stopped goes on by drawing the files that are missing, and those there are compared with
+beside it. So a stopped run resumes by drawing the files that are missing. The metadata of the others is compared with
 what would be drawn: a directory never mixes two checkpoints or two settings.
 """
 
@@ -69,110 +69,97 @@ def generate(
         ValueError: no prompt, an entry of the file without one, a prompt that cannot be drawn, or a directory with
             pictures of other settings.
     """
-    prompts = _prompts(prompt, prompts_file)
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
+    if prompts_file is not None:
+        prompts += [text for text, _ in read_prompts(prompts_file)]
+    if not prompts:
+        missing_in = "no prompt" if prompts_file is None else f"{prompts_file} holds no prompt"
+        raise UserError(f'{missing_in}: give --prompt "…" or --prompts-file FILE.')
     if num_images_per_prompt < 1:
         raise UserError(f"num_images_per_prompt {num_images_per_prompt} must be at least 1.")
     place = resolve_device(device)
     seeds = seeds_from(seed, len(prompts) * num_images_per_prompt)
     options = DrawingOptions(**drawing)
     options = dataclasses.replace(options, dtype=options.dtype or default_dtype(place))
-    picture, anew = _opened(open_rgb, image), _opened(open_mask, mask)
+    picture, opened_mask = _opened(open_rgb, image), _opened(open_mask, mask)
     source = find_checkpoint(checkpoint)
     pipeline = options.pipeline(source, place)
     size = (options.height, options.width) if picture is None else (picture.height, picture.width)
     pipeline.check_prompts(prompts, options.prompt_prefix, *size)
-    stated = options.stated(pipeline.settings)
-    del stated["height"], stated["width"]
     settings = {
-        **stated,
+        **options.stated(pipeline.settings),
         "do_sample": options.do_sample,
         "size": [rows * pipeline.settings.downsample for rows in pipeline.grid(*size)],
         "visual_tokenizer": pipeline.visual_tokenizer.fingerprint,
         "checkpoint_hash": checkpoint_hash(source),
+        "image": image,
+        "image_hash": image and sha256_of(Path(image)),
+        "mask": mask,
+        "mask_hash": mask and sha256_of(Path(mask)),
     }
-    for name, file in (("image", image), ("mask", mask)):
-        settings |= {name: file, f"{name}_hash": None if file is None else sha256_of(Path(file))}
+    del settings["height"], settings["width"]
     directory = Path(out)
-    texts = [(number, text, k) for number, text in enumerate(prompts) for k in range(num_images_per_prompt)]
-    images = [
-        (directory / file_name(number, text, sample), {"prompt": text, "seed": each, **settings})
-        for (number, text, sample), each in zip(texts, seeds, strict=True)
-    ]
-    there = _drawn_already(directory, dict(images), settings)
-    missing = [(path, made) for path, made in images if path not in there]
+    names = [file_name(number, text, k) for number, text in enumerate(prompts) for k in range(num_images_per_prompt)]
+    texts = [text for text in prompts for _ in range(num_images_per_prompt)]
+    images = {
+        directory / name: {"prompt": text, "seed": each, **settings}
+        for name, text, each in zip(names, texts, seeds, strict=True)
+    }
+    finished = _finished(directory, images, settings)
+    missing = [path for path in images if path not in finished]
     require_writable(directory, "pictures", "--out")
-    with tqdm(total=len(images), initial=len(there), unit="image", desc="drawing") as bar:
+    with tqdm(total=len(images), initial=len(finished), unit="image", desc="drawing") as bar:
         for start in range(0, len(missing), options.batch_size):
             part = missing[start : start + options.batch_size]
             drawn = pipeline(
-                [made["prompt"] for _, made in part],
-                seed=[made["seed"] for _, made in part],
+                [images[path]["prompt"] for path in part],
+                seed=[images[path]["seed"] for path in part],
                 image=picture,
-                mask=anew,
+                mask=opened_mask,
                 **options.arguments(),
             )
             assert isinstance(drawn.images, list)
-            for (path, made), made_image in zip(part, drawn.images, strict=True):
-                write_png(path, made_image, {**made, "checkpoint": checkpoint})
+            for path, made in zip(part, drawn.images, strict=True):
+                write_png(path, made, {**images[path], "checkpoint": checkpoint})
             bar.update(len(part))
-    print(f"{len(images)} images in {directory}" + (f", {len(there)} of them from before" if there else ""))
+    print(f"{len(images)} images in {directory}" + (f", {len(finished)} of them from before" if finished else ""))
 
 
-def _drawn_already(directory: Path, wanted: dict[Path, dict[str, Any]], settings: dict[str, Any]) -> set[Path]:
-    """Files of those wanted that are there, whole.
+def _finished(directory: Path, wanted: dict[Path, dict[str, Any]], settings: dict[str, Any]) -> set[Path]:
+    """The wanted files that exist and are complete.
 
-    Raises ValueError for one that is there and is another picture, and for any picture of other settings beside them.
+    Raises ValueError for a wanted file that is another picture, and for any picture of other settings beside them.
     """
-    there = set()
+    finished = set()
     for path in sorted(file for file in directory.glob("*.png") if file.is_file()):
-        found = read_metadata(path)
-        expected = wanted.get(path, settings)
-        if found is None:
-            if path in wanted:
-                raise UserError(
-                    f"{path} was not drawn by simplear generate, or is damaged, and has the name of a picture to draw: "
-                    "move it, or name another directory (--out)."
-                )
-            continue
-        other = [
-            f"{name} {_short(found.get(name))}, now {_short(value)}"
-            for name, value in expected.items()
-            if found.get(name) != value
-        ]
-        if other:
+        metadata = read_metadata(path)
+        if metadata is None and path in wanted:
             raise UserError(
-                f"{path} was drawn with other settings ({'; '.join(other)}): name another directory (--out), or remove "
-                "what is in this one."
+                f"{path} was not drawn by simplear generate, or is damaged, and has the name of a picture to draw: "
+                "move it, or name another directory (--out)."
             )
-        if path in wanted:
-            there.add(path)
-    for path in [path for path in there if not is_whole(path)]:
-        logger.warning("%s is damaged or cut short, and is drawn again", path)
-        there.remove(path)
-    return there
+        if metadata is None:
+            continue
+        differences = [
+            f"{name} {json.dumps(metadata.get(name))[:SHOWN]}, now {json.dumps(value)[:SHOWN]}"
+            for name, value in wanted.get(path, settings).items()
+            if metadata.get(name) != value
+        ]
+        if differences:
+            raise UserError(
+                f"{path} was drawn with other settings ({'; '.join(differences)}): name another directory (--out), or "
+                "remove what is in this one."
+            )
+        if path in wanted and is_whole(path):
+            finished.add(path)
+        elif path in wanted:
+            logger.warning("%s is damaged or cut short, and is drawn again", path)
+    return finished
 
 
 def _opened(opener: Callable[[str], Image.Image], file: str | None) -> Image.Image | None:
     """Raises UserError naming a file that cannot be opened as a picture."""
-    if file is None:
-        return None
     try:
-        return opener(file)
+        return opener(file) if file is not None else None
     except PictureError as error:
         raise UserError(f"{file}: {error}.") from error
-
-
-def _short(value: Any) -> str:
-    """A setting in a message."""
-    text = json.dumps(value, ensure_ascii=True)
-    return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
-
-
-def _prompts(prompt: str | list[str] | None, prompts_file: str | None) -> list[str]:
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
-    if prompts_file is not None:
-        prompts += [text for text, _ in read_prompts(prompts_file)]
-    if not prompts:
-        there_is = "no prompt" if prompts_file is None else f"{prompts_file} holds no prompt"
-        raise UserError(f'{there_is}: give --prompt "…" or --prompts-file FILE.')
-    return prompts

@@ -1,15 +1,14 @@
 """The fast engines: a fused copy of the decoder (`DecoderStep`), and one pass of it as a function over fixed tensors.
 
-A pass reads the last final code of each image (and drafts behind it, see `drafts`), runs the decoder, applies guidance,
-draws, and writes the codes back: all in place, on tensors whose addresses do not change, with guidance, temperature and
-seeds among them. So nothing waits for the device, one compiled pass serves every request of its shape, and rollouts of
-a model in training copy its weights and allocate nothing.
+A pass reads the last final code of each image (and drafts behind it, see `jacobi`), runs the decoder, applies guidance,
+draws, and writes the codes back. Everything happens in place, on tensors whose addresses do not change, and guidance,
+temperature and seeds are such tensors too. So nothing waits for the device, one compiled pass serves every request of
+its shape, and rollouts of a model in training copy its weights and allocate nothing.
 """
 
 from __future__ import annotations
 
 import logging
-import time
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,18 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from simplear.generation.decoder_step import CacheMemory, DecoderStep
-from simplear.generation.drafts import Proposal, propose_drafts, verify_drafts
-from simplear.generation.engine import (
-    GenerationStats,
-    RowCallback,
-    check_request,
-    kept_codes,
-    leading,
-    prompt_width,
-    read_once,
-    require_multiple,
-)
+from simplear.errors import UserError
+from simplear.generation.decoder_step import CacheMemory, DecoderStep, RowCache
+from simplear.generation.engine import DrawRequest, Engine, round_up
+from simplear.generation.jacobi import verify_drafts
 from simplear.generation.sampling import Noise, SamplingSettings, SamplingTensors
 from simplear.language_model import LanguageModel
 
@@ -39,105 +30,87 @@ logger = logging.getLogger(__name__)
 ROOM = 64
 """Tokens by which a compiled pass's cache grows from one shape to the next."""
 SHAPES = 64
-"""Compiled at most: numbers of images, sizes of the cache, grids. Further shapes run uncompiled, which is said once."""
+"""Compiled at most: numbers of images, sizes of the cache, grids. Further shapes run uncompiled, with a warning."""
 WARM_UP = 3
 """Passes before one is recorded: the first compiles, and libraries take their working memory in it."""
+WINDOW = 7
+"""Drafts in each pass of the `jacobi` engine by default: the best for one image of the demo, see docs/generation.md."""
 
 
-class Drawing(nn.Module):
-    """A batch of B images while it is drawn: R = B rows, or 2 B with guidance, conditional ones first.
+class DecodeState(nn.Module):
+    """A batch of B images while it is drawn, in R rows: R = B, or 2 B with guidance, conditional ones first.
 
     Args:
         model: for its layout and positions.
         step: runs the decoder.
-        memory: of the cache.
-        rows: R.
+        cache: R rows.
         images: B.
-        capacity: tokens that a row of the cache holds.
-        grid: rows and columns of codes.
+        grid: rows and columns of codes; N in all.
         sampling: which parts of it are used; the numbers come with each request.
         window: W, drafts in each pass.
-        proposal: of drafts that no pass has drawn yet.
     """
 
     def __init__(
         self,
         model: LanguageModel,
         step: DecoderStep,
-        memory: CacheMemory,
-        rows: int,
+        cache: RowCache,
         images: int,
-        capacity: int,
         grid: tuple[int, int],
         sampling: SamplingSettings,
         window: int,
-        proposal: Proposal,
     ) -> None:
         super().__init__()
-        self.step, self.cache = step, memory.cache(rows, capacity)
-        self.images, self.grid, self.count, self.window, self.proposal = (
-            images,
-            grid,
+        self.step, self.cache, self.images, self.grid, self.window = step, cache, images, grid, window
+        self.count, self.offset, self.positions_at = (
             grid[0] * grid[1],
-            window,
-            proposal,
+            model.layout.image_token_offset,
+            model.positions_at,
         )
-        self.offset, self.positions_at, self.visible = model.layout.image_token_offset, model.positions_at, capacity
-        self.sampling = SamplingTensors(sampling, memory.device)
-        self.noise = Noise([0] * images, model.layout.codebook_size, memory.device)
-        options: dict[str, Any] = {"dtype": torch.long, "device": memory.device}
-        for name, size in (("canvas", self.count + window + 1), ("kept", self.count + window + 1)):
-            self.register_buffer(name, torch.zeros(images, size, **options), persistent=False)
-        for name, size in (("done", images), ("drafted", images), ("lengths", rows)):
-            self.register_buffer(name, torch.ones(size, **options), persistent=False)
+        self.visible = cache.capacity
+        """Tokens of each row that attention under a mask reads."""
+        options: dict[str, Any] = {"dtype": torch.long, "device": cache.layers[0].device}
+        self.sampling = SamplingTensors(sampling, options["device"])
+        self.noise = Noise([0] * images, model.layout.codebook_size, options["device"])
+        width = self.count + 2 * window + 1
+        self.canvas = nn.Buffer(torch.zeros(images, width, **options))
+        """(B, N + 2 W + 1) final codes, then drafts."""
+        self.fixed_codes = nn.Buffer(torch.zeros(images, width, **options))
+        """(B, N + 2 W + 1) codes to keep, or -1."""
+        self.final_counts = nn.Buffer(torch.ones(images, **options))
+        """(B,) number of final codes of each image."""
+        self.prompt_lengths = nn.Buffer(torch.ones(cache.rows, **options))
+        """(R,) in tokens."""
 
-    canvas: Tensor
-    """(B, N + W + 1) codes that are final, and drafts."""
-    kept: Tensor
-    """(B, N + W + 1) codes that are given, or -1."""
-    done: Tensor
-    """(B,) codes that are final."""
-    drafted: Tensor
-    """(B,) where places begin that no pass has drawn at yet."""
-    lengths: Tensor
-    """(R,) tokens of the prompts."""
-
-    def begin(self, first_logits: Tensor, lengths: Tensor, given: Tensor, first: int) -> None:
+    def begin(self, first_logits: Tensor, prompt_lengths: Tensor, fixed_codes: Tensor) -> None:
         """Draw the first code of each image.
 
         Args:
-            first_logits: (R, codebook_size) behind what was prefilled.
-            lengths: (R,) tokens of the prompts.
-            given: (B, N) codes to keep, or -1.
-            first: codes that were prefilled with the prompts.
+            first_logits: (R, codebook_size) behind the prompts.
+            prompt_lengths: (R,) in tokens.
+            fixed_codes: (B, N) codes to keep, or -1.
         """
-        self.kept.fill_(-1)[:, : self.count] = given
-        self.canvas.copy_(self.kept.clamp(min=0))
-        self.lengths.copy_(lengths)
-        self.done.fill_(first)
-        self.drafted.fill_(first)
-        self._draw(first_logits[:, None])
+        self.fixed_codes.fill_(-1)[:, : self.count] = fixed_codes
+        self.canvas.copy_(self.fixed_codes.clamp(min=0))
+        self.prompt_lengths.copy_(prompt_lengths)
+        self.final_counts.zero_()
+        self._verify(first_logits[:, None])
 
     def advance(self) -> None:
         """One pass: 1 to W + 1 more codes of each image are final."""
-        pairs = len(self.lengths) // self.images
-        behind = torch.arange(-1, self.window, device=self.done.device)
-        places = self.done[:, None] + behind
-        ids = (self.canvas.gather(1, places) + self.offset).repeat(pairs, 1)
-        stand = self.lengths[:, None] + places.repeat(pairs, 1)
-        positions = self.positions_at(stand, self.lengths, self.grid)
-        hidden = self.step.hidden(ids, positions, stand, self.cache, self.visible)
-        self._draw(self.step.logits(hidden))
+        rows_per_image = len(self.prompt_lengths) // self.images
+        places = self.final_counts[:, None] + torch.arange(-1, self.window, device=self.canvas.device)
+        ids = (self.canvas.gather(1, places) + self.offset).repeat(rows_per_image, 1)
+        in_row = self.prompt_lengths[:, None] + places.repeat(rows_per_image, 1)
+        positions = self.positions_at(in_row, self.prompt_lengths, self.grid)
+        self._verify(self.step.logits(self.step.hidden(ids, positions, in_row, self.cache, self.visible)))
 
-    def _draw(self, logits: Tensor) -> None:
-        verify_drafts(
-            logits, self.images, self.sampling, self.noise, self.canvas, self.kept, self.done, self.drafted, self.count
-        )
-        if self.window:
-            propose_drafts(self.canvas, self.kept, self.done, self.drafted, self.window, self.grid[1], self.proposal)
+    def _verify(self, logits: Tensor) -> None:
+        state = (self.canvas, self.fixed_codes, self.final_counts)
+        verify_drafts(logits, self.images, self.sampling, self.noise, *state, self.count, self.window)
 
 
-class FusedEngine:
+class FusedEngine(Engine):
     """Draws with a fused copy of the decoder.
 
     Args:
@@ -145,11 +118,10 @@ class FusedEngine:
         compiled: run a pass under `torch.compile`, and on a GPU as one CUDA graph. The first request of a shape
             compiles, which takes seconds to a minute; later ones, whatever their prompts, seeds, guidance and
             temperature, do not.
-        prompt_multiple: prompts are padded to a multiple of so many tokens. Then batches of as many images mostly have
-            one shape, at which a picture is the same, bit for bit, whatever else is in the batch.
+        prompt_multiple: prompts are padded to a multiple of this many tokens. Batches of equally many images then
+            mostly have one shape, at which a picture is the same, bit for bit, whatever else is in the batch.
         window: W, drafts in each pass.
-        proposal: of drafts that no pass has drawn yet.
-        on_pass: called after each pass with how many codes of each image are final.
+        on_pass: called after each pass with the number of final codes of each image.
     """
 
     name = "fused"
@@ -161,142 +133,100 @@ class FusedEngine:
         compiled: bool = False,
         prompt_multiple: int = 1,
         window: int = 0,
-        proposal: Proposal = "left",
         on_pass: Callable[[list[int]], None] | None = None,
     ) -> None:
-        self.model, self.compiled, self.prompt_multiple = model, compiled, require_multiple(prompt_multiple)
-        self.window, self.proposal, self.on_pass = window, proposal, on_pass
+        super().__init__(model)
+        if window < 0:
+            raise UserError(f"window {window} must be 0 or more.")
+        self.compiled, self.prompt_multiple, self.window, self.on_pass = compiled, prompt_multiple, window, on_pass
         self.step: DecoderStep | None = None
         self.memory: CacheMemory | None = None
-        self.prefilled: CacheMemory | None = None
-        self.passes: dict[Any, tuple[Drawing, Callable[[], None]]] = {}
-        """By shape: a drawing and its compiled pass."""
-        self.compilations = 0
-        self.pool: Any = None
+        self.prefill_memory: CacheMemory | None = None
+        self.compiled_passes: dict[Any, tuple[DecodeState, Callable[[], None]]] = {}
+        """By shape: a state and its compiled pass."""
+        self.graph_pool: Any = None
         """Memory that CUDA graphs share."""
 
-    @property
-    def tokens_a_pass(self) -> int:
-        """Of a row, at most."""
-        return 1 + self.window
-
-    def generate(
-        self,
-        prompt_ids: Sequence[Tensor],
-        negative_ids: Sequence[Tensor],
-        grid: tuple[int, int],
-        sampling: SamplingSettings,
-        seeds: Sequence[int],
-        on_row: RowCallback | None = None,
-        given: Tensor | None = None,
-    ) -> tuple[Tensor, GenerationStats]:
-        """See `Engine.generate`."""
-        check_request(self.model, prompt_ids, negative_ids, grid, seeds, given)
-        begin = time.perf_counter()
-        images, (height, width), first = len(prompt_ids), grid, leading(given)
+    def _draw(self, request: DrawRequest) -> tuple[Tensor, int]:
         device = next(self.model.parameters()).device
         self.refresh()
         with torch.inference_mode(), torch.autocast(device.type, enabled=False):
-            negatives = list(negative_ids) if sampling.guidance_scale != 1.0 else []
-            kept = kept_codes(given, images, height * width, device)
-            drawing, advance, read = self.prefill(prompt_ids, negatives, kept, first, grid, sampling, seeds)
-            passes = self._draw(drawing, advance, first, read, on_row)
-            codes = drawing.canvas[:, : drawing.count].clone().view(images, height, width)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # once, for the seconds
-        tokens = images * (drawing.count - first)
-        return codes, GenerationStats(self.name, images, tokens, passes, time.perf_counter() - begin)
+            state, advance, prompt_width = self.prefill(request)
+            passes, finished = 1, 0
+            while True:
+                # Without drafts the counts are known, and nothing is read back from the device.
+                reads = self.window > 0 or self.on_pass is not None
+                final_counts = state.final_counts.tolist() if reads else [passes]
+                if self.on_pass is not None:
+                    self.on_pass(final_counts)
+                for place in range(finished, min(final_counts)):
+                    request.show(state.canvas, place + 1)
+                finished = min(final_counts)
+                if finished == request.count:
+                    return state.canvas[:, : request.count].clone(), passes
+                if not self.compiled:
+                    state.visible = prompt_width + max(final_counts) + self.window
+                advance()
+                passes += 1
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def refresh(self) -> None:
-        """Have the model's present weights in the step; not in inference mode, of which training could use nothing."""
+        """Copy the model's present weights into the step; outside inference mode, whose tensors training cannot use."""
         weight = next(self.model.parameters())
         device = weight.device
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
-        if self.step is None or self.step.dtype != dtype or self.step.norm.device != device:
+        if self.step is None or (self.step.dtype, self.step.device) != (dtype, device):
             self.step = DecoderStep(self.model, dtype)
-            self.memory, self.prefilled = (CacheMemory(self.model.decoder.config, dtype, device) for _ in range(2))
-            self.passes.clear()
-            self.pool = None
+            self.memory, self.prefill_memory = (CacheMemory(self.step) for _ in range(2))
+            self.compiled_passes.clear()
+            self.graph_pool = None
         self.step.load(self.model)
 
-    def prefill(
-        self,
-        prompts: Sequence[Tensor],
-        negatives: Sequence[Tensor],
-        kept: Tensor,
-        first: int,
-        grid: tuple[int, int],
-        sampling: SamplingSettings,
-        seeds: Sequence[int],
-    ) -> tuple[Drawing, Callable[[], None], int]:
-        """A drawing whose first codes are drawn, its pass, and the tokens that were read with the longest prompt.
+    def prefill(self, request: DrawRequest) -> tuple[DecodeState, Callable[[], None], int]:
+        """A state whose first codes are drawn, its pass, and the number of tokens that prompts are padded to."""
+        assert self.step is not None and self.prefill_memory is not None
+        device = self.step.device
+        prompts, prompt_of_row = unique_prompts(request.prompt_ids, request.negative_ids)
+        width = round_up(max(map(len, prompts)), self.prompt_multiple)
+        state, advance = self._state(len(prompt_of_row), width, request)
+        ids = pad_sequence([ids.to(device) for ids in prompts], batch_first=True)
+        ids = F.pad(ids, (0, width - ids.shape[1]), value=self.model.layout.padding_id)
+        lengths = torch.tensor([len(ids) for ids in prompts], device=device)
+        places = torch.arange(width, device=device).expand(len(prompts), -1)
+        # Prefilled in memory of its own, since several rows may begin with the same prompt.
+        cache = self.prefill_memory.cache(len(prompts), width)
+        hidden = self.step.hidden(ids, self.model.positions_at(places, lengths, request.grid), places, cache, width)
+        last = hidden[torch.arange(len(prompts), device=device), lengths - 1]
+        rows = torch.tensor(prompt_of_row, device=device)
+        state.cache.take(cache, rows)  # padding stands behind a row's length, where later tokens replace it
+        state.sampling.set(request.sampling)
+        state.noise.set(request.seeds)
+        state.begin(self.step.logits(last)[rows], lengths[rows], request.initial_codes(device))
+        return state, advance, width
 
-        An unconditional prompt that all images share is read once.
-        """
-        assert self.step is not None and self.prefilled is not None
-        images, device, layout = len(prompts), kept.device, self.model.layout
-        unique, order = read_once(prompts, negatives, first)
-        codes = kept[:, :first] + layout.image_token_offset
-        ids = pad_sequence(
-            [torch.cat([text.to(device), codes[row % images]]) for row, text in enumerate(unique)], batch_first=True
-        )
-        lengths = torch.tensor([len(text) for text in unique], device=device)
-        longest = prompt_width(unique, self.prompt_multiple)
-        ids = F.pad(ids, (0, longest + first - ids.shape[1]), value=layout.padding_id)
-        places = torch.arange(longest + first, device=device).expand(len(unique), -1)
-        rows = torch.tensor(order, device=device)
-        drawing, advance = self._drawing(len(order), images, longest, grid, sampling)
-        # Read in memory of its own, since rows may be taken several times from it.
-        cache = self.prefilled.cache(len(unique), longest + first)
-        positions = self.model.positions_at(places, lengths, grid)
-        hidden = self.step.hidden(ids, positions, places, cache, longest + first)
-        last = hidden[torch.arange(len(unique), device=device), lengths + first - 1]
-        drawing.cache.take(cache, rows)  # padding stands behind a row's length, where later tokens replace it
-        drawing.sampling.set(sampling)
-        drawing.noise.set(seeds)
-        drawing.begin(self.step.logits(last)[rows], lengths[rows], kept, first)
-        return drawing, advance, longest
-
-    def _drawing(
-        self, rows: int, images: int, longest: int, grid: tuple[int, int], sampling: SamplingSettings
-    ) -> tuple[Drawing, Callable[[], None]]:
+    def _state(self, rows: int, prompt_width: int, request: DrawRequest) -> tuple[DecodeState, Callable[[], None]]:
         assert self.step is not None and self.memory is not None
-        capacity = longest + grid[0] * grid[1] + self.window + 1
+        capacity = prompt_width + request.count + self.window + 1
         if self.compiled:
-            capacity = -(-capacity // ROOM) * ROOM
-        shape = (rows, images, capacity, grid, sampling.parts)
-        if shape in self.passes:
-            return self.passes[shape]
-        drawing = Drawing(
-            self.model,
-            self.step,
-            self.memory,
-            rows,
-            images,
-            capacity,
-            grid,
-            sampling,
-            self.window,
-            self.proposal,
-        )
-        if not self.compiled:
-            return drawing, drawing.advance
-        if len(self.passes) >= SHAPES:
-            if len(self.passes) == SHAPES:
-                logger.warning("%d shapes are compiled; further ones run uncompiled, which is slower", SHAPES)
-                self.passes[None] = (drawing, drawing.advance)
-            return drawing, drawing.advance
-        self.passes[shape] = drawing, self._recorded(compiled_pass(drawing))
-        self.compilations += 1
-        return self.passes[shape]
+            capacity = round_up(capacity, ROOM)
+        shape = (rows, request.images, capacity, request.grid, request.sampling.parts)
+        if shape in self.compiled_passes:
+            return self.compiled_passes[shape]
+        cache = self.memory.cache(rows, capacity)
+        state = DecodeState(self.model, self.step, cache, request.images, request.grid, request.sampling, self.window)
+        if self.compiled and len(self.compiled_passes) < SHAPES:
+            self.compiled_passes[shape] = state, self._recorded(compiled_pass(state))
+            return self.compiled_passes[shape]
+        if self.compiled:
+            logger.warning("%d shapes are compiled already; this one runs uncompiled, which is slower", SHAPES)
+        return state, state.advance
 
     def _recorded(self, advance: Callable[[], None]) -> Callable[[], None]:
-        """The same pass as one CUDA graph. It runs before `Drawing.begin`, which overwrites what it leaves."""
-        assert self.memory is not None
-        device = self.memory.device
+        """The same pass as one CUDA graph. It runs before `DecodeState.begin`, which overwrites what it leaves."""
+        assert self.step is not None
+        device = self.step.device
         if device.type != "cuda":
             return advance
         with torch.cuda.device(device):
@@ -308,47 +238,38 @@ class FusedEngine:
             torch.cuda.current_stream().wait_stream(stream)
             # Passes run one after another and leave nothing in what they allocate, so graphs share it. A server's other
             # threads may use the GPU meanwhile.
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self.graph_pool, capture_error_mode="thread_local"):
                 advance()
-        self.pool = graph.pool()
+        self.graph_pool = graph.pool()
         return graph.replay
 
-    def _draw(
-        self, drawing: Drawing, advance: Callable[[], None], first: int, longest: int, on_row: RowCallback | None
-    ) -> int:
-        """Advance until all images are whole; the number of passes."""
-        count, width, passes, shown = drawing.count, drawing.grid[1], 1, 0
-        done = first + 1  # without drafts it is known, and nothing is read back
-        while True:
-            if drawing.window or self.on_pass is not None:
-                progress = drawing.done.tolist()
-                done = min(progress)
-                if self.on_pass is not None:
-                    self.on_pass(progress)
-            if on_row is not None:
-                for row in range(shown + 1, done // width + 1):
-                    on_row(row, drawing.canvas[:, : row * width])
-                shown = max(shown, done // width)
-            if done == count:
-                return passes
-            if not self.compiled:
-                farthest = max(progress) if drawing.window else done
-                drawing.visible = longest + farthest + drawing.window
-            advance()
-            done, passes = done + 1, passes + 1
 
+def unique_prompts(prompt_ids: Sequence[Tensor], negative_ids: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
+    """The sequences to prefill, and the index of each row's sequence.
 
-def compiled_pass(drawing: Drawing) -> Callable[[], None]:
-    """`Drawing.advance` of one drawing, compiled for its shape alone.
+    A negative prompt that all images share is prefilled once.
 
-    The function has a code object of its own, so that shapes do not count against each other's limit of compilations.
+    Args:
+        prompt_ids: B.
+        negative_ids: B more, or none.
     """
-    original = Drawing.advance
+    images = len(prompt_ids)
+    if len(negative_ids) > 1 and all(torch.equal(ids, negative_ids[0]) for ids in negative_ids[1:]):
+        return [*prompt_ids, negative_ids[0]], [*range(images), *[images] * images]
+    return [*prompt_ids, *negative_ids], list(range(images + len(negative_ids)))
+
+
+def compiled_pass(state: DecodeState) -> Callable[[], None]:
+    """`DecodeState.advance` of one state, compiled for its shape alone.
+
+    The function has its own code object, so that shapes do not count against each other's limit of compilations.
+    """
+    original = DecodeState.advance
     own = types.FunctionType(
         original.__code__.replace(), original.__globals__, original.__name__, None, original.__closure__
     )
     compiled = torch.compile(own, fullgraph=True, dynamic=False)
-    return lambda: compiled(drawing)
+    return lambda: compiled(state)
 
 
 class CompiledEngine(FusedEngine):
@@ -363,3 +284,25 @@ class CompiledEngine(FusedEngine):
 
     def __init__(self, model: LanguageModel, prompt_multiple: int = 1) -> None:
         super().__init__(model, compiled=True, prompt_multiple=prompt_multiple)
+
+
+class JacobiEngine(FusedEngine):
+    """Draws several codes a pass where the model is sure of them (see `jacobi`); images advance at their own pace.
+
+    Args:
+        model: on the device where it is to run.
+        window: W, drafts in each pass; 0 draws code by code.
+        compiled: as for `FusedEngine`.
+        on_pass: as for `FusedEngine`; of the codes that a pass makes final, all but the last were drafts.
+    """
+
+    name = "jacobi"
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        window: int = WINDOW,
+        compiled: bool = False,
+        on_pass: Callable[[list[int]], None] | None = None,
+    ) -> None:
+        super().__init__(model, compiled=compiled, window=window, on_pass=on_pass)

@@ -19,8 +19,6 @@ from simplear.text_files import FreeText
 
 LOADING = ("engine", "engine_options", "visual_tokenizer", "dtype")
 """Options that decide how a checkpoint is loaded; the others are arguments of a call of the pipeline."""
-SIDES = ("height", "width")
-SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p")
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class DrawingOptions:
         dtype: of the language model; if not given the checkpoint's own; with `simplear generate` bfloat16 on a GPU
             and float32 elsewhere.
 
-    Raises ValueError for a batch size below 1, and for an engine or options of an engine that are unknown.
+    Raises ValueError for a batch size below 1, and for an unknown engine or unknown options of an engine.
     """
 
     guidance_scale: float | None = None
@@ -78,16 +76,17 @@ class DrawingOptions:
         return {name: value for name, value in vars(self).items() if name not in LOADING}
 
     def stated(self, checkpoint: CheckpointSettings) -> dict[str, Any]:
-        """What decides the pictures, the checkpoint's defaults filled in; for reports, and to compare with later.
+        """The settings that decide the pictures, with the checkpoint's defaults; for reports, and to compare later.
 
-        What a report did not name before there was a choice is left out at its default. Raises ValueError for a number
-        outside its range.
+        Options that older reports do not have are left out at their default. Raises ValueError for a number outside
+        its range.
         """
-        defaults = dataclasses.asdict(checkpoint.generation)
-        defaults |= {name: side * checkpoint.downsample for name, side in zip(SIDES, checkpoint.grid, strict=True)}
-        given = {name: getattr(self, name) for name in defaults}
-        stated = {name: default if given[name] is None else given[name] for name, default in defaults.items()}
-        SamplingSettings(do_sample=self.do_sample, **{name: stated[name] for name in SAMPLING})
+        height, width = (side * checkpoint.downsample for side in checkpoint.grid)
+        defaults = {**dataclasses.asdict(checkpoint.generation), "height": height, "width": width}
+        stated = {
+            name: value if getattr(self, name) is None else getattr(self, name) for name, value in defaults.items()
+        }
+        SamplingSettings(**{name: stated[name] for name in ("guidance_scale", "temperature", "top_k", "top_p")})
         stated |= {"engine": self.engine, "engine_options": self.engine_options or {}}
         stated |= {} if self.dtype is None else {"dtype": self.dtype}
         return stated if self.do_sample else {**stated, "do_sample": False}

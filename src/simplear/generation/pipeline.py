@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from simplear.device import resolve_device
 from simplear.errors import UserError
-from simplear.generation.engine import Engine, GenerationStats, RowCallback, engine_class, make_engine
-from simplear.generation.memory import OutOfMemoryError, is_out_of_memory, out_of_memory
+from simplear.generation.engine import Engine, GenerationStats, engine_class, make_engine
+from simplear.generation.memory import with_memory_error
 from simplear.generation.sampling import SamplingSettings
-from simplear.generation.vllm_plugin.engine import VLLMEngine
 from simplear.language_model import CheckpointError, CheckpointSettings, LanguageModel, load_checkpoint
 from simplear.pictures import as_mask, as_rgb
 from simplear.sequence import encode_captions, prompt_sequence
@@ -30,6 +29,7 @@ from simplear.visual_tokenizer import VisualTokenizer, load_visual_tokenizer, to
 OutputType = Literal["pil", "pt", "codes"]
 SEEDS = 2**64
 """How many there are: the hash of a draw takes 64 bits."""
+Entry = TypeVar("Entry", str, Image.Image)
 
 
 @dataclass
@@ -45,7 +45,7 @@ class PipelineOutput:
     seeds: list[int]
     """Of each image, to draw it again."""
     sampling: SamplingSettings
-    """What was drawn with, the checkpoint's defaults filled in."""
+    """The settings of the draw, with the checkpoint's defaults filled in."""
 
 
 class SimpleARPipeline:
@@ -57,7 +57,7 @@ class SimpleARPipeline:
         settings: the content of ``simplear.json``; None in a call means its defaults.
         visual_tokenizer: an object, a directory, a hub id, or None when only codes are asked for.
         engine: one of `simplear.generation.ENGINES`, or an engine over the same model.
-        device: where pictures are decoded if the model has no weights, for vLLM has them; else that is the model's.
+        device: where pictures are decoded if vLLM has the model's weights; otherwise it is the model's device.
     """
 
     def __init__(
@@ -101,21 +101,20 @@ class SimpleARPipeline:
 
         Raises:
             CheckpointError: missing or damaged files.
-            ValueError: an unknown engine or device, or one that cannot be had here.
+            ValueError: the engine or device is unknown or not available here.
         """
-        on_vllm = engine == "vllm"
-        engine_class(engine, engine_options or {})
+        options, on_vllm = dict(engine_options or {}), engine == "vllm"
+        engine_class(engine, options)
         place = resolve_device(device)
         checkpoint = load_checkpoint(path_or_hub_id, dtype=dtype, with_weights=not on_vllm)
-        if visual_tokenizer is None:
-            visual_tokenizer = checkpoint.default_visual_tokenizer
         model: LanguageModel = checkpoint.model
-        drawer: Engine
         if on_vllm:
-            drawer = VLLMEngine(model, checkpoint.directory, **(engine_options or {}))
+            options["directory"] = checkpoint.directory
         else:
             model = model.to(place)
-            drawer = make_engine(engine, model, **(engine_options or {}))
+        if visual_tokenizer is None:
+            visual_tokenizer = checkpoint.default_visual_tokenizer
+        drawer = make_engine(engine, model, **options)
         return cls(model, checkpoint.tokenizer, checkpoint.settings, visual_tokenizer, engine=drawer, device=place)
 
     @property
@@ -128,8 +127,8 @@ class SimpleARPipeline:
     def visual_tokenizer(self) -> VisualTokenizer:
         """The visual tokenizer, loaded when first asked for.
 
-        Raises CheckpointError where there is none, or where it is not the one whose codes the model learned, and
-        FileNotFoundError or ValueError where it cannot be loaded.
+        Raises CheckpointError if there is none, or if it is not the one whose codes the model learned, and
+        FileNotFoundError or ValueError if it cannot be loaded.
         """
         if self._visual_tokenizer is None:
             source = self._visual_tokenizer_source
@@ -139,16 +138,12 @@ class SimpleARPipeline:
                     '(output_type="codes").'
                 )
             tokenizer = load_visual_tokenizer(source, self.device) if isinstance(source, (str, Path)) else source
-            wanted = self.settings.visual_tokenizer_fingerprint
-            if wanted is not None and tokenizer.fingerprint != wanted:
+            wanted = self.settings.visual_tokenizer_fingerprint or tokenizer.fingerprint
+            if (tokenizer.fingerprint, tokenizer.downsample) != (wanted, self.settings.downsample):
                 raise CheckpointError(
-                    f"the visual tokenizer has fingerprint {tokenizer.fingerprint[:12]}…, but the checkpoint learned "
-                    f"the codes of {wanted[:12]}…: use the one that belongs to it."
-                )
-            if tokenizer.downsample != self.settings.downsample:
-                raise CheckpointError(
-                    f"a code of the visual tokenizer stands for {tokenizer.downsample} pixels a side, one of the "
-                    f"checkpoint for {self.settings.downsample}: use the one that belongs to it."
+                    f"the visual tokenizer has fingerprint {tokenizer.fingerprint[:12]}… and {tokenizer.downsample} "
+                    f"pixels a code along each side, but the checkpoint learned the codes of one with {wanted[:12]}… "
+                    f"and {self.settings.downsample}: use the one that belongs to it."
                 )
             self._visual_tokenizer = tokenizer
         return self._visual_tokenizer
@@ -171,7 +166,6 @@ class SimpleARPipeline:
         mask: Image.Image | Sequence[Image.Image] | None = None,
         output_type: OutputType = "pil",
         batch_size: int = 32,
-        progress: bool = False,
         on_row: Callable[[int, Tensor], None] | None = None,
     ) -> PipelineOutput:
         """Draw. None means the checkpoint's default.
@@ -196,12 +190,11 @@ class SimpleARPipeline:
                 continues what is above it and to its left, and does not see what is kept below.
             output_type: "pil", "pt", or "codes", which needs no visual tokenizer.
             batch_size: images drawn at once.
-            progress: show a bar over the codes.
             on_row: called after each row of codes, with the number of the batch's first image in this call and its
                 codes so far (B, rows, w), which `decode` turns into the upper part of the pictures.
 
         Raises:
-            OutOfMemoryError: batch_size is too large for the memory; the message gives one that fits.
+            OutOfMemoryError: batch_size is too large for the memory; the message suggests a smaller one.
             ValueError: an empty list, a prompt that is not valid text or too long, a size that is not a whole number of
                 codes, a picture and a mask that do not belong together, or a number outside its range; the message
                 names it.
@@ -212,94 +205,50 @@ class SimpleARPipeline:
         if output_type not in ("pil", "pt", "codes"):
             raise UserError(f'output_type {output_type!r} is unknown: "pil", "pt" or "codes".')
         defaults = self.settings.generation
-        sampling = self.sampling_settings(guidance_scale, do_sample, temperature, top_k, top_p)
-        pictures = _pictures(image, mask, len(prompts), height, width)
-        if pictures:
-            width, height = pictures[0][0].size
-        grid = self.grid(height, width)
-        prefix = defaults.prompt_prefix if prompt_prefix is None else prompt_prefix
-        negative = defaults.negative_prompt if negative_prompt is None else negative_prompt
-        negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
-        if len(negatives) != len(prompts):
-            raise UserError(f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one, or one for each.")
-        prompt_ids = self._encode(prompts, "prompt", grid, prefix)
-        negative_ids = self._encode(negatives, "negative prompt", grid)
-        order = [index for index in range(len(prompts)) for _ in range(num_images_per_prompt)]
-        seeds = _seeds(seed, len(order))
-        given = self._kept_codes(pictures) if pictures else None
-        codes, stats = [], GenerationStats(engine="")
-        with tqdm(total=len(order) * grid[0], unit="row", disable=not progress, desc="drawing") as bar:
-            for start in range(0, len(order), batch_size):
-                part = order[start : start + batch_size]
-
-                def finished(row: int, so_far: Tensor, first: int = start) -> None:
-                    bar.update(len(so_far))
-                    if on_row is not None:
-                        on_row(first, so_far.view(len(so_far), row, grid[1]))
-
-                drawn, cost = self._draw(
-                    [prompt_ids[index] for index in part],
-                    [negative_ids[index] for index in part],
-                    grid,
-                    sampling,
-                    seeds[start : start + batch_size],
-                    finished,
-                    None if given is None else given[part],
-                )
-                codes.append(drawn.cpu())
-                stats = replace(
-                    cost,
-                    images=stats.images + cost.images,
-                    tokens=stats.tokens + cost.tokens,
-                    steps=stats.steps + cost.steps,
-                    seconds=stats.seconds + cost.seconds,
-                )
-        all_codes = torch.cat(codes)
-        images = None if output_type == "codes" else self.decode(all_codes, batch_size)
-        shown = pil_images(images) if output_type == "pil" and images is not None else images
-        return PipelineOutput(shown, all_codes, stats, seeds, sampling)
-
-    def _draw(
-        self,
-        prompt_ids: Sequence[Tensor],
-        negative_ids: Sequence[Tensor],
-        grid: tuple[int, int],
-        sampling: SamplingSettings,
-        seeds: Sequence[int],
-        on_row: RowCallback,
-        given: Tensor | None,
-    ) -> tuple[Tensor, GenerationStats]:
-        try:
-            return self.engine.generate(prompt_ids, negative_ids, grid, sampling, seeds, on_row, given)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-        # Outside the handler: the error that it handled held all that was allocated.
-        _release_memory()
-        longest, rows = max(len(ids) for ids in (*prompt_ids, *negative_ids)), 1 + (sampling.guidance_scale != 1.0)
-        width = getattr(self.engine, "tokens_a_pass", 1)
-        raise out_of_memory(self.model, len(prompt_ids), longest, grid[0] * grid[1], rows, width)
-
-    def sampling_settings(
-        self,
-        guidance_scale: float | None = None,
-        do_sample: bool = True,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-    ) -> SamplingSettings:
-        """What a call with these arguments draws with, the checkpoint's defaults filled in.
-
-        Raises ValueError for a number outside its range.
-        """
-        defaults = self.settings.generation
-        return SamplingSettings(
+        sampling = SamplingSettings(
             guidance_scale=defaults.guidance_scale if guidance_scale is None else guidance_scale,
             do_sample=do_sample,
             temperature=defaults.temperature if temperature is None else temperature,
             top_k=defaults.top_k if top_k is None else top_k,
             top_p=defaults.top_p if top_p is None else top_p,
         )
+        negative = defaults.negative_prompt if negative_prompt is None else negative_prompt
+        pictures, masks = _pictures_and_masks(image, mask, len(prompts), height, width)
+        if pictures:
+            width, height = pictures[0].size
+        grid = self.grid(height, width)
+        prompt_ids = self._encode(prompts, "prompt", grid, prompt_prefix)
+        negative_ids = self._encode(_one_each(negative, "negative prompts", len(prompts)), "negative prompt", grid, "")
+        prompt_of_image = [number for number in range(len(prompts)) for _ in range(num_images_per_prompt)]
+        seeds = _seeds(seed, len(prompt_of_image))
+        fixed_codes = self._codes_to_keep(pictures, masks) if pictures else None
+        codes, stats = [], GenerationStats("")
+        for start in range(0, len(seeds), batch_size):
+            part = prompt_of_image[start : start + batch_size]
+
+            def show(row: int, so_far: Tensor, first: int = start) -> None:
+                assert on_row is not None
+                on_row(first, so_far.view(len(so_far), row, grid[1]))
+
+            call = functools.partial(
+                self.engine.generate,
+                [prompt_ids[number] for number in part],
+                [negative_ids[number] for number in part],
+                grid,
+                sampling,
+                seeds[start : start + batch_size],
+                None if on_row is None else show,
+                None if fixed_codes is None else fixed_codes[part],
+            )
+            drawn, cost = with_memory_error(call, "drawing", len(part))
+            codes.append(drawn.cpu())
+            stats.engine = cost.engine
+            for name in ("images", "tokens", "steps", "seconds"):
+                setattr(stats, name, getattr(stats, name) + getattr(cost, name))
+        all_codes = torch.cat(codes)
+        images = None if output_type == "codes" else self.decode(all_codes, batch_size)
+        shown = pil_images(images) if output_type == "pil" and images is not None else images
+        return PipelineOutput(shown, all_codes, stats, seeds, sampling)
 
     def check_prompts(
         self,
@@ -313,8 +262,7 @@ class SimpleARPipeline:
         Returns:
             Tokens of each, the two control tokens included.
         """
-        prefix = self.settings.generation.prompt_prefix if prompt_prefix is None else prompt_prefix
-        return [len(ids) for ids in self._encode(prompts, "prompt", self.grid(height, width), prefix)]
+        return [len(ids) for ids in self._encode(prompts, "prompt", self.grid(height, width), prompt_prefix)]
 
     @torch.no_grad()
     def decode(self, codes: Tensor, batch_size: int = 32) -> Tensor:
@@ -324,44 +272,35 @@ class SimpleARPipeline:
         """
         tokenizer: Any = self.visual_tokenizer
         device = next(tokenizer.parameters()).device if isinstance(tokenizer, nn.Module) else self.device
-        try:
-            decoded = [tokenizer.decode(part.to(device)).float().cpu() for part in codes.split(batch_size)]
-            return ((torch.cat(decoded) + 1) / 2).clamp(0, 1)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-        _release_memory()
-        count = min(batch_size, len(codes))
-        height, width = (side * self.settings.downsample for side in codes.shape[1:])
-        remedy = f"Decode fewer at once (batch_size={count // 2})." if count > 1 else "Ask for a smaller picture."
-        raise OutOfMemoryError(
-            f"decoding {count} pictures of {height} × {width} pixels at once ran out of memory on {device}. {remedy}"
-        )
+
+        def decoded() -> Tensor:
+            return torch.cat([tokenizer.decode(part.to(device)).float().cpu() for part in codes.split(batch_size)])
+
+        return ((with_memory_error(decoded, "decoding", min(batch_size, len(codes))) + 1) / 2).clamp(0, 1)
 
     @torch.no_grad()
-    def _kept_codes(self, pictures: Sequence[tuple[Image.Image, Image.Image]]) -> Tensor:
+    def _codes_to_keep(self, pictures: Sequence[Image.Image], masks: Sequence[Image.Image]) -> Tensor:
         """Codes (P, h, w) of pictures, -1 where their mask is not black."""
-        tokenizer, downsample = self.visual_tokenizer, self.settings.downsample
-        pixels = torch.from_numpy(to_pixels(np.stack([np.asarray(picture) for picture, _ in pictures])))
-        masks = torch.from_numpy(np.stack([np.asarray(mask) for _, mask in pictures]))
-        anew = torch.nn.functional.max_pool2d(masks[:, None].float(), downsample)[:, 0] > 0
-        return torch.where(anew, -1, tokenizer.encode(pixels.to(self.device)).cpu())
+        pixels = torch.from_numpy(to_pixels(np.stack([np.asarray(picture) for picture in pictures])))
+        brightness = torch.from_numpy(np.stack([np.asarray(mask) for mask in masks]))[:, None].float()
+        to_draw = torch.nn.functional.max_pool2d(brightness, self.settings.downsample)[:, 0] > 0
+        return torch.where(to_draw, -1, self.visual_tokenizer.encode(pixels.to(self.device)).cpu())
 
     def grid(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """Rows and columns of codes of a picture of this size in pixels; None is the checkpoint's.
 
-        Raises ValueError for a size that is no whole number of codes, or more than the model has positions for.
+        Raises ValueError for a size that is not a whole number of codes, or that exceeds the model's positions.
         """
         downsample = self.settings.downsample
         sides = []
         for name, pixels, default in zip(("height", "width"), (height, width), self.settings.grid, strict=True):
             if pixels is not None and (pixels < downsample or pixels % downsample):
-                raise UserError(f"{name} {pixels} is no multiple of {downsample}, the pixels that one code stands for.")
+                raise UserError(f"{name} {pixels} must be a multiple of {downsample}, the pixels of one code.")
             sides.append(default if pixels is None else pixels // downsample)
         if self._positions_left(sides[0], sides[1]) < 0:
             raise UserError(
                 f"a picture of {sides[0]} × {sides[1]} = {sides[0] * sides[1]} codes and two control tokens take more "
-                f"than the {self.model.max_positions} positions that the model has: ask for a smaller one."
+                f"than the model's {self.model.max_positions} positions: ask for a smaller one."
             )
         return sides[0], sides[1]
 
@@ -369,18 +308,17 @@ class SimpleARPipeline:
         """Positions for a caption, beside ``<|t2i|>``, ``<|soi|>`` and the codes."""
         return self.model.max_positions - rows * columns - 2
 
-    def _encode(self, captions: Sequence[str], noun: str, grid: tuple[int, int], prefix: str = "") -> list[Tensor]:
-        for name, text in (
-            *((f"{noun} {number}", caption) for number, caption in enumerate(captions)),
-            ("prefix", prefix),
-        ):
+    def _encode(self, captions: Sequence[str], noun: str, grid: tuple[int, int], prefix: str | None) -> list[Tensor]:
+        prefix = self.settings.generation.prompt_prefix if prefix is None else prefix
+        room = min(self.settings.max_text_tokens, self._positions_left(*grid))
+        # The empty caption is what condition dropout trains, and that has no prefix either.
+        texts = [prefix + caption if caption else "" for caption in captions]
+        for number, text in enumerate(texts):
             try:
                 text.encode()
             except UnicodeEncodeError as error:
-                raise UserError(f"{name} is not valid text: {error}.") from error
-        room = min(self.settings.max_text_tokens, self._positions_left(*grid))
-        # The empty caption is what condition dropout trains, and that has no prefix either.
-        encoded = encode_captions(self.tokenizer, [prefix + caption if caption else "" for caption in captions])
+                raise UserError(f"{noun} {number} is not valid text: {error}.") from error
+        encoded = encode_captions(self.tokenizer, texts)
         for number, (caption, ids) in enumerate(zip(captions, encoded, strict=True)):
             if len(ids) > room:
                 raise UserError(
@@ -390,36 +328,36 @@ class SimpleARPipeline:
         return [prompt_sequence(ids, self.model.layout) for ids in encoded]
 
 
-def _pictures(
+def _one_each(value: Entry | Sequence[Entry], noun: str, prompts: int) -> list[Entry]:
+    """One entry for each prompt."""
+    entries: list[Any] = [value] * prompts if isinstance(value, str | Image.Image) else list(value)
+    if len(entries) != prompts:
+        raise UserError(f"{len(entries)} {noun} for {prompts} prompts: give one, or one for each.")
+    return entries
+
+
+def _pictures_and_masks(
     image: Image.Image | Sequence[Image.Image] | None,
     mask: Image.Image | Sequence[Image.Image] | None,
     prompts: int,
     height: int | None,
     width: int | None,
-) -> list[tuple[Image.Image, Image.Image]]:
-    """Picture and mask of each prompt; none where there is no picture."""
+) -> tuple[list[Image.Image], list[Image.Image]]:
+    """Of each prompt, converted; none if there is no picture."""
     if image is None or mask is None:
         if image is not None or mask is not None:
             raise UserError("image and mask go together: the mask is white, or transparent, where to draw.")
-        return []
-    images = [as_rgb(image)] * prompts if isinstance(image, Image.Image) else [as_rgb(each) for each in image]
-    masks = [as_mask(mask)] * prompts if isinstance(mask, Image.Image) else [as_mask(each) for each in mask]
-    if not len(images) == len(masks) == prompts:
+        return [], []
+    pictures = [as_rgb(each) for each in _one_each(image, "images", prompts)]
+    masks = [as_mask(each) for each in _one_each(mask, "masks", prompts)]
+    sizes = {item.size for item in (*pictures, *masks)}
+    wanted = (width or pictures[0].width, height or pictures[0].height)
+    if sizes != {wanted}:
         raise UserError(
-            f"{len(images)} images and {len(masks)} masks for {prompts} prompts: give one, or one for each."
+            f"images and masks have the sizes (width, height) {sorted(sizes)}, but {wanted} is to be drawn: resize "
+            "them."
         )
-    sizes = {item.size for item in (*images, *masks)}
-    asked = (width or images[0].width, height or images[0].height)
-    if sizes != {asked}:
-        raise UserError(
-            f"images and masks have the sizes (width, height) {sorted(sizes)}, and {asked} is to be drawn: resize them."
-        )
-    return list(zip(images, masks, strict=True))
-
-
-def _release_memory() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    return pictures, masks
 
 
 def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
@@ -437,7 +375,7 @@ def seeds_from(seed: int, count: int) -> list[int]:
     seed = operator.index(seed)
     if not 0 <= seed < SEEDS:
         raise UserError(
-            f"seed {seed} lies outside [0, 2**64). For a random one leave it out; simplear generate then takes 0, and "
+            f"seed {seed} lies outside [0, 2**64). Leave it out for a random one; simplear generate then takes 0, and "
             "--seed $RANDOM gives others."
         )
     return [(seed + index) % SEEDS for index in range(count)]

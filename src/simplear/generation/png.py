@@ -22,9 +22,9 @@ NAME_LENGTH = 60
 
 
 def write_png(path: str | Path, image: Image.Image, made: dict[str, Any]) -> None:
-    """A PNG file, whole or not at all, with ``made`` in its metadata.
+    """A PNG file with ``made`` in its metadata, which appears complete or not at all.
 
-    Raises OSError, naming the file, when the disk takes no more.
+    Raises OSError, naming the file, when the disk is full.
     """
     with whole_file(path) as partial:
         partial.write_bytes(png_bytes(image, made))
@@ -39,7 +39,7 @@ def png_bytes(image: Image.Image, made: dict[str, Any]) -> bytes:
 
 
 def read_metadata(path: str | Path) -> dict[str, Any] | None:
-    """What `write_png` was told; None for a picture that was not written so, and for another kind of file."""
+    """The metadata that `write_png` wrote; None for any other file."""
     try:
         with opened_picture(path) as image:
             made = parse_json(image.info[METADATA_KEY])
@@ -49,7 +49,7 @@ def read_metadata(path: str | Path) -> dict[str, Any] | None:
 
 
 def is_whole(path: str | Path) -> bool:
-    """Whether a PNG is there to its end, with the checksums that were written into it."""
+    """Whether a PNG is complete, with the checksums that were written into it."""
     try:
         with opened_picture(path) as image:
             image.verify()

@@ -49,58 +49,54 @@ class SamplingSettings:
             raise UserError(f"top_p {self.top_p} must lie in (0, 1].")
 
     @property
-    def parts(self) -> tuple[bool, bool, bool]:
-        """Whether codes are sampled, by a top-k, by a top-p: what another function must be compiled for."""
-        return self.do_sample, self.top_k is not None, self.top_p is not None and self.top_p < 1
+    def numbers(self) -> dict[str, float | None]:
+        """What a compiled function reads as tensors; None for parts that are not used."""
+        return {
+            "guidance_scale": self.guidance_scale,
+            "temperature": self.temperature,
+            "top_k": self.top_k,
+            "top_p": None if self.top_p == 1 else self.top_p,
+        }
+
+    @property
+    def parts(self) -> tuple[bool, ...]:
+        """Whether codes are sampled, and which numbers are used: other parts need another compiled function."""
+        return self.do_sample, *(number is not None for number in self.numbers.values())
 
 
 class SamplingTensors(nn.Module):
     """`SamplingSettings` whose numbers are tensors, so that a compiled function takes others without compiling again.
 
     Args:
-        settings: which parts are used; the numbers may be `set` later.
+        settings: which parts are used; `set` changes the numbers later.
         device: of the numbers.
     """
 
+    guidance_scale: Tensor
     temperature: Tensor
+    top_k: Tensor | None
+    top_p: Tensor | None
 
     def __init__(self, settings: SamplingSettings, device: torch.device) -> None:
         super().__init__()
-        self.parts = settings.parts
-        self.do_sample, self.truncates, self.cuts = self.parts
-        for name in ("guidance_scale", "temperature", "kept_codes", "kept_share"):
-            kind = torch.long if name == "kept_codes" else torch.float64
-            # Of one dimension, since compilers read numbers without any back to look at them.
-            self.register_buffer(name, torch.ones(1, dtype=kind, device=device), persistent=False)
+        self.do_sample = settings.do_sample
+        for name, number in settings.numbers.items():
+            dtype = torch.long if name == "top_k" else torch.float64
+            # One dimension, because compilers read numbers without dimensions back to look at them.
+            self.register_buffer(name, None if number is None else torch.ones(1, dtype=dtype, device=device))
         self.set(settings)
 
     def set(self, settings: SamplingSettings) -> None:
-        """Take other numbers, of settings with the same parts."""
-        assert settings.parts == self.parts
-        numbers = (settings.guidance_scale, settings.temperature, settings.top_k or 1, settings.top_p or 1.0)
-        for name, number in zip(("guidance_scale", "temperature", "kept_codes", "kept_share"), numbers, strict=True):
-            getattr(self, name).fill_(number)
-
-    guidance_scale: Tensor
-    kept_codes: Tensor
-    kept_share: Tensor
-
-    @property
-    def top_k(self) -> Tensor | None:
-        """As of `SamplingSettings`."""
-        return self.kept_codes if self.truncates else None
-
-    @property
-    def top_p(self) -> Tensor | None:
-        """As of `SamplingSettings`."""
-        return self.kept_share if self.cuts else None
+        """Take the numbers of settings with the same parts."""
+        for name, buffer in self.named_buffers():
+            buffer.fill_(getattr(settings, name))
 
 
 class Noise(nn.Module):
-    """The exponential numbers of B images, hashed where they are asked for and held nowhere.
+    """The exponential numbers of B images, computed by a hash when they are needed.
 
-    Code c's number comes of the c-th output of a SplitMix64 generator that starts from a hash of seed and place: so it
-    is the same on every machine and in any order.
+    Code c's number comes from the c-th output of a SplitMix64 generator that starts from a hash of seed and place, so
+    it is the same on every machine and in any order.
 
     Args:
         seeds: B integers.
@@ -108,19 +104,14 @@ class Noise(nn.Module):
         device: of the numbers.
     """
 
-    seeds: Tensor
-    codes: Tensor
-
     def __init__(self, seeds: Sequence[int], codebook_size: int, device: torch.device | str) -> None:
         super().__init__()
-        hashed = torch.empty(len(seeds), 1, dtype=torch.long, device=device)
-        self.register_buffer("seeds", hashed, persistent=False)
-        codes = torch.arange(codebook_size, device=device) * signed(INCREMENT)
-        self.register_buffer("codes", codes, persistent=False)
+        self.seeds = nn.Buffer(torch.empty(len(seeds), 1, dtype=torch.long, device=device))
+        self.codes = nn.Buffer(torch.arange(codebook_size, device=device) * signed(INCREMENT))
         self.set(seeds)
 
     def set(self, seeds: Sequence[int]) -> None:
-        """Take other seeds, as many."""
+        """Take as many other seeds."""
         self.seeds.copy_(mix_tensor(torch.tensor([[signed(int(seed))] for seed in seeds])))
 
     def at(self, places: Tensor) -> Tensor:
@@ -133,7 +124,7 @@ class Noise(nn.Module):
 def draw(
     logits: Tensor, images: int, settings: SamplingSettings | SamplingTensors, noise: Noise, places: Tensor
 ) -> Tensor:
-    """Codes (B, T) int64 from what a decoder says: guidance, then `choose`.
+    """Codes (B, T) int64 from a decoder's logits: guidance, then `choose`.
 
     Args:
         logits: (R, T, C) over the codebook, rows as in `guided_log_weights`.
@@ -162,18 +153,15 @@ def choose(log_weights: Tensor, settings: SamplingSettings | SamplingTensors, no
 def probabilities(log_weights: Tensor, settings: SamplingSettings | SamplingTensors) -> Tensor:
     """The distribution that is drawn from, (…, C) float64: tempered, truncated and normalised."""
     scaled, top_k, top_p = log_weights.double() / settings.temperature, settings.top_k, settings.top_p
-    if isinstance(top_k, Tensor):
+    if top_k is not None:
         descending = scaled.sort(dim=-1, descending=True).values
-        last = (top_k - 1).clamp(max=scaled.shape[-1] - 1).expand(*scaled.shape[:-1], 1)
-        scaled = scaled.masked_fill(scaled < descending.gather(-1, last), float("-inf"))
-    elif top_k is not None and top_k < scaled.shape[-1]:
-        smallest_kept = scaled.topk(top_k, dim=-1).values[..., -1:]
-        scaled = scaled.masked_fill(scaled < smallest_kept, float("-inf"))
+        last = torch.as_tensor(top_k, device=scaled.device).view(1).clamp(max=scaled.shape[-1]) - 1
+        scaled = scaled.masked_fill(scaled < descending.index_select(-1, last), float("-inf"))
     probability = scaled.softmax(dim=-1)
     if isinstance(top_p, Tensor) or (top_p is not None and top_p < 1):
         descending, order = probability.sort(dim=-1, descending=True, stable=True)
         before = descending.cumsum(dim=-1) - descending
-        kept = torch.zeros_like(probability, dtype=torch.bool).scatter(-1, order, before < top_p)
-        probability = probability.masked_fill(~kept, 0.0)
+        inside = torch.zeros_like(probability, dtype=torch.bool).scatter(-1, order, before < top_p)
+        probability = probability.masked_fill(~inside, 0.0)
         probability = probability / probability.sum(dim=-1, keepdim=True)
     return probability

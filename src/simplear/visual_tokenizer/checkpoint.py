@@ -70,8 +70,8 @@ for _own in (FSQAutoencoder, cosmos.CosmosTokenizer, janus.JanusTokenizer):
 def save_visual_tokenizer(tokenizer: VisualTokenizer, directory: str | Path) -> None:
     """Write a tokenizer to `directory`, which appears complete or not at all; one already there is replaced.
 
-    Raises ValueError when the tokenizer keeps no ``init_args`` to build it from again, and OSError, naming the
-    directory, when the disk takes no more.
+    Raises ValueError when the tokenizer has no ``init_args`` to rebuild it from, and OSError, naming the directory,
+    when the disk is full.
     """
     if not hasattr(tokenizer, "init_args"):
         raise UserError(
@@ -79,7 +79,6 @@ def save_visual_tokenizer(tokenizer: VisualTokenizer, directory: str | Path) -> 
             "JSON values), so that the directory can rebuild it."
         )
     assert isinstance(tokenizer, nn.Module)
-    save_files = getattr(tokenizer, "save_files", None)
     config = {
         "class_path": _class_path(type(tokenizer)),
         "init_args": tokenizer.init_args,
@@ -87,7 +86,7 @@ def save_visual_tokenizer(tokenizer: VisualTokenizer, directory: str | Path) -> 
     }
     with whole_directory(directory) as partial:
         (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
-        if callable(save_files):
+        if callable(save_files := getattr(tokenizer, "save_files", None)):
             save_files(partial)
         else:
             weights = {name: weight.detach().cpu().contiguous() for name, weight in tokenizer.state_dict().items()}
@@ -100,7 +99,7 @@ def copy_visual_tokenizer(path: str | Path, directory: str | Path) -> None:
     Raises what loading and `save_visual_tokenizer` raise.
     """
     source = find_visual_tokenizer(path)
-    if _is_own(source):
+    if "class_path" in _config_of(source):
         shutil.copytree(source, directory)
     else:
         save_visual_tokenizer(load_visual_tokenizer(source), directory)
@@ -109,7 +108,7 @@ def copy_visual_tokenizer(path: str | Path, directory: str | Path) -> None:
 def find_visual_tokenizer(path: str | Path) -> Path:
     """The local directory of a tokenizer; a hub id is downloaded or taken from the cache.
 
-    Raises FileNotFoundError where there is neither.
+    Raises FileNotFoundError if there is neither.
     """
     if Path(path).is_dir() or not is_hub_id(path):
         return Path(path)
@@ -129,54 +128,44 @@ def load_visual_tokenizer(path: str | Path, device: str | torch.device | None = 
     truncated, damaged or fits no class.
     """
     directory = find_visual_tokenizer(path)
+    config, loaded = _config_of(directory), _load_own
+    if config.get("model_type") in janus.MODEL_TYPES:
+        loaded = janus.JanusTokenizer.from_pretrained
+    elif "class_path" not in config and any((directory / name).is_file() for name in cosmos.FILES):
+        loaded = cosmos.CosmosTokenizer.from_directory
     with float32_by_default():
-        tokenizer = _load_own(directory) if _is_own(directory) else _load_pretrained(directory)
+        tokenizer: Any = loaded(directory)
     return tokenizer.to(device or "cpu").eval().requires_grad_(False)
 
 
-def _is_own(directory: Path) -> bool:
-    """Whether `save_visual_tokenizer` wrote the directory; True also where nothing says who did."""
-    has_cosmos = any((directory / name).is_file() for name in cosmos.FILES)
-    return "class_path" in _config_of(directory) or not (has_cosmos or _is_janus(directory))
-
-
-def _is_janus(directory: Path) -> bool:
-    return _config_of(directory).get("model_type") in janus.MODEL_TYPES
-
-
 def _config_of(directory: Path) -> dict[str, Any]:
-    """config.json; empty where it cannot be read, of which loading says more."""
+    """config.json; empty if it cannot be read, which loading reports."""
     try:
         return read_object(directory / CONFIG_FILE)
     except (OSError, UserError):
         return {}
 
 
-def _load_pretrained(directory: Path) -> Any:
-    if _is_janus(directory):
-        return janus.JanusTokenizer.from_pretrained(directory)
-    return cosmos.CosmosTokenizer.from_directory(directory)
-
-
 def _load_own(directory: Path) -> Any:
+    """The tokenizer of a directory that `save_visual_tokenizer` wrote."""
     config_file, weights_file = directory / CONFIG_FILE, directory / WEIGHTS_FILE
     _require_file(config_file)
-    config = _read_config(config_file)
+    config = read_object(config_file)
+    for key in ("class_path", "init_args", "fingerprint"):
+        if key not in config:
+            raise UserError(f"{config_file} has no key {key!r}; {directory} is {what_is(directory)}.")
     tokenizer_class = _registered_class(config["class_path"], config_file)
-    by_itself = getattr(tokenizer_class, "from_directory", None)
-    if by_itself is None:
-        _require_file(weights_file)
     try:
-        tokenizer = by_itself(directory, **config["init_args"]) if by_itself else tokenizer_class(**config["init_args"])
-    except (TypeError, RuntimeError) as error:
-        raise UserError(f"{config_file}: {config['class_path']} cannot have these init_args ({error}).") from error
-    if by_itself is None:
-        try:
+        if hasattr(tokenizer_class, "from_directory"):
+            tokenizer = tokenizer_class.from_directory(directory, **config["init_args"])
+        else:
+            _require_file(weights_file)
+            tokenizer = tokenizer_class(**config["init_args"])
             tokenizer.load_state_dict(load_file(weights_file))
-        except (SafetensorError, RuntimeError) as error:
-            raise UserError(
-                f"{weights_file} is damaged or of another configuration: {error}. Export it again."
-            ) from error
+    except (TypeError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"{weights_file} is damaged, or it does not fit the init_args in {config_file}: {error}. Export it again."
+        ) from error
     if tokenizer.fingerprint != config["fingerprint"]:
         raise UserError(
             f"{directory} does not have the fingerprint that its {CONFIG_FILE} names: weights or arguments were "
@@ -191,14 +180,6 @@ def _require_file(file: Path) -> None:
             f"{file} is missing, so {file.parent} is not a visual tokenizer; it is {what_is(file.parent)}. Train one "
             "(the demo's: make train-tokenizer), or give the directory that an earlier training exported."
         )
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    config = read_object(file)
-    for key in ("class_path", "init_args", "fingerprint"):
-        if key not in config:
-            raise UserError(f"{file} has no key {key!r}; {file.parent} is {what_is(file.parent)}.")
-    return config
 
 
 def _registered_class(class_path: Any, file: Path) -> Any:

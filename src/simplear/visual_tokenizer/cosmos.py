@@ -18,8 +18,6 @@ Sources: Cosmos World Foundation Model Platform (arXiv 2501.03575); NVIDIA's inf
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import shutil
 import warnings
@@ -32,7 +30,7 @@ from torch import Tensor, nn
 
 from simplear.errors import MissingFileError, UserError, first_line
 from simplear.hashing import sha256_of
-from simplear.hub import SHA256, stated_sha256
+from simplear.hub import stated_sha256
 from simplear.text_files import read_lines
 from simplear.visual_tokenizer import protocol
 
@@ -47,10 +45,10 @@ FORBIDDEN = re.compile(rb"\b(save|from_file|getattr|classes)\b|\bops\b(?!\.(?:at
 """In a program: operators that read or write files, a way to name these in pieces, and all but PyTorch's operators."""
 
 
-class CosmosTokenizer(nn.Module):
-    """Pictures of any size in multiples of 16 pixels; computes in the type of the files' weights.
+class CosmosTokenizer(protocol.TokenizerBase):
+    """Pictures of any size in multiples of 16 pixels, made by `from_directory`.
 
-    Made by `from_directory`. In bfloat16, which the released files have, codes may differ between kinds of processors
+    In bfloat16, which the released files have, codes may differ between kinds of processors
     where a value lies between two levels.
     """
 
@@ -99,79 +97,47 @@ class CosmosTokenizer(nn.Module):
             if sha256_of(directory / name) != digest:
                 raise UserError(f"{self.directory / name} was changed since it was loaded: download it again.")
 
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) over the hashes of the two files."""
-        return hashlib.sha256(json.dumps(self.init_args, sort_keys=True).encode()).hexdigest()
-
-    @torch.no_grad()
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Codes (B, H / 16, W / 16) int64 of pixels (B, 3, H, W) float in [-1, 1].
-
-        Raises ValueError when H or W is no multiple of 16, and, naming file and picture, when the encoder gives
-        anything but one code in ``[0, 64,000)`` for each patch.
-        """
-        protocol.require_whole_patches(pixels, self.downsample)
-        batch, _, height, width = pixels.shape
-        with protocol.full_precision(pixels.device):
-            output = self.encoder(pixels[:, :, None].to(_dtype(self.encoder)))
+    def _encode(self, pixels: Tensor) -> Tensor:
+        output = self.encoder(pixels[:, :, None])
         indices = output[0] if isinstance(output, tuple | list) else output
-        wanted = (batch, 1, height // self.downsample, width // self.downsample)
-        if tuple(indices.shape) != wanted or indices.is_floating_point():
+        wanted = (len(pixels), 1, pixels.shape[2] // self.downsample, pixels.shape[3] // self.downsample)
+        lowest, highest = indices.min(), indices.max()
+        fits = tuple(indices.shape) == wanted and not indices.is_floating_point()
+        if not fits or lowest < 0 or highest >= self.codebook_size:
             raise UserError(
-                f"{self.directory / ENCODER_FILE} gave {indices.dtype} of shape {tuple(indices.shape)} for pixels of "
-                f"shape {tuple(pixels.shape)}, not whole numbers of shape {wanted}: it is not the encoder of Cosmos "
-                "DV8x16x16."
+                f"{self.directory / ENCODER_FILE} gave {indices.dtype} of shape {tuple(indices.shape)} in [{lowest}, "
+                f"{highest}] for pixels of shape {tuple(pixels.shape)}, not whole numbers of shape {wanted} in [0, "
+                f"{self.codebook_size}): it is not the encoder of Cosmos DV8x16x16, or a pixel is not a number."
             )
-        codes = indices[:, 0].long()
-        outside = (codes < 0) | (codes >= self.codebook_size)
-        if outside.any():
-            picture, row, column = outside.nonzero()[0].tolist()
-            raise UserError(
-                f"{self.directory / ENCODER_FILE} gave code {int(codes[picture, row, column])} for picture {picture} "
-                f"of the batch, at row {row}, column {column}: outside [0, {self.codebook_size}). It is not the "
-                "encoder of Cosmos DV8x16x16, or the picture has values that are no numbers."
-            )
-        return codes
+        return indices[:, 0]
 
-    @torch.no_grad()
-    def decode(self, codes: Tensor) -> Tensor:
-        """Pixels (B, 3, h · 16, w · 16) float32 in [-1, 1] of codes (B, h, w) integer.
-
-        Raises ValueError, with value and place, on a code outside ``[0, 64,000)``, and, naming the file, when the
-        decoder does not give one picture for each grid.
-        """
-        protocol.require_codes(codes, self.codebook_size)
-        batch, height, width = codes.shape
-        with protocol.full_precision(codes.device):
-            video = self.decoder(codes[:, None].long())
-        wanted = (batch, 3, 1, height * self.downsample, width * self.downsample)
+    def _decode(self, codes: Tensor) -> Tensor:
+        video = self.decoder(codes[:, None])
+        wanted = (len(codes), 3, 1, codes.shape[1] * self.downsample, codes.shape[2] * self.downsample)
         if tuple(video.shape) != wanted:
             raise UserError(
                 f"{self.directory / DECODER_FILE} gave shape {tuple(video.shape)} for codes of shape "
                 f"{tuple(codes.shape)}, not {wanted}: it is not the decoder of Cosmos DV8x16x16."
             )
-        return video[:, :, 0].float().clamp(-1, 1)
+        return video[:, :, 0]
 
 
-def _expected(file: Path, given: Mapping[str, str] | None) -> str:
+def _expected(file: Path, stated: Mapping[str, str] | None) -> str:
     """The hash that the file must have."""
     if not file.is_file():
         raise MissingFileError(
             f"{file} is missing: Cosmos DV8x16x16 is the two files {' and '.join(FILES)} of "
             "nvidia/Cosmos-1.0-Tokenizer-DV8x16x16 on the hub."
         )
-    if given is None and (sums := file.parent / SUMS_FILE).is_file():
-        given = _read_sums(sums)
-    digest = stated_sha256(file) if given is None else given.get(file.name)
+    if stated is None and (sums := file.parent / SUMS_FILE).is_file():
+        stated = _read_sums(sums)
+    digest = stated_sha256(file) if stated is None else stated.get(file.name)
     if digest is None:
         raise UserError(
             f"no SHA-256 is known for {file}, and a TorchScript file is a program: download it with `hf download "
             f"--local-dir`, or write the hash that its page on the hub states into {file.parent / SUMS_FILE}, as a "
             f"line `HASH  {file.name}` (in a git clone: git lfs ls-files --long > {SUMS_FILE})."
         )
-    if not SHA256.fullmatch(digest):
-        raise UserError(f"the SHA-256 given for {file} is {digest!r}, not 64 hexadecimal digits: copy it again.")
     return digest
 
 
@@ -192,7 +158,8 @@ def _require_harmless(file: Path) -> None:
         if found is not None or name.lower() == OLD_FORMAT:
             what = f"names {found[0].decode()!r} in {name}" if found is not None else "is in an old format"
             raise UserError(
-                f"{file} {what}: it could read or write files, which no visual tokenizer needs, and was not loaded."
+                f"{file} {what}: it could read or write files, which a visual tokenizer does not need, and was not "
+                "loaded."
             )
 
 
@@ -203,14 +170,7 @@ def _load(file: Path) -> Any:
             # PyTorch advises against TorchScript for new files; these are what was released.
             warnings.filterwarnings("ignore", ".*torch.jit.load.*", FutureWarning)
             return torch.jit.load(str(file), map_location="cpu").eval()
-    except UserError:
-        raise
-    except (RuntimeError, ValueError) as error:
+    except RuntimeError as error:
         raise UserError(
-            f"{file} is no TorchScript module that can be read: {first_line(error)} Download it again."
+            f"{file} is not a TorchScript module that can be read: {first_line(error)} Download it again."
         ) from error
-
-
-def _dtype(module: nn.Module) -> torch.dtype:
-    """Of the module's weights; float32 where it has none."""
-    return next((weight.dtype for weight in module.parameters() if weight.is_floating_point()), torch.float32)

@@ -53,7 +53,7 @@ class ResidualBlock(nn.Module):
         return x + self.second(F.gelu(self.first(F.gelu(x))))
 
 
-class FSQAutoencoder(nn.Module):
+class FSQAutoencoder(protocol.TokenizerBase):
     """Patches → codes → pixels, any height and width that are multiples of `downsample`."""
 
     def __init__(
@@ -87,24 +87,13 @@ class FSQAutoencoder(nn.Module):
             ValueError: a level below 3, an even kernel, or a `refine_scale` that does not divide `downsample`.
         """
         super().__init__()
+        self.init_args = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         if not levels or min(levels) < 3:
             raise UserError(f"levels {levels} must be a list of numbers of 3 or more.")
         if encoder_kernel % 2 == 0:
             raise UserError(f"encoder_kernel {encoder_kernel} must be odd, so that codes keep their place.")
         if downsample % refine_scale:
             raise UserError(f"refine_scale {refine_scale} must divide downsample {downsample}.")
-        self.init_args = {
-            "levels": list(levels),
-            "downsample": downsample,
-            "encoder_channels": encoder_channels,
-            "encoder_blocks": encoder_blocks,
-            "encoder_kernel": encoder_kernel,
-            "decoder_channels": decoder_channels,
-            "decoder_blocks": decoder_blocks,
-            "refine_scale": refine_scale,
-            "refine_channels": refine_channels,
-            "refine_blocks": refine_blocks,
-        }
         self.downsample = downsample
         from vector_quantize_pytorch import FSQ  # here, for whoever draws codes alone
 
@@ -131,11 +120,6 @@ class FSQAutoencoder(nn.Module):
             nn.PixelShuffle(refine_scale),
         )
 
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) of arguments and weights, computed anew at each call."""
-        return protocol.fingerprint(self.init_args, self.state_dict())
-
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Reconstruction and codes, for training.
 
@@ -147,31 +131,15 @@ class FSQAutoencoder(nn.Module):
             (B, H / downsample, W / downsample) int64.
 
         Raises:
-            ValueError: H or W is no multiple of `downsample`.
+            ValueError: H or W is not a multiple of `downsample`.
         """
         protocol.require_whole_patches(pixels, self.downsample)
         quantized, codes = self.quantizer(self.encoder(pixels))
         return self.decoder(quantized), codes.long()
 
-    @torch.no_grad()
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Codes (B, H / downsample, W / downsample) int64 of pixels (B, 3, H, W) float in [-1, 1].
+    def _encode(self, pixels: Tensor) -> Tensor:
+        return self.quantizer(self.encoder(pixels))[1]
 
-        In full precision, whatever autocast and TF32 say, so that a picture keeps its codes from one use to the next.
-        Raises ValueError when H or W is no multiple of `downsample`.
-        """
-        protocol.require_whole_patches(pixels, self.downsample)
-        with protocol.full_precision(pixels.device):
-            _, codes = self.quantizer(self.encoder(pixels.to(self.decoder[0].weight.dtype)))  # type: ignore[union-attr, arg-type]
-        return codes.long()
-
-    @torch.no_grad()
-    def decode(self, codes: Tensor) -> Tensor:
-        """Pixels (B, 3, h * downsample, w * downsample) in [-1, 1] of codes (B, h, w) integer.
-
-        Raises ValueError, with value and place, on a code outside ``[0, codebook_size)``.
-        """
-        protocol.require_codes(codes, self.codebook_size)
-        quantized = self.quantizer.indices_to_codes(codes.long())
-        with protocol.full_precision(codes.device):
-            return self.decoder(quantized.to(self.decoder[0].weight.dtype)).clamp(-1, 1)  # type: ignore[union-attr, arg-type]
+    def _decode(self, codes: Tensor) -> Tensor:
+        quantized = self.quantizer.indices_to_codes(codes)
+        return self.decoder(quantized.to(self.decoder[0].weight.dtype))  # type: ignore[union-attr, arg-type]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from simplear.errors import UserError
@@ -31,7 +31,7 @@ ROWS_AT_ONCE = 4096
 """Vectors compared with the codebook at once: 256 MB of cosines with 16,384 codes."""
 
 
-class JanusTokenizer(nn.Module):
+class JanusTokenizer(protocol.TokenizerBase):
     """Pictures of any size in multiples of the downsample factor, 16 for the released weights; float32."""
 
     def __init__(
@@ -56,17 +56,10 @@ class JanusTokenizer(nn.Module):
             double_latent: whether the encoder's last layer has twice the channels.
         """
         super().__init__()
+        channel_multiplier = list(channel_multiplier)
+        self.init_args = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         from transformers import JanusVQVAE, JanusVQVAEConfig  # takes a second, and most users have another tokenizer
 
-        self.init_args: dict[str, Any] = {
-            "num_embeddings": num_embeddings,
-            "embed_dim": embed_dim,
-            "latent_channels": latent_channels,
-            "base_channels": base_channels,
-            "channel_multiplier": list(channel_multiplier),
-            "num_res_blocks": num_res_blocks,
-            "double_latent": double_latent,
-        }
         self.codebook_size = num_embeddings
         self.downsample = 2 ** (len(channel_multiplier) - 1)
         self.vqvae = JanusVQVAE(JanusVQVAEConfig(**self.init_args))
@@ -115,41 +108,15 @@ class JanusTokenizer(nn.Module):
         tokenizer.vqvae = vqvae
         return tokenizer
 
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) of arguments and weights, computed anew at each call."""
-        return protocol.fingerprint(self.init_args, self.state_dict())
-
-    @torch.no_grad()
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Codes (B, H / downsample, W / downsample) int64 of pixels (B, 3, H, W) float in [-1, 1].
-
-        In full precision, whatever autocast and TF32 say. Raises ValueError when H or W is no multiple of
-        `downsample`, and, naming the picture, for pixels that are no numbers.
-        """
-        protocol.require_whole_patches(pixels, self.downsample)
-        with protocol.full_precision(pixels.device):
-            vectors = self.vqvae.quant_conv(self.vqvae.encoder(pixels.to(self._codebook.dtype)))
-            broken = ~torch.isfinite(vectors).flatten(1).all(1)
-            if broken.any():
-                raise UserError(
-                    f"the encoder gave values that are no finite numbers for picture {int(broken.nonzero()[0])} of the "
-                    "batch: its pixels are not in [-1, 1], or the weights are damaged."
-                )
-            flat = vectors.permute(0, 2, 3, 1).reshape(-1, vectors.shape[1])
-            codes = torch.cat([(part @ self._codebook.T).argmax(1) for part in flat.split(ROWS_AT_ONCE)])
+    def _encode(self, pixels: Tensor) -> Tensor:
+        vectors = self.vqvae.quant_conv(self.vqvae.encoder(pixels))
+        flat = vectors.permute(0, 2, 3, 1).reshape(-1, vectors.shape[1])
+        codes = torch.cat([(part @ self._codebook.T).argmax(1) for part in flat.split(ROWS_AT_ONCE)])
         return codes.view(len(pixels), *vectors.shape[-2:])
 
-    @torch.no_grad()
-    def decode(self, codes: Tensor) -> Tensor:
-        """Pixels (B, 3, h * downsample, w * downsample) float32 in [-1, 1] of codes (B, h, w) integer.
-
-        Raises ValueError, with value and place, on a code outside ``[0, codebook_size)``.
-        """
-        protocol.require_codes(codes, self.codebook_size)
-        with protocol.full_precision(codes.device):
-            vectors = self._codebook[codes.long()].permute(0, 3, 1, 2).contiguous()
-            return self.vqvae.decoder(self.vqvae.post_quant_conv(vectors)).clamp(-1, 1)
+    def _decode(self, codes: Tensor) -> Tensor:
+        vectors = self._codebook[codes].permute(0, 3, 1, 2).contiguous()
+        return self.vqvae.decoder(self.vqvae.post_quant_conv(vectors))
 
     @property
     def _codebook(self) -> Tensor:

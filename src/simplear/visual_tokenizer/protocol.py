@@ -1,4 +1,4 @@
-"""What a visual tokenizer is to the rest of the system: two functions, three facts, and the errors they share.
+"""What a visual tokenizer is to the rest of the system, and what the tokenizers of this package share.
 
 Left out on purpose: losses, training and the code vectors themselves. Whoever holds codes needs only this.
 """
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from simplear.errors import UserError
 
@@ -35,7 +35,7 @@ class VisualTokenizer(Protocol):
     def encode(self, pixels: Tensor) -> Tensor:
         """Codes (B, H / downsample, W / downsample) int64 of pixels (B, 3, H, W) float in [-1, 1].
 
-        Raises ValueError when H or W is no multiple of `downsample`.
+        Raises ValueError when H or W is not a multiple of `downsample`.
         """
         ...
 
@@ -45,6 +45,54 @@ class VisualTokenizer(Protocol):
         Raises ValueError, with value and place, on a code outside ``[0, codebook_size)``.
         """
         ...
+
+
+class TokenizerBase(nn.Module):
+    """Checks, precision and fingerprint; a class adds the network.
+
+    Pictures may have any size in multiples of `downsample`. Encoding and decoding compute in the dtype of the weights,
+    whatever autocast and TF32 are set to, so that a picture keeps its codes from one use to the next.
+    """
+
+    codebook_size: int
+    downsample: int
+    init_args: dict[str, Any]
+    """The constructor's arguments, as plain JSON values."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of arguments and weights, computed at each call."""
+        return fingerprint(self.init_args, self.state_dict())
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Codes (B, H / downsample, W / downsample) int64 of pixels (B, 3, H, W) float in [-1, 1].
+
+        Raises ValueError when H or W is not a multiple of `downsample`.
+        """
+        require_whole_patches(pixels, self.downsample)
+        weights = (weight for weight in self.parameters() if weight.is_floating_point())
+        dtype = next((weight.dtype for weight in weights), torch.float32)
+        with full_precision(pixels.device):
+            return self._encode(pixels.to(dtype)).long()
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Pixels (B, 3, h · downsample, w · downsample) float32 in [-1, 1] of codes (B, h, w) integer.
+
+        Raises ValueError, with value and place, on a code outside ``[0, codebook_size)``.
+        """
+        require_codes(codes, self.codebook_size)
+        with full_precision(codes.device):
+            return self._decode(codes.long()).float().clamp(-1, 1)
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        """Codes (B, h, w) of checked pixels."""
+        raise NotImplementedError
+
+    def _decode(self, codes: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W), not bounded, of checked codes."""
+        raise NotImplementedError
 
 
 @contextmanager
