@@ -132,7 +132,7 @@ class Live:
             own = copy.copy(pipeline)
             own.tokenizer = copy.deepcopy(pipeline.tokenizer)
             own.engine = PacedEngine(pipeline.engine)
-            batcher = Batcher(name, own, shapes, capacity, 0.02, self.service.metrics, clock)
+            batcher = Batcher(name, own, shapes, capacity, self.service.metrics, wait=0.02, clock=clock)
             batcher.start()
             self.models.append(ServedModel(name, batcher))
         self.engine = self.models[0].batcher.pipeline.engine

@@ -19,7 +19,7 @@ from serving.conftest import GRID, PATIENCE, SIZE, Live, wait_until
 from simplear.generation import SimpleARPipeline
 from simplear.serving import Service
 from simplear.serving.command import LOCAL_NAMES
-from simplear.serving.pending import encode
+from simplear.serving.job import encode
 from toys import DOWNSAMPLE
 
 Pipelines = dict[str, SimpleARPipeline]
