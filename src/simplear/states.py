@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch.distributed.checkpoint import Metadata
+from torch.distributed.checkpoint import metadata
 
 LIGHTNING_METADATA = "meta.pt"
 """What Lightning adds to a sharded state: progress, and the states of callbacks."""
@@ -31,16 +31,7 @@ _DESCRIPTIONS = {
     "torch": {"Size"},
     "torch.serialization": {"_get_layout"},
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
+    "torch.distributed.checkpoint.metadata": {*metadata.__all__, "_MEM_FORMAT_ENCODING"},
 }
 """Classes and functions that ``.metadata`` may name, by module; dtypes and paths are admitted beside them."""
 
@@ -77,8 +68,8 @@ def _check_archive(archive: Path | IO[bytes]) -> None:
 def _check_directory(state: Path) -> None:
     _check_archive(state / LIGHTNING_METADATA)
     with (state / SHARDS_METADATA).open("rb") as file:
-        metadata: Metadata = _DescriptionUnpickler(file).load()
-    for place in metadata.storage_data.values():
+        description: metadata.Metadata = _DescriptionUnpickler(file).load()
+    for place in description.storage_data.values():
         with (state / place.relative_path).open("rb") as file:
             file.seek(place.offset)
             try:

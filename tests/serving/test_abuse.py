@@ -26,7 +26,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from serving.conftest import GRID, PATIENCE, Clock, Live, wait_until
 from serving.test_api import Pipelines, drawn_by, pixels
-from simplear.serving import Service, gate, job
+from simplear.serving import Service, job
 
 GENERATIONS = "/v1/images/generations"
 JSON = {"Content-Type": "application/json"}
@@ -86,7 +86,7 @@ def test_bodies_that_are_too_large(live: Live) -> None:
     pieces = (huge[start : start + 4096] for start in range(0, len(huge), 4096))
     for content in (huge, pieces):  # the second without a length
         answer = post(live, content)
-        assert answer.status_code == 413 and "at most 1048576 bytes" in answer.json()["error"]["message"]
+        assert answer.status_code == 413 and "Content Too Large" in answer.text
     # The largest that is one: two prompts of the largest length outside the basic plane.
     prompt = json.dumps("\U0001f600" * 32_000)
     answer = post(live, f'{{"prompt": {prompt}, "negative_prompt": {prompt}}}'.encode())
@@ -150,17 +150,11 @@ def test_what_clients_write_otherwise(live: Live) -> None:
     assert live.ask("GET", "/v1/models/").json() == live.ask("GET", "/v1/models").json()
 
 
-def test_slow_clients_hold_up_nobody_and_are_dropped(pipelines: Pipelines, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate, "BODY_SECONDS", PATIENCE)
+def test_slow_clients_hold_up_nobody(pipelines: Pipelines) -> None:
     with Live(pipelines).running() as live:
         slow = [send(live, b'{"prompt": ', length=100) for _ in range(50)]
         wait_until(lambda: len(live.server.server_state.tasks) == 50)
         assert live.client().images.generate(prompt="x").data
-        monkeypatch.setattr(gate, "BODY_SECONDS", 0.1)
-        late = send(live, b'{"prompt": ', length=100)
-        answer = b"".join(iter(lambda: late.recv(1000), b""))  # to its end: the server closes the connection
-        assert answer.startswith(b"HTTP/1.1 408 ") and b"did not arrive in time" in answer
-        wait_until(lambda: len(live.server.server_state.tasks) == 50)
         for connection in slow:
             connection.close()
         wait_until(lambda: len(live.server.server_state.tasks) == 0)

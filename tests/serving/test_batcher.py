@@ -88,7 +88,7 @@ def asker(pipeline: FakePipeline) -> Iterator[Asker]:
     batcher.start()
     yield Asker(batcher, clock)
     pipeline.free.set()
-    batcher.close(5)
+    batcher.close()
 
 
 def held(pipeline: FakePipeline, asker: Asker) -> None:
@@ -284,16 +284,7 @@ def test_what_fails_in_warming_up_fails_at_the_start(pipeline: FakePipeline) -> 
     batcher.close()
 
 
-def test_closing_finishes_what_it_can(pipeline: FakePipeline, asker: Asker) -> None:
-    asker.batcher.wait = 60.0
-    asker.ask(1, 2)
-    asker.batcher.close(PATIENCE)
-    assert [type(event) for _, event in asker.came] == [Picture, Picture]
-    with pytest.raises(StoppedError):
-        asker.ask(3)
-
-
-def test_closing_in_no_time_fails_the_rest(pipeline: FakePipeline, asker: Asker) -> None:
+def test_closing_fails_what_is_not_drawn(pipeline: FakePipeline, asker: Asker) -> None:
     held(pipeline, asker)
     asker.ask(1)
     closing = threading.Thread(target=asker.batcher.close)
@@ -302,4 +293,6 @@ def test_closing_in_no_time_fails_the_rest(pipeline: FakePipeline, asker: Asker)
     pipeline.free.set()
     asker.wait_for(2)
     closing.join()
+    with pytest.raises(StoppedError):
+        asker.ask(3)
     assert sorted(seed for seed, event in asker.came if isinstance(event, StoppedError)) == [0, 1]

@@ -33,8 +33,6 @@ def occupied() -> Iterator[int]:
         (["a", "--timeout", "0"], "above 0"),
         (["nowhere/at-all"], "nowhere/at-all"),
         (["states/epoch=0-step=2"], "no checkpoint at states/epoch=0-step=2"),
-        (["=a"], "'=a' is not a checkpoint: give DIRECTORY or NAME=DIRECTORY"),
-        (["a="], "'a=' is not a checkpoint"),
         (["a", "--port", "99999"], "port 99999: bind(): port must be 0-65535"),
         (["a", "--port", "-1"], "port -1: bind(): port must be 0-65535"),
         (["a", "--port", "PORT"], "Address already in use"),
@@ -54,7 +52,8 @@ def test_mistakes_in_the_command_line(
     arguments: list[str], message: str, occupied: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
-        main(["serve", *(str(occupied) if word == "PORT" else word for word in arguments)])
+        port = [] if "--port" in arguments else ["--port", "0"]
+        main(["serve", *(word.replace("PORT", str(occupied)) for word in arguments), *port])
     printed = capsys.readouterr().err
     assert stopped.value.code == 2 and message in printed and "Traceback" not in printed
 

@@ -31,20 +31,12 @@ pipe({prompt}, seed=0).images[0].save("drawn.png")
 ```
 """
 LANGUAGE_MODEL = """\
-With vLLM, in an environment that has it: the same with `engine="vllm"`.
-
 As a plain language model (code c is id {offset:,} + c):
 
 ```python
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained({name})
-```
-
-```python
-from vllm import LLM
-
-model = LLM({name}, skip_tokenizer_init=True)
 ```
 """
 TWO_DIMENSIONAL = (

@@ -79,11 +79,6 @@ def export(
     if decoder is not None:
         fingerprint = pipeline.visual_tokenizer.fingerprint
         loaded.settings = dataclasses.replace(loaded.settings, visual_tokenizer_fingerprint=fingerprint)
-    elif prompts:
-        raise UserError(
-            "the checkpoint has no visual tokenizer to draw the card's picture with: name one (--visual-tokenizer), or "
-            "leave out --prompt."
-        )
     with whole_directory(directory) as unfinished:
         write_checkpoint(
             unfinished,

@@ -18,9 +18,10 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 import simplear
+from simplear.serving.batcher import QueueFullError, StoppedError
 from simplear.serving.gate import METRICS, Gate, Service
-from simplear.serving.job import ImageJob
-from simplear.serving.schema import APIError, ErrorBody, ImageRequest, ImagesResponse, Model, ModelList
+from simplear.serving.job import ImageJob, as_api_error
+from simplear.serving.schema import MAX_BODY, APIError, ErrorBody, ImageRequest, ImagesResponse, Model, ModelList
 from simplear.serving.served import ServedModel
 
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -81,7 +82,7 @@ def create_app(models: Sequence[ServedModel], service: Service) -> FastAPI:
         served = find_model(request.model) if request.model is not None else models[0]
         # Tokenizing the longest prompts takes tenths of a second, too long for the event loop.
         job = ImageJob(served, request, *await asyncio.to_thread(served.check, request), service.timeout)
-        job.submit()
+        served.batcher.submit(job.drawings)
         try:
             yield job
         finally:  # the answer was sent, or the client has disconnected
@@ -91,6 +92,7 @@ def create_app(models: Sequence[ServedModel], service: Service) -> FastAPI:
         "/v1/images/generations",
         responses={**ERRORS, 200: {"content": {"text/event-stream": {}}}},
         dependencies=secured,
+        max_body_size=MAX_BODY,
     )
     async def create_image(connection: Request, job: ImageJob = Depends(start_job)) -> ImagesResponse:
         """Draw images of a prompt, all at once or, with ``stream``, row by row as server-sent events."""
@@ -122,7 +124,7 @@ def create_app(models: Sequence[ServedModel], service: Service) -> FastAPI:
         return Response(generate_latest(service.metrics.registry), media_type="text/plain; version=0.0.4")
 
     app.frontend("/", directory=PAGE, fallback=None)
-    for kind in (HTTPException, RequestValidationError, Exception):
+    for kind in (HTTPException, RequestValidationError, QueueFullError, StoppedError, MemoryError, Exception):
         app.add_exception_handler(kind, _answer)
     return app
 
@@ -142,14 +144,12 @@ async def _answer(request: Request, error: Exception) -> JSONResponse:
     """Any error in OpenAI's format."""
     if isinstance(error, RequestValidationError):
         error = _refused(error)
-    elif not isinstance(error, HTTPException):
-        error = APIError(500, "The server failed; its log says more.", code="internal_error")
-    elif not isinstance(error, APIError):
+    elif isinstance(error, HTTPException) and not isinstance(error, APIError):
         message = f"{error.detail}."
         if error.status_code in (404, 405):
             message = f"There is no {request.method} {request.scope['path'][:80]} here. There are {ROUTES}."
         error = APIError(error.status_code, message, headers=error.headers)
-    return error.response
+    return as_api_error(error).response
 
 
 def _refused(error: RequestValidationError) -> APIError:

@@ -117,7 +117,7 @@ class Batcher:
         self.metrics, self.warm_up, self.wait, self.clock = metrics, warm_up, wait, clock
         self._waiting: list[Drawing] = []
         self._changed = threading.Condition()
-        self._closed = self._abandoned = False
+        self._closed = False
         self._thread = threading.Thread(target=self._work, name=f"drawing {name}", daemon=True)
         self._ready: Future[None] = Future()
         self._largest: dict[tuple[int, int], int] = {}  # shape that fits into memory, by height and width
@@ -160,16 +160,12 @@ class Batcher:
             self._keep([*self._waiting, *drawings])
             self._changed.notify()
 
-    def close(self, seconds: float = 0.0) -> None:
-        """Take no more images; those not drawn within so many seconds fail with `StoppedError`."""
+    def close(self) -> None:
+        """Stop; images that are not drawn yet fail with `StoppedError`."""
         with self._changed:
-            self._closed = True
-            self._changed.notify()
-        self._thread.join(seconds)
-        with self._changed:
-            self._abandoned = True
-            left = self._waiting
+            self._closed, left = True, self._waiting
             self._keep([])
+            self._changed.notify()
         for drawing in left:
             _notify(drawing, StoppedError())
         self._thread.join(LAST_ROW_SECONDS)
@@ -195,13 +191,11 @@ class Batcher:
             self._batch_seconds = self._free_since - began
 
     def _next(self) -> list[Drawing]:
-        """Wait for the next batch; empty after `close`, when no image is left."""
+        """Wait for the next batch; empty after `close`."""
         with self._changed:
-            while True:
+            while not self._closed:
                 self._keep(self._waiting)
                 if not self._waiting:
-                    if self._closed:
-                        return []
                     self._changed.wait()
                     continue
                 key = self._waiting[0].key
@@ -209,10 +203,11 @@ class Batcher:
                 batch = [drawing for drawing in self._waiting if drawing.key == key][:largest]
                 # Counted from the end of the batch before, whose clients ask for the next image just then.
                 left = max(self._waiting[0].arrived, self._free_since) + self.wait - self.clock()
-                if len(batch) == largest or left <= 0 or self._closed:
+                if len(batch) == largest or left <= 0:
                     self._keep([drawing for drawing in self._waiting if drawing not in batch])
                     return batch
                 self._changed.wait(left)
+            return []
 
     def _draw(self, batch: list[Drawing]) -> None:
         key = batch[0].key
@@ -223,7 +218,7 @@ class Batcher:
 
         def on_row(_: int, codes: Tensor) -> None:
             self._progress = self.clock()
-            if self._abandoned or all(drawing.cancelled for drawing in batch):
+            if self._closed or all(drawing.cancelled for drawing in batch):
                 raise StoppedError
             row = codes.shape[1]
             for drawing, so_far in zip(batch, codes, strict=False):

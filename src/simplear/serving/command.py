@@ -94,41 +94,41 @@ def serve(
         if not ORIGIN.fullmatch(origin):
             raise UserError(f"cors_origins: {origin!r} is not an origin: give SCHEME://HOST[:PORT] alone, or *.")
     # Before the checkpoints are loaded; clients that connect meanwhile wait.
-    listening = _listen(host, port)
-    address, port = listening.getsockname()[:2]
-    service = Service(
-        api_key=api_key or os.environ.get(API_KEY_VARIABLE) or None,
-        timeout=timeout,
-        allowed_hosts=_allowed_hosts(allowed_hosts, host, address),
-        cors_origins=cors_origins,
-    )
-    models = []
-    for name, checkpoint in named.items():
-        pipeline = SimpleARPipeline.from_pretrained(
-            checkpoint,
-            engine=engine,
-            engine_options=ENGINES[engine],
-            device=place,
-            dtype=getattr(torch, dtype or default_dtype(place)),
-            visual_tokenizer=visual_tokenizer,
+    with _listen(host, port) as listening:
+        address, port = listening.getsockname()[:2]
+        service = Service(
+            api_key=api_key or os.environ.get(API_KEY_VARIABLE) or None,
+            timeout=timeout,
+            allowed_hosts=_allowed_hosts(allowed_hosts, host, address),
+            cors_origins=cors_origins,
         )
-        warm_up = batch_sizes if engine == "compiled" else [min(batch_sizes)]
-        batcher = Batcher(name, pipeline, batch_sizes, max_queue, service.metrics, warm_up)
-        batcher.start()
-        models.append(ServedModel(name, batcher, max_codes, engine))
-    print(f"{', '.join(named)} at http://{f'[{host}]' if ':' in host else host}:{port}; Ctrl-C stops", flush=True)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)  # uvicorn raises a signal again after it has stopped
-    config = uvicorn.Config(
-        create_app(models, service),
-        http="h11",  # of the choices the one that limits the size of headers
-        access_log=False,
-        server_header=False,
-        limit_concurrency=CONNECTIONS,
-        timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=shutdown_timeout,
-    )
-    uvicorn.Server(config).run([listening])
+        models = []
+        for name, checkpoint in named.items():
+            pipeline = SimpleARPipeline.from_pretrained(
+                checkpoint,
+                engine=engine,
+                engine_options=ENGINES[engine],
+                device=place,
+                dtype=getattr(torch, dtype or default_dtype(place)),
+                visual_tokenizer=visual_tokenizer,
+            )
+            warm_up = batch_sizes if engine == "compiled" else [min(batch_sizes)]
+            batcher = Batcher(name, pipeline, batch_sizes, max_queue, service.metrics, warm_up)
+            batcher.start()
+            models.append(ServedModel(name, batcher, max_codes, engine))
+        print(f"{', '.join(named)} at http://{f'[{host}]' if ':' in host else host}:{port}; Ctrl-C stops", flush=True)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: None)  # uvicorn raises a signal again after it has stopped
+        config = uvicorn.Config(
+            create_app(models, service),
+            http="h11",  # of the choices the one that limits the size of headers
+            access_log=False,
+            server_header=False,
+            limit_concurrency=CONNECTIONS,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=shutdown_timeout,
+        )
+        uvicorn.Server(config).run([listening])
 
 
 def _named(checkpoints: list[str]) -> dict[str, str]:
@@ -138,8 +138,6 @@ def _named(checkpoints: list[str]) -> dict[str, str]:
         name, equals, path = argument.partition("=")
         if not equals or "/" in name or Path(argument).exists():
             name, path = Path(os.path.abspath(argument)).name, argument
-        elif not name or not path:
-            raise UserError(f"{argument!r} is not a checkpoint: give DIRECTORY or NAME=DIRECTORY.")
         if name in named:
             raise UserError(f"two checkpoints are called {name!r}: give one another name, as other={path}.")
         named[name] = os.path.expanduser(path)

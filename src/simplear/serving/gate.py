@@ -1,4 +1,4 @@
-"""Middleware before every request: host, key, limits of the body, security headers, counting."""
+"""Middleware before every request: host, key, security headers, counting."""
 
 from __future__ import annotations
 
@@ -14,12 +14,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from simplear.serving.metrics import Metrics
-from simplear.serving.schema import MAX_BODY, APIError
+from simplear.serving.schema import APIError
 
 API = "/v1/"
 METRICS = "/metrics"
-BODY_SECONDS = 30.0
-"""For the body of a request to arrive."""
 CLIENT_GONE = "499"
 RESPONSE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
@@ -62,45 +60,28 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began, deadline = time.perf_counter(), asyncio.get_running_loop().time() + BODY_SECONDS
+        began = time.perf_counter()
         if scope["path"].startswith(API):
             scope["path"] = scope["path"].rstrip("/")
-        status, size = "", 0
-        complete = answered = False  # the body of the request, and of the answer
-
-        async def limited_receive() -> Message:
-            nonlocal status, size, complete
-            try:
-                async with asyncio.timeout_at(None if complete else deadline):
-                    message = await receive()
-            except TimeoutError:
-                raise APIError(408, "The request did not arrive in time.", headers={"Connection": "close"}) from None
-            if message["type"] == "http.disconnect" and not answered:
-                status = CLIENT_GONE
-            complete = complete or not message.get("more_body", False)
-            size += len(message.get("body", b""))
-            if size > MAX_BODY:
-                raise APIError(413, f"The body is too large: at most {MAX_BODY} bytes are read.")
-            return message
+        status, answered = "", False
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status, answered
             if message["type"] == "http.response.start":
                 status = str(message["status"])
                 MutableHeaders(scope=message).update(RESPONSE_HEADERS)
-            else:
-                answered = not message.get("more_body", False)
             await send(message)
+            answered = message["type"] == "http.response.body" and not message.get("more_body", False)
 
         try:
             if refusal := self._refusal(scope["path"], Headers(scope=scope)):
                 await refusal.response(scope, receive, send_with_headers)
             else:
-                await self.app(scope, limited_receive, send_with_headers)
+                await self.app(scope, receive, send_with_headers)
+                status = status if answered else CLIENT_GONE
         except asyncio.CancelledError:  # the server stops and does not wait any longer
-            if status:
-                raise
-            await APIError.stopping().response(scope, receive, send_with_headers)
+            if not status:
+                await APIError.stopping().response(scope, receive, send_with_headers)
         finally:
             path = getattr(scope.get("route"), "path", "other")
             self.service.metrics.requests.labels(path, status or "500").inc()

@@ -61,13 +61,6 @@ class ImageJob:
             for index in range(request.n or 1)
         ]
 
-    def submit(self) -> None:
-        """Queue the images. Raises APIError if the queue is full or the server is stopping."""
-        try:
-            self.served.batcher.submit(self.drawings)
-        except (QueueFullError, StoppedError) as error:
-            raise _as_answer(error) from error
-
     def cancel(self) -> None:
         """Leave undrawn what nobody waits for any more."""
         for drawing in self.drawings:
@@ -80,7 +73,7 @@ class ImageJob:
     async def _pictures(self) -> AsyncIterator[tuple[int, Picture] | None]:
         """Index and picture as they come, until all images are complete; None after a while without any.
 
-        Raises APIError when an image cannot be drawn, or when the batcher makes no progress.
+        Raises the error of an image that cannot be drawn, or APIError when the batcher makes no progress.
         """
         left, batcher = len(self.drawings), self.served.batcher
         while left:
@@ -94,7 +87,7 @@ class ImageJob:
                 yield None
                 continue
             if isinstance(event, Exception):
-                raise _as_answer(event)
+                raise event
             left -= event.rows == self.rows
             yield index, event
 
@@ -151,10 +144,7 @@ class ImageJob:
                     shown[index] += 1
                 yield f"event: {content['type']}\ndata: {json.dumps(content)}\n\n"
         except Exception as error:
-            if not isinstance(error, APIError):
-                log.exception("%s: a stream failed", self.served.name)
-                error = _as_answer(error)
-            yield f"event: error\ndata: {error.body.model_dump_json()}\n\n"
+            yield f"event: error\ndata: {as_api_error(error).body.model_dump_json()}\n\n"
 
 
 def encode(image: Image.Image, height: int, made: dict[str, Any], format: str, quality: int) -> str:
@@ -182,9 +172,11 @@ def encode(image: Image.Image, height: int, made: dict[str, Any], format: str, q
     return base64.b64encode(file.getvalue()).decode()
 
 
-def _as_answer(error: Exception) -> APIError:
-    """What a client is told of a failure: nothing about the inside of the server."""
+def as_api_error(error: Exception) -> APIError:
+    """What a client is told of a failure: nothing about the inside of the server, whose log has the rest."""
     match error:
+        case APIError():
+            return error
         case QueueFullError():
             message = f"Too many images are waiting; try again in {error.retry_after} s."
             return APIError(429, message, code="queue_full", headers={"Retry-After": str(error.retry_after)})
@@ -193,4 +185,5 @@ def _as_answer(error: Exception) -> APIError:
         case MemoryError():
             return APIError(503, "There is not enough memory for a picture of this size.", "size", "out_of_memory")
         case _:
+            log.error("a request failed", exc_info=error)
             return APIError(500, "Drawing failed; the server's log says more.", code="internal_error")
