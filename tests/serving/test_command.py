@@ -28,8 +28,8 @@ def occupied() -> Iterator[int]:
     [
         ([], "checkpoints"),
         (["a/model", "b/model"], "two checkpoints are called 'model': give one another name, as other=b/model"),
-        (["a", "--engine", "vllm"], "engine 'vllm' cannot be served; one of fused, compiled, jacobi can"),
-        (["a", "--batch-sizes", "[0, 2]"], "batch_sizes [0, 2]: give numbers of 1 or more"),
+        (["a", "--engine", "vllm"], "Expected a typing.Literal['fused', 'compiled', 'jacobi']"),
+        (["a", "--batch-sizes", "[0, 2]"], "batch_sizes, max_queue and timeout must be above 0"),
         (["a", "--timeout", "0"], "above 0"),
         (["nowhere/at-all"], "nowhere/at-all"),
         (["states/epoch=0-step=2"], "no checkpoint at states/epoch=0-step=2"),
@@ -148,11 +148,11 @@ def test_checkpoints_are_served_under_their_names(
     ]
     main(["serve", ".", f"after={checkpoints[1]}", *options])
     assert [served.name for served in made["models"]] == ["first", "after"]
-    assert [served.description.engine for served in made["models"]] == ["fused", "fused"]
-    assert {served.description.dtype for served in made["models"]} == {"bfloat16"}
+    assert [served.description["engine"] for served in made["models"]] == ["fused", "fused"]
+    assert {served.description["dtype"] for served in made["models"]} == {"bfloat16"}
     assert made["service"].api_key == "secret" and made["shutdown_timeout"] == 3 and made["port"] > 0
     assert made["service"].allowed_hosts[-2:] == ["a.example", "*.b.example"]
     assert made["service"].cors_origins == ["*"]
     batcher = made["models"][0].batcher
     assert batcher.shapes == [1, 4] and batcher.pipeline.engine.prompt_multiple == command.PROMPT_MULTIPLE
-    assert made["models"][0].description.max_codes == 30
+    assert made["models"][0].description["max_codes"] == 30

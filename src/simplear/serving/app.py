@@ -21,12 +21,12 @@ import simplear
 from simplear.serving.batcher import QueueFullError, StoppedError
 from simplear.serving.gate import METRICS, Gate, Service
 from simplear.serving.job import ImageJob, as_api_error
-from simplear.serving.schema import MAX_BODY, APIError, ErrorBody, ImageRequest, ImagesResponse, Model, ModelList
+from simplear.serving.schema import MAX_BODY, APIError, ImageRequest
 from simplear.serving.served import ServedModel
 
 ERRORS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": ErrorBody, "description": "The request cannot be fulfilled"},
-    "5XX": {"model": ErrorBody, "description": "The server cannot fulfil the request now"},
+    "4XX": {"description": "The request cannot be fulfilled"},
+    "5XX": {"description": "The server cannot fulfil the request now"},
 }
 ROUTES = "POST /v1/images/generations, GET /v1/models and GET /v1/models/MODEL"
 PAGE = Path(__file__).parent / "page"
@@ -94,21 +94,21 @@ def create_app(models: Sequence[ServedModel], service: Service) -> FastAPI:
         dependencies=secured,
         max_body_size=MAX_BODY,
     )
-    async def create_image(connection: Request, job: ImageJob = Depends(start_job)) -> ImagesResponse:
+    async def create_image(connection: Request, job: ImageJob = Depends(start_job)) -> Response:
         """Draw images of a prompt, all at once or, with ``stream``, row by row as server-sent events."""
         if job.request.stream:
             headers = {"X-Accel-Buffering": "no"}
-            return StreamingResponse(job.events(), media_type="text/event-stream", headers=headers)  # type: ignore[return-value]  # a response is sent as it is
+            return StreamingResponse(job.events(), media_type="text/event-stream", headers=headers)
         answer = await _unless_disconnected(connection, job.answer())
-        return Response(status_code=499) if answer is None else answer  # type: ignore[return-value]
+        return Response(status_code=499) if answer is None else JSONResponse(answer)
 
     @app.get("/v1/models", responses=ERRORS, dependencies=secured)
-    async def list_models() -> ModelList:
-        """The served checkpoints."""
-        return ModelList(data=[served.description for served in models])
+    async def list_models() -> dict[str, Any]:
+        """The served checkpoints; the first is the default."""
+        return {"object": "list", "data": [served.description for served in models]}
 
     @app.get("/v1/models/{model}", responses=ERRORS, dependencies=secured)
-    async def retrieve_model(model: str) -> Model:
+    async def retrieve_model(model: str) -> dict[str, Any]:
         """One of them."""
         return find_model(model).description
 
@@ -129,7 +129,7 @@ def create_app(models: Sequence[ServedModel], service: Service) -> FastAPI:
     return app
 
 
-async def _unless_disconnected(connection: Request, work: Coroutine[Any, Any, ImagesResponse]) -> ImagesResponse | None:
+async def _unless_disconnected(connection: Request, work: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any] | None:
     """The result of the work; None, and the work is cancelled, if the client disconnects before."""
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(connection.receive())
     try:

@@ -9,6 +9,7 @@ import signal
 import socket
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 import uvicorn
@@ -23,12 +24,6 @@ from simplear.serving.served import ServedModel
 from simplear.text_files import FreeText
 
 API_KEY_VARIABLE = "SIMPLEAR_API_KEY"
-ENGINES = {
-    "fused": {"prompt_multiple": PROMPT_MULTIPLE},
-    "compiled": {"prompt_multiple": PROMPT_MULTIPLE},
-    "jacobi": {},
-}
-"""Those that can be served, with their options."""
 CONNECTIONS = 500
 """At once; beyond, the server answers 503 before it reads anything."""
 KEEP_ALIVE_SECONDS = 75
@@ -45,7 +40,7 @@ def serve(
     api_key: str | None = None,
     allowed_hosts: list[FreeText] = [],  # noqa: B006  # never changed
     cors_origins: list[FreeText] = [],  # noqa: B006
-    engine: str = "fused",
+    engine: Literal["fused", "compiled", "jacobi"] = "fused",
     visual_tokenizer: str | None = None,
     device: str | None = None,
     dtype: DType | None = None,
@@ -79,17 +74,13 @@ def serve(
         shutdown_timeout: seconds to finish requests after SIGTERM or Ctrl-C; a second Ctrl-C ends at once.
 
     Raises:
-        UserError: an engine that cannot be served, batch sizes or limits out of range, two checkpoints of one name, a
+        UserError: batch sizes or limits out of range, two checkpoints of one name, a
             device that is missing, or an address or port that is not available.
     """
     named = _named(checkpoints)
     place = resolve_device(device)
-    if engine not in ENGINES:
-        raise UserError(f"engine {engine!r} cannot be served; one of {', '.join(ENGINES)} can.")
-    if not batch_sizes or min(batch_sizes) < 1:
-        raise UserError(f"batch_sizes {batch_sizes}: give numbers of 1 or more.")
-    if max_queue < 1 or timeout <= 0 or shutdown_timeout < 0:
-        raise UserError("max_queue and timeout must be above 0, and shutdown_timeout at least 0.")
+    if not batch_sizes or min(*batch_sizes, max_queue, timeout) <= 0:
+        raise UserError("batch_sizes, max_queue and timeout must be above 0.")
     for origin in cors_origins:
         if not ORIGIN.fullmatch(origin):
             raise UserError(f"cors_origins: {origin!r} is not an origin: give SCHEME://HOST[:PORT] alone, or *.")
@@ -107,7 +98,7 @@ def serve(
             pipeline = SimpleARPipeline.from_pretrained(
                 checkpoint,
                 engine=engine,
-                engine_options=ENGINES[engine],
+                engine_options={} if engine == "jacobi" else {"prompt_multiple": PROMPT_MULTIPLE},
                 device=place,
                 dtype=getattr(torch, dtype or default_dtype(place)),
                 visual_tokenizer=visual_tokenizer,

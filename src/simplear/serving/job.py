@@ -19,7 +19,7 @@ from PIL import ExifTags, Image
 
 from simplear.generation.png import png_bytes
 from simplear.serving.batcher import BatchKey, Drawing, Picture, QueueFullError, StoppedError
-from simplear.serving.schema import APIError, GeneratedImage, ImageRequest, ImagesResponse, Usage
+from simplear.serving.schema import APIError, ImageRequest
 from simplear.serving.served import ServedModel
 
 log = logging.getLogger(__name__)
@@ -38,13 +38,15 @@ class ImageJob:
         served: the checkpoint.
         request: what was asked for.
         key: of the images' batch.
-        usage: tokens of all images.
+        prompt_tokens: of the prompt, prefix and control tokens included.
         timeout: seconds without progress of the batcher after which the request fails.
     """
 
-    def __init__(self, served: ServedModel, request: ImageRequest, key: BatchKey, usage: Usage, timeout: float) -> None:
-        self.served, self.request, self.key, self.usage, self.timeout = served, request, key, usage, timeout
-        self.rows = key.height // served.settings.downsample
+    def __init__(
+        self, served: ServedModel, request: ImageRequest, key: BatchKey, prompt_tokens: int, timeout: float
+    ) -> None:
+        self.served, self.request, self.key, self.prompt_tokens = served, request, key, prompt_tokens
+        self.timeout, self.rows = timeout, key.height // served.settings.downsample
         self.described = {
             "model": served.name,
             "size": f"{key.width}x{key.height}",
@@ -109,19 +111,28 @@ class ImageJob:
         file = await asyncio.to_thread(encode, picture.image, self.key.height, made, output_format, quality)
         return {"b64_json": file, "seed": made["seed"], "batch_size": picture.batch_size}
 
-    async def answer(self) -> ImagesResponse:
-        """All images at once."""
-        images: dict[int, GeneratedImage] = {}
+    def _usage(self, images: int) -> dict[str, Any]:
+        text = images * self.prompt_tokens
+        codes = images * self.rows * (self.key.width // self.served.settings.downsample)
+        return {
+            "input_tokens": text,
+            "input_tokens_details": {"text_tokens": text, "image_tokens": 0},
+            "output_tokens": codes,
+            "total_tokens": text + codes,
+        }
+
+    async def answer(self) -> dict[str, Any]:
+        """All images at once, in the order of their seeds."""
+        images: dict[int, dict[str, Any]] = {}
         async for event in self._pictures():
             if event is not None:
-                images[event[0]] = GeneratedImage(**await self._encoded(*event))
+                images[event[0]] = await self._encoded(*event)
         data = [images[index] for index in sorted(images)]
-        return ImagesResponse(created=int(time.time()), data=data, usage=self.usage, **self.described)
+        return {"created": int(time.time()), "data": data, "usage": self._usage(len(data)), **self.described}
 
     async def events(self) -> AsyncIterator[str]:
         """Server-sent events: of each image its finished rows, then ``image_generation.completed``."""
-        shown, images = [0] * len(self.drawings), len(self.drawings)
-        usage = Usage.of(self.usage.input_tokens // images, self.usage.output_tokens // images)
+        shown = [0] * len(self.drawings)
         try:
             async for event in self._pictures():
                 if event is None:
@@ -138,13 +149,13 @@ class ImageJob:
                     **await self._encoded(index, picture),
                 }
                 if picture.rows == self.rows:
-                    content["usage"] = usage.model_dump()
+                    content["usage"] = self._usage(1)
                 else:
                     content |= {"type": "image_generation.partial_image", "partial_image_index": shown[index]}
                     shown[index] += 1
                 yield f"event: {content['type']}\ndata: {json.dumps(content)}\n\n"
         except Exception as error:
-            yield f"event: error\ndata: {as_api_error(error).body.model_dump_json()}\n\n"
+            yield f"event: error\ndata: {json.dumps(as_api_error(error).body)}\n\n"
 
 
 def encode(image: Image.Image, height: int, made: dict[str, Any], format: str, quality: int) -> str:

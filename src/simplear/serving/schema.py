@@ -1,4 +1,4 @@
-"""The messages of the API: OpenAI's image generation, its errors, and what this server adds.
+"""Requests and errors of the API: OpenAI's image generation and what this server adds.
 
 OpenAI's parameters that have no effect here are accepted in all their values. Values that need something this server
 does not have are refused. Unknown parameters are refused too, since a misspelled ``guidance_scale`` would otherwise go
@@ -30,7 +30,6 @@ Integer = Annotated[
 ]
 """Clients whose numbers are all floating-point write 1.0."""
 Finite = Annotated[float, Field(allow_inf_nan=False, le=100)]
-OutputFormat = Literal["png", "jpeg", "webp"]
 
 
 class ImageRequest(BaseModel):
@@ -55,7 +54,7 @@ class ImageRequest(BaseModel):
     temperature: Finite | None = Field(None, gt=0)
     top_k: Integer | None = Field(None, ge=1, le=2**31)
     top_p: Finite | None = Field(None, gt=0, le=1)
-    output_format: OutputFormat | None = None
+    output_format: Literal["png", "jpeg", "webp"] | None = None
     output_compression: Integer | None = Field(
         None, ge=0, le=100, description="Quality of JPEG and WebP; 100, the best, if not given. PNG has only 100."
     )
@@ -71,75 +70,6 @@ class ImageRequest(BaseModel):
     @classmethod
     def _without_nulls(cls, body: Any) -> Any:
         return {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
-
-
-class Usage(BaseModel):
-    """Tokens of a request, prefix and control tokens included. Output tokens are codes."""
-
-    input_tokens: int
-    input_tokens_details: dict[str, int]
-    output_tokens: int
-    total_tokens: int
-
-    @classmethod
-    def of(cls, text: int, codes: int) -> Usage:
-        """The usage of so many tokens read and codes drawn."""
-        details = {"text_tokens": text, "image_tokens": 0}
-        return cls(input_tokens=text, input_tokens_details=details, output_tokens=codes, total_tokens=text + codes)
-
-
-class GeneratedImage(BaseModel):
-    """One image of an answer."""
-
-    b64_json: str = Field(description="The file, whose metadata say how it was made.")
-    seed: int
-    batch_size: int = Field(description="Number of images in its batch; at this number the image is reproducible.")
-
-
-class ImagesResponse(BaseModel):
-    """Images, in the order of their seeds."""
-
-    created: int
-    model: str
-    data: list[GeneratedImage]
-    size: str
-    output_format: str
-    background: str
-    usage: Usage
-
-
-class Model(BaseModel):
-    """A checkpoint that is served."""
-
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str = "simplear"
-    size: str = Field(description="What auto draws.")
-    downsample: int = Field(description="Pixels a code: width and height are multiples.")
-    max_codes: int = Field(description="Of an image.")
-    engine: str
-    dtype: str
-    defaults: dict[str, Any]
-
-
-class ModelList(BaseModel):
-    """The served checkpoints; the first is the default."""
-
-    object: Literal["list"] = "list"
-    data: list[Model]
-
-
-class ErrorBody(BaseModel):
-    """An error, in OpenAI's format."""
-
-    class Error(BaseModel):
-        message: str
-        type: str
-        param: str | None
-        code: str | None
-
-    error: Error
 
 
 class APIError(HTTPException):
@@ -163,7 +93,7 @@ class APIError(HTTPException):
     ) -> None:
         super().__init__(status, message, headers)
         kind = ERROR_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-        self.body = ErrorBody(error=ErrorBody.Error(message=message, type=kind, param=param, code=code))
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
     @classmethod
     def stopping(cls) -> APIError:
@@ -173,4 +103,4 @@ class APIError(HTTPException):
     @property
     def response(self) -> JSONResponse:
         """The answer."""
-        return JSONResponse(self.body.model_dump(), self.status_code, self.headers)
+        return JSONResponse(self.body, self.status_code, self.headers)

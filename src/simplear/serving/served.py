@@ -6,7 +6,7 @@ import dataclasses
 import time
 
 from simplear.serving.batcher import PROMPT_MULTIPLE, Batcher, BatchKey
-from simplear.serving.schema import APIError, ImageRequest, Model, Usage
+from simplear.serving.schema import APIError, ImageRequest
 
 
 class ServedModel:
@@ -24,29 +24,33 @@ class ServedModel:
         self.settings = settings = self.pipeline.settings
         rows, columns = settings.grid
         self.dtype = str(self.pipeline.model.decoder.dtype).removeprefix("torch.")
-        self.description = Model(
-            id=name,
-            created=int(time.time()),
-            size=f"{columns * settings.downsample}x{rows * settings.downsample}",
-            downsample=settings.downsample,
-            max_codes=max_codes or rows * columns,
-            engine=engine,
-            dtype=self.dtype,
-            defaults=dataclasses.asdict(settings.generation),
-        )
+        self.size = f"{columns * settings.downsample}x{rows * settings.downsample}"
+        self.max_codes = max_codes or rows * columns
+        self.description = {
+            "id": name,
+            "object": "model",
+            "created": int(time.time()),
+            "owned_by": "simplear",
+            "size": self.size,
+            "downsample": settings.downsample,
+            "max_codes": self.max_codes,
+            "engine": engine,
+            "dtype": self.dtype,
+            "defaults": dataclasses.asdict(settings.generation),
+        }
 
-    def check(self, request: ImageRequest) -> tuple[BatchKey, Usage]:
-        """The key of the images' batch, and the tokens of all images.
+    def check(self, request: ImageRequest) -> tuple[BatchKey, int]:
+        """The key of the images' batch, and the number of tokens of the prompt.
 
         The text tokenizer is used beside the batcher's thread, which changes nothing in it.
 
         Raises APIError for what cannot be drawn.
         """
-        size, limit = request.size or "auto", self.description.max_codes
-        width, height = map(int, (self.description.size if size == "auto" else size).split("x"))
+        size = self.size if request.size in (None, "auto") else str(request.size)
+        width, height = map(int, size.split("x"))
         codes = (height // self.settings.downsample) * (width // self.settings.downsample)
-        if codes > limit:
-            largest = f"at most {limit} are drawn, {self.description.size} by default"
+        if codes > self.max_codes:
+            largest = f"at most {self.max_codes} are drawn, {self.size} by default"
             raise APIError(400, f"size {size} takes {codes} codes; {largest}.", "size")
         sampling = self.pipeline.sampling_settings(
             request.guidance_scale, temperature=request.temperature, top_k=request.top_k, top_p=request.top_p
@@ -64,5 +68,4 @@ class ServedModel:
         if sampling.guidance_scale == 1:  # the negative prompt has no effect
             negative_prompt, lengths = "", lengths[:1]
         tokens = -(-max(lengths) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
-        images = request.n or 1
-        return BatchKey(height, width, sampling, negative_prompt, tokens), Usage.of(images * lengths[0], images * codes)
+        return BatchKey(height, width, sampling, negative_prompt, tokens), lengths[0]
