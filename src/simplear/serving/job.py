@@ -75,7 +75,7 @@ class ImageJob:
     async def _pictures(self) -> AsyncIterator[tuple[int, Picture] | None]:
         """Index and picture as they come, until all images are complete; None after a while without any.
 
-        Raises the error of an image that cannot be drawn, or APIError when the batcher makes no progress.
+        Raises APIError when an image cannot be drawn, or when the batcher makes no progress.
         """
         left, batcher = len(self.drawings), self.served.batcher
         while left:
@@ -89,7 +89,7 @@ class ImageJob:
                 yield None
                 continue
             if isinstance(event, Exception):
-                raise event
+                raise as_api_error(event) from event
             left -= event.rows == self.rows
             yield index, event
 
@@ -155,6 +155,8 @@ class ImageJob:
                     shown[index] += 1
                 yield f"event: {content['type']}\ndata: {json.dumps(content)}\n\n"
         except Exception as error:
+            if not isinstance(error, APIError):
+                log.exception("%s: a stream failed", self.served.name)
             yield f"event: error\ndata: {json.dumps(as_api_error(error).body)}\n\n"
 
 
@@ -196,5 +198,4 @@ def as_api_error(error: Exception) -> APIError:
         case MemoryError():
             return APIError(503, "There is not enough memory for a picture of this size.", "size", "out_of_memory")
         case _:
-            log.error("a request failed", exc_info=error)
             return APIError(500, "Drawing failed; the server's log says more.", code="internal_error")
