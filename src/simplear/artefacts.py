@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-from collections.abc import Iterable
 from pathlib import Path
 
 from simplear.text_files import parse_json
@@ -22,8 +19,6 @@ BY_FILE = {
 """What a directory without a configuration is, by a file in it."""
 SHOWN = 4
 """Directories named in a message."""
-LOOKED_AT = 1000
-"""Entries of a directory, for a message must not wait for a million files."""
 
 
 def what_is(path: str | Path) -> str:
@@ -32,9 +27,7 @@ def what_is(path: str | Path) -> str:
     if not path.exists():
         return f"missing (looked for {path.absolute()})"
     if path.suffix == STATE or (path / SHARDED_STATE).is_file():
-        beside = path.with_suffix("")
-        named = f"name {beside}, the checkpoint directory beside it, or " if (beside / CONFIG).is_file() else ""
-        return f"a training state: {named}make a checkpoint of it (simplear export {path} --out DIR)"
+        return f"a training state: name {path.with_suffix('')}, the checkpoint directory that training writes beside it"
     if path.is_file():
         kind = "a file of weights" if path.suffix in WEIGHTS else "a file"
         return f"{kind}: name the directory that it lies in ({path.absolute().parent})"
@@ -47,13 +40,10 @@ def what_is(path: str | Path) -> str:
     for name, kind in BY_FILE.items():
         if (path / name).is_file():
             return kind
-    inside = sorted(_with_config(path))
-    if inside:
-        more = f" and {len(inside) - SHOWN} more" if len(inside) > SHOWN else ""
-        return f"a directory of others: name {', '.join(map(str, inside[:SHOWN]))}{more}"
-    with contextlib.suppress(OSError):
-        return "a directory of something else" if any(path.iterdir()) else "an empty directory"
-    return "a directory that cannot be read"
+    for pattern in ("*", "*/*"):
+        if inside := sorted(str(file.parent) for file in path.glob(f"{pattern}/{CONFIG}")):
+            return f"a directory of models: name one of {', '.join(inside[:SHOWN])}"
+    return "a directory of something else"
 
 
 def is_visual_tokenizer(directory: Path) -> bool:
@@ -64,13 +54,3 @@ def is_visual_tokenizer(directory: Path) -> bool:
         content = None
     known = content if isinstance(content, dict) else {}
     return "class_path" in known or ((directory / COSMOS).is_file() and "vocab_size" not in known)
-
-
-def _with_config(path: Path, levels: int = 2) -> Iterable[Path]:
-    """Directories below that have a configuration, but for those within such ones."""
-    with contextlib.suppress(OSError):  # a directory of somebody else's
-        for each in itertools.islice(path.iterdir(), LOOKED_AT):
-            if (each / CONFIG).is_file():
-                yield each
-            elif levels > 1 and each.is_dir() and not each.name.startswith("."):
-                yield from _with_config(each, levels - 1)

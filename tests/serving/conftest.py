@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import math
 import threading
 import time
@@ -132,7 +133,7 @@ class Live:
             own = copy.copy(pipeline)
             own.tokenizer = copy.deepcopy(pipeline.tokenizer)
             own.engine = PacedEngine(pipeline.engine)
-            batcher = Batcher(name, own, shapes, capacity, 0.02, self.service.metrics, clock)
+            batcher = Batcher(name, own, shapes, capacity, self.service.metrics, wait=0.02, clock=clock)
             batcher.start()
             self.models.append(ServedModel(name, batcher))
         self.engine = self.models[0].batcher.pipeline.engine
@@ -144,6 +145,9 @@ class Live:
             timeout_graceful_shutdown=5,
         )
         self.server = uvicorn.Server(config)
+        self.client = functools.cache(self._client)
+        """OpenAI's own client, which does not try again; one for each key, since making one takes long."""
+        self._requests = httpx2.Client(timeout=PATIENCE)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[Live]:
@@ -163,13 +167,12 @@ class Live:
             thread.join(PATIENCE)
             assert not thread.is_alive()
 
-    def client(self, api_key: str = "none", **options: Any) -> openai.OpenAI:
-        """The real one, which does not try again."""
+    def _client(self, api_key: str = "none", **options: Any) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=api_key, **{"max_retries": 0, **options})
 
     def ask(self, method: str, path: str, **options: Any) -> httpx2.Response:
         """An answer of any status."""
-        return httpx2.request(method, self.url + path, timeout=PATIENCE, **options)
+        return self._requests.request(method, self.url + path, **options)
 
     def metric(self, name: str, **labels: str) -> float:
         """A number of /metrics."""

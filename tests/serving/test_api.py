@@ -15,11 +15,11 @@ import pytest
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
-from serving.conftest import GRID, PATIENCE, SIZE, Live, wait_until
+from serving.conftest import GRID, SIZE, Live, wait_until
 from simplear.generation import SimpleARPipeline
 from simplear.serving import Service
 from simplear.serving.command import LOCAL_NAMES
-from simplear.serving.pending import encode
+from simplear.serving.job import encode
 from toys import DOWNSAMPLE
 
 Pipelines = dict[str, SimpleARPipeline]
@@ -136,8 +136,7 @@ def test_concurrent_requests_get_their_own_images(pipelines: Pipelines) -> None:
     prompts = ["a red circle", "two blue squares", "one star " * 6, ""]
 
     def ask(seed: int) -> Any:
-        client = live.client(timeout=PATIENCE)
-        return client.images.generate(prompt=prompts[seed % 4], model="first", extra_body={"seed": seed}).data[0]
+        return live.client().images.generate(prompt=prompts[seed % 4], model="first", extra_body={"seed": seed}).data[0]
 
     with Live(pipelines).running() as live, ThreadPoolExecutor(33) as pool:
         live.engine.hold()

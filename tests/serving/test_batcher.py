@@ -13,11 +13,10 @@ import torch
 
 from serving.conftest import PATIENCE, Clock, wait_until
 from simplear.generation import OutOfMemoryError, SamplingSettings
-from simplear.serving import batcher
-from simplear.serving.batcher import Batcher, Drawing, Picture, QueueFullError, Shared, StoppedError
+from simplear.serving.batcher import Batcher, BatchKey, Drawing, Picture, QueueFullError, StoppedError
 from simplear.serving.metrics import Metrics
 
-SHARED = Shared(16, 16, SamplingSettings(guidance_scale=2.0), "", 32)
+KEY = BatchKey(16, 16, SamplingSettings(guidance_scale=2.0), "", 32)
 ROWS = 2
 
 
@@ -59,11 +58,11 @@ class Asker:
     clock: Clock
     came: list[tuple[int, Picture | Exception]] = field(default_factory=list)
 
-    def drawing(self, seed: int, shared: Shared = SHARED, rows: tuple[int, ...] = (), **part: Any) -> Drawing:
-        return Drawing("x", seed, shared, lambda event: self.came.append((seed, event)), set(rows), **part)
+    def drawing(self, seed: int, key: BatchKey = KEY, rows: tuple[int, ...] = ()) -> Drawing:
+        return Drawing("x", seed, key, lambda event: self.came.append((seed, event)), set(rows))
 
-    def ask(self, *seeds: int, shared: Shared = SHARED) -> list[Drawing]:
-        drawings = [self.drawing(seed, shared) for seed in seeds]
+    def ask(self, *seeds: int, key: BatchKey = KEY) -> list[Drawing]:
+        drawings = [self.drawing(seed, key) for seed in seeds]
         self.batcher.submit(drawings)
         return drawings
 
@@ -85,11 +84,11 @@ def pipeline() -> FakePipeline:
 def asker(pipeline: FakePipeline) -> Iterator[Asker]:
     """Of a batcher that waits for no companions; its clock stands still."""
     clock = Clock()
-    batcher = Batcher("fake", pipeline, [4, 1, 2], 8, 0.0, Metrics(), clock)  # type: ignore[arg-type]
+    batcher = Batcher("fake", pipeline, [4, 1, 2], 8, Metrics(), wait=0.0, clock=clock)  # type: ignore[arg-type]
     batcher.start()
     yield Asker(batcher, clock)
     pipeline.free.set()
-    batcher.close(5)
+    batcher.close()
 
 
 def held(pipeline: FakePipeline, asker: Asker) -> None:
@@ -118,17 +117,17 @@ def test_no_more_than_the_largest_shape(pipeline: FakePipeline, asker: Asker) ->
     assert pipeline.calls == [[0], [1, 2, 3, 4], [5, 6, 7, 7]]
 
 
-def test_a_difference_in_anything_shared_keeps_images_apart(pipeline: FakePipeline, asker: Asker) -> None:
+def test_a_difference_in_the_key_keeps_images_apart(pipeline: FakePipeline, asker: Asker) -> None:
     others = [
-        replace(SHARED, height=8),
-        replace(SHARED, sampling=SamplingSettings(guidance_scale=2.5)),
-        replace(SHARED, negative_prompt="y"),
-        replace(SHARED, prompt_tokens=64),
+        replace(KEY, height=8),
+        replace(KEY, sampling=SamplingSettings(guidance_scale=2.5)),
+        replace(KEY, negative_prompt="y"),
+        replace(KEY, prompt_tokens=64),
     ]
     held(pipeline, asker)
     asker.ask(1)
-    for seed, shared in enumerate(others, start=2):
-        asker.ask(seed, shared=shared)
+    for seed, key in enumerate(others, start=2):
+        asker.ask(seed, key=key)
     asker.ask(9)
     pipeline.free.set()
     asker.wait_for(7)
@@ -156,15 +155,11 @@ def test_rows_are_shown_when_asked_for(pipeline: FakePipeline, asker: Asker) -> 
 
 
 def test_no_rows_are_shown_while_others_wait(pipeline: FakePipeline, asker: Asker) -> None:
-    """Decoding them would hold up the others; images of the same request are not others."""
-    other, request = replace(SHARED, negative_prompt="y"), object()
-    for waiting, shown in (({}, [(1, 2), (2, 2)]), ({"request": request}, [(1, 1), (1, 2), (2, 2)])):
-        asker.came.clear()
-        pipeline.free.clear()
-        asker.batcher.submit([asker.drawing(1, rows=(1,), request=request), asker.drawing(2, other, **waiting)])
-        pipeline.free.set()
-        wait_until(lambda shown=shown: len(asker.order) == len(shown))
-        assert asker.order == shown
+    """Decoding them would hold up the others."""
+    other = replace(KEY, negative_prompt="y")
+    asker.batcher.submit([asker.drawing(1, rows=(1,)), asker.drawing(2, other)])
+    asker.wait_for(2)
+    assert asker.order == [(1, 2), (2, 2)]
     dropped = asker.batcher.metrics.registry.get_sample_value(
         "simplear_partial_images_dropped_total", {"model": "fake"}
     )
@@ -249,28 +244,11 @@ def test_out_of_memory_makes_batches_of_that_size_smaller(pipeline: FakePipeline
     assert pipeline.calls == [[1, 2, 3, 3], [1, 2], [1], [2], [3]]
     assert [seed for seed, event in asker.came if isinstance(event, Picture)] == [1, 2, 3]
     pipeline.failing = lambda seeds: OutOfMemoryError("full") if max(seeds) == 9 else None
-    asker.ask(4, 5, shared=replace(SHARED, height=8))  # other pictures still fit
+    asker.ask(4, 5, key=replace(KEY, height=8))  # other pictures still fit
     asker.ask(9)
     asker.wait_for(6)
     assert pipeline.calls[5:] == [[4, 5], [9]]
     assert isinstance(asker.came[-1][1], OutOfMemoryError) and asker.batcher.healthy
-
-
-def test_batches_grow_again_after_a_while(
-    pipeline: FakePipeline, asker: Asker, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def batch_sizes(*seeds: int) -> list[int]:
-        asker.came.clear()
-        asker.ask(*seeds)
-        asker.wait_for(len(seeds))
-        return [event.batch_size for _, event in asker.came]
-
-    monkeypatch.setattr(batcher, "GROW_AFTER", 6)
-    pipeline.failing = lambda seeds: OutOfMemoryError("full") if len(seeds) > 1 else None
-    assert batch_sizes(1, 2, 3, 4) == [1, 1, 1, 1]
-    pipeline.failing = lambda seeds: None
-    assert batch_sizes(1, 2) == [1, 1]
-    assert batch_sizes(1, 2, 3, 4) == [4, 4, 4, 4]
 
 
 @pytest.mark.parametrize("error", [OutOfMemoryError("full"), RuntimeError("no")])
@@ -299,23 +277,14 @@ def test_memory_that_is_free_again_when_a_batch_is_smaller(pipeline: FakePipelin
 
 def test_what_fails_in_warming_up_fails_at_the_start(pipeline: FakePipeline) -> None:
     pipeline.failing = lambda seeds: RuntimeError("no weights") if len(seeds) > 2 else None
-    batcher = Batcher("fake", pipeline, [1, 2, 4], 8, 0.0, Metrics())  # type: ignore[arg-type]
+    batcher = Batcher("fake", pipeline, [1, 2, 4], 8, Metrics(), [1, 2, 4])  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="no weights"):
-        batcher.start(warm_up=[1, 2, 4])
+        batcher.start()
     assert not batcher.healthy
     batcher.close()
 
 
-def test_closing_finishes_what_it_can(pipeline: FakePipeline, asker: Asker) -> None:
-    asker.batcher.wait = 60.0
-    asker.ask(1, 2)
-    asker.batcher.close(PATIENCE)
-    assert [type(event) for _, event in asker.came] == [Picture, Picture]
-    with pytest.raises(StoppedError):
-        asker.ask(3)
-
-
-def test_closing_in_no_time_fails_the_rest(pipeline: FakePipeline, asker: Asker) -> None:
+def test_closing_fails_what_is_not_drawn(pipeline: FakePipeline, asker: Asker) -> None:
     held(pipeline, asker)
     asker.ask(1)
     closing = threading.Thread(target=asker.batcher.close)
@@ -324,4 +293,6 @@ def test_closing_in_no_time_fails_the_rest(pipeline: FakePipeline, asker: Asker)
     pipeline.free.set()
     asker.wait_for(2)
     closing.join()
+    with pytest.raises(StoppedError):
+        asker.ask(3)
     assert sorted(seed for seed, event in asker.came if isinstance(event, StoppedError)) == [0, 1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import signal
 import socket
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
@@ -13,8 +13,7 @@ import pytest
 import uvicorn
 
 from simplear.cli import main
-from simplear.errors import UserError
-from simplear.serving import Service, command
+from simplear.serving import command
 
 
 @pytest.fixture(scope="module")
@@ -29,18 +28,14 @@ def occupied() -> Iterator[int]:
     [
         ([], "checkpoints"),
         (["a/model", "b/model"], "two checkpoints are called 'model': give one another name, as other=b/model"),
-        (["a", "--engine", "vllm"], "engine 'vllm' cannot be served; one of fused, compiled, jacobi can"),
-        (["a", "--engines", "{a: vllm}"], "engine 'vllm' cannot be served"),
-        (["a", "--engines", "{b: jacobi}"], "engines: no checkpoint is called 'b'; there are: a"),
-        (["a", "--batch-sizes", "[0, 2]"], "batch_sizes [0, 2]: give numbers of 1 or more"),
+        (["a", "--engine", "vllm"], "Expected a typing.Literal['fused', 'compiled', 'jacobi']"),
+        (["a", "--batch-sizes", "[0, 2]"], "batch_sizes, max_queue and timeout must be above 0"),
         (["a", "--timeout", "0"], "above 0"),
         (["nowhere/at-all"], "nowhere/at-all"),
         (["states/epoch=0-step=2"], "no checkpoint at states/epoch=0-step=2"),
-        (["=a"], "'=a' is not a checkpoint: give DIRECTORY or NAME=DIRECTORY"),
-        (["a="], "'a=' is not a checkpoint"),
-        (["a", "--port", "99999"], "port 99999: give a number from 0"),
-        (["a", "--port", "-1"], "port -1: give a number from 0"),
-        (["a", "--port", "PORT"], "another server has this port; give another with --port"),
+        (["a", "--port", "99999"], "port 99999: bind(): port must be 0-65535"),
+        (["a", "--port", "-1"], "port -1: bind(): port must be 0-65535"),
+        (["a", "--port", "PORT"], "Address already in use"),
         (["a", "--host", "nowhere.invalid"], "cannot listen on nowhere.invalid"),
         (["a", "--host", "http://127.0.0.1"], "cannot listen on http://127.0.0.1"),
         (["a", "--host", "x" * 80], "cannot listen on xxx"),
@@ -49,9 +44,6 @@ def occupied() -> Iterator[int]:
         (["a", "--device", "mps"], "device 'mps' is not available"),
         (["a", "--device", "cuda:99"], "device 'cuda:99' is not available"),
         (["a", "--cors-origins", "https://a.example/"], "'https://a.example/' is not an origin: give SCHEME://HOST"),
-        (["a", "--allowed-hosts", "https://a.example"], "'https://a.example' is not a name or address"),
-        (["a", "--allowed-hosts", "a.example:8000"], "without scheme and port"),
-        (["a", "--allowed-hosts", "a.example,b.example"], "give one"),
         (["a", "--cors-origins", "a.example"], "'a.example' is not an origin"),
         (["a", "--cors-origin", "*"], "Did you mean '--cors_origins'?"),
     ],
@@ -60,7 +52,8 @@ def test_mistakes_in_the_command_line(
     arguments: list[str], message: str, occupied: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
-        main(["serve", *(str(occupied) if word == "PORT" else word for word in arguments)])
+        port = [] if "--port" in arguments else ["--port", "0"]
+        main(["serve", *(word.replace("PORT", str(occupied)) for word in arguments), *port])
     printed = capsys.readouterr().err
     assert stopped.value.code == 2 and message in printed and "Traceback" not in printed
 
@@ -106,21 +99,10 @@ def test_names_of_checkpoints(
 )
 def test_hosts_that_are_answered(host: str, more: list[str], allowed: list[str], refused: list[str]) -> None:
     """A server that only this machine reaches answers to its own names, one that others reach to all, unless told."""
-    with command._bound(host, 0) as bound:
-        patterns = command._allowed_hosts(more, host, bound)
+    with command._listen(host, 0) as listening:
+        patterns = command._allowed_hosts(more, host, listening.getsockname()[0])
     answered = {name for name in (*allowed, *refused) if any(fnmatchcase(name, pattern) for pattern in patterns)}
     assert answered == set(allowed)
-
-
-def test_of_two_servers_that_bind_one_port_the_second_to_listen_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    with command._bound("127.0.0.1", 0) as first:
-        port = first.getsockname()[1]
-        with command._bound("127.0.0.1", port) as second:
-            first.listen()
-            server = command._Server(uvicorn.Config(lambda scope: None, port=port), [], Service(), 0)
-            monkeypatch.setattr(command._Server, "capture_signals", contextlib.nullcontext)
-            with pytest.raises(UserError, match=f"port {port}: .*in use"):
-                server.run([second])
 
 
 def test_checkpoints_are_served_under_their_names(
@@ -130,8 +112,8 @@ def test_checkpoints_are_served_under_their_names(
     made: dict[str, Any] = {}
 
     class Server:
-        def __init__(self, config: Any, models: Any, service: Any, shutdown_timeout: float) -> None:
-            made.update(config=config, models=models, service=service, shutdown_timeout=shutdown_timeout)
+        def __init__(self, config: Any) -> None:
+            made["shutdown_timeout"] = config.timeout_graceful_shutdown
 
         def run(self, sockets: Any) -> None:
             made["port"] = sockets[0].getsockname()[1]
@@ -139,7 +121,9 @@ def test_checkpoints_are_served_under_their_names(
             for served in made["models"]:
                 served.batcher.close()
 
-    monkeypatch.setattr(command, "_Server", Server)
+    monkeypatch.setattr(uvicorn, "Server", Server)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(command, "create_app", lambda models, service: made.update(models=models, service=service))
     monkeypatch.setenv("SIMPLEAR_API_KEY", "secret")
     monkeypatch.chdir(checkpoints[0])
     options = [
@@ -155,8 +139,6 @@ def test_checkpoints_are_served_under_their_names(
         "cpu",
         "--dtype",
         "bfloat16",
-        "--engines",
-        "{after: jacobi}",
         "--allowed-hosts",
         "a.example",
         "--allowed-hosts",
@@ -166,11 +148,11 @@ def test_checkpoints_are_served_under_their_names(
     ]
     main(["serve", ".", f"after={checkpoints[1]}", *options])
     assert [served.name for served in made["models"]] == ["first", "after"]
-    assert [served.description.engine for served in made["models"]] == ["fused", "jacobi"]
-    assert {served.description.dtype for served in made["models"]} == {"bfloat16"}
+    assert [served.description["engine"] for served in made["models"]] == ["fused", "fused"]
+    assert {served.description["dtype"] for served in made["models"]} == {"bfloat16"}
     assert made["service"].api_key == "secret" and made["shutdown_timeout"] == 3 and made["port"] > 0
     assert made["service"].allowed_hosts[-2:] == ["a.example", "*.b.example"]
     assert made["service"].cors_origins == ["*"]
     batcher = made["models"][0].batcher
     assert batcher.shapes == [1, 4] and batcher.pipeline.engine.prompt_multiple == command.PROMPT_MULTIPLE
-    assert made["models"][0].max_codes == 30 and made["models"][0].description.max_codes == 30
+    assert made["models"][0].description["max_codes"] == 30

@@ -243,24 +243,9 @@ def test_a_state_of_another_kind_is_refused(
 
 
 def test_an_adapter_for_another_checkpoint_is_refused(root: Path, states: dict[str, str], tmp_path: Path) -> None:
-    """On resuming and in exports, which find the checkpoint that it was added to wherever it is now."""
     other = root / "whole" / "model"
     with pytest.raises(ValueError, match=r"holds another adapter: added_to [0-9a-f]+ there, [0-9a-f]+ here"):
         train(root, tmp_path, "sft", Adapter(r=2), resume=states["adapter"], start=other)
-    with pytest.raises(ValueError, match=r"an adapter for another checkpoint than .*model is .*\(--like\)"):
-        export(states["adapter"], out=str(tmp_path / "out"), like=str(other))
-    moved = shutil.copytree(root / "start", tmp_path / "moved")
-    export(states["adapter"], out=str(tmp_path / "out"), like=str(moved))
-    assert_equal(weights(tmp_path / "out"), weights(root / "adapter" / "model"))
-    state = torch.load(states["adapter"], weights_only=False)
-    state["adapter"]["directory"] = str(tmp_path / "gone")
-    torch.save(state, tmp_path / "last.ckpt")
-    with pytest.raises(ValueError, match=r"last\.ckpt holds an adapter alone\. .*gone.* Name what it was added to"):
-        export(str(tmp_path / "last.ckpt"), out=str(tmp_path / "again"))
-    state["adapter"]["bias"] = "all"
-    torch.save(state, tmp_path / "last.ckpt")
-    with pytest.raises(ValueError, match=r"what this release does not know .*bias"):
-        export(str(tmp_path / "last.ckpt"), out=str(tmp_path / "again"))
 
 
 def test_stages_and_strategies_without_adapters(root: Path, tiny_text_tokenizer: str, tmp_path: Path) -> None:
