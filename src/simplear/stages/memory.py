@@ -1,6 +1,6 @@
 """Memory of a GPU and pace of a training, by arithmetic, before anything is bought or started.
 
-What is kept for the backward pass, and what comes and goes in it, is that of the modules of transformers' Qwen2 with
+What layers keep for the backward pass, and what it adds to that, are those of the modules of transformers' Qwen2 with
 fused attention, counted on the CPU in the tests. What a GPU's allocator and libraries take on top is an assumption
 (`RESERVED_GIB`). The pace is FLOPs, those of recomputed layers included, at an assumed utilisation. Drawing in rollouts
 is the reading of weights and cache at an assumed share of the memory's bandwidth, but a pass takes at least what the
@@ -15,7 +15,6 @@ from simplear.language_model import Adapter, Architecture
 from simplear.stages.activation_checkpointing import ActivationCheckpointing
 
 GIB = 2**30
-DAY = 86400.0
 RESERVED_GIB = 4.0
 """CUDA's context, NCCL's buffers, and what the allocator cannot use."""
 
@@ -30,10 +29,14 @@ LOG_SUM_EXP_BYTES = 4
 """For each head and token, of fused attention."""
 WIDE = 4
 """Bytes of float32."""
-LAYER_SECONDS = {"cached": 0.46e-3, "fused": 0.13e-3, "jacobi": 0.13e-3, "compiled": 0.05e-3}
-"""The least that a layer takes in a pass of one code, whatever the device: the host's time. Measured on one CPU core at
-24 layers so narrow that nothing else is left: 11 ms, 3.2 ms and, compiled, 1.2 ms a pass (beside other work up to twice
-that). Starting a GPU's kernels is assumed to take as long, though in a CUDA graph it may take less."""
+LAYER_SECONDS = 0.05e-3
+"""The least that a layer of the compiled engine takes in a pass of one code, on any device: the host's time. Measured
+on one CPU core at 24 layers so narrow that nothing else is left: 1.2 ms a pass (beside other work up to twice that).
+Starting a GPU's kernels is assumed to take as long, though in a CUDA graph it may take less."""
+BANDWIDTH_UTILISATION = 0.5
+"""Share of the memory's bandwidth that drawing reaches; assumed."""
+MOMENTS = 2
+"""Numbers that AdamW keeps for each weight."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,6 @@ class Rollouts:
     reference_bytes: int
     """Of each of the reference's weights on the training's device: 0 where there is none or it lives elsewhere."""
     with_reference: bool
-    engine: str = "compiled"
-    """A key of `LAYER_SECONDS`."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,6 @@ class Run:
     chunk_rows: int | None
     full_softmax: bool
     """Over all ids, not over the codes alone."""
-    moments: int = 2
-    """Numbers that the optimizer keeps for each weight."""
     rollouts: Rollouts | None = None
     adapter: Adapter | None = None
 
@@ -163,7 +162,7 @@ def memory(run: Run) -> dict[str, float]:
     parts: dict[str, float] = {
         "weights": (frozen + wide * trained) / share,
         "gradients": wide * trained / share,
-        "optimizer": run.moments * wide * trained / share,
+        "optimizer": MOMENTS * wide * trained / share,
     }
     if run.devices > 1 and not run.sharded:
         parts["gradients"] *= 2  # DDP's buckets hold them once more
@@ -226,7 +225,7 @@ def recomputed_flops_a_step(run: Run) -> float:
     return updates * run.images_a_step * run.architecture.recomputed_flops(length, length * length, run.adapter)
 
 
-def drawing_seconds(run: Run, device: Device, utilisation: float) -> float:
+def drawing_seconds(run: Run, device: Device) -> float:
     """Of a rollout: every code takes a pass, which reads the weights and the cache as far as it has grown, or waits for
     the host, whichever takes longer.
     """
@@ -234,27 +233,15 @@ def drawing_seconds(run: Run, device: Device, utilisation: float) -> float:
         return 0.0
     a_rank = run.images_a_step // run.devices
     at_once = min(run.rollouts.batch_size or a_rank, a_rank)
-    narrow = COMPUTE_BYTES[run.precision]
-    read = run.architecture.num_hidden_layers * run.architecture.parameters_a_layer
-    weights = narrow * (read + run.codebook_size * run.architecture.hidden_size)
-    cache = narrow * at_once * run.architecture.key_value_numbers(run.mean_text + run.codes // 2)
-    host = run.architecture.num_hidden_layers * LAYER_SECONDS[run.rollouts.engine]
+    shape, narrow = run.architecture, COMPUTE_BYTES[run.precision]
+    weights = narrow * (shape.num_hidden_layers * shape.parameters_a_layer + run.codebook_size * shape.hidden_size)
+    cache = narrow * at_once * shape.key_value_numbers(run.mean_text + run.codes // 2)
+    host = shape.num_hidden_layers * LAYER_SECONDS
     passes = run.codes * -(-a_rank // at_once)
-    return passes * max(host, (weights + cache) / (device.bandwidth * utilisation))
+    return passes * max(host, (weights + cache) / (device.bandwidth * BANDWIDTH_UTILISATION))
 
 
-def seconds_a_step(run: Run, device: Device, mfu: float, bandwidth_utilisation: float) -> float:
+def seconds_a_step(run: Run, device: Device, mfu: float) -> float:
     """One training step: arithmetic of the updates at an MFU, and the drawing of a rollout."""
     flops = flops_a_step(run) + recomputed_flops_a_step(run)
-    return flops / (run.devices * device.flops * mfu) + drawing_seconds(run, device, bandwidth_utilisation)
-
-
-def tokens_a_day(run: Run, device: Device, mfu: float, bandwidth_utilisation: float) -> float:
-    """Tokens trained on, text and codes, by all GPUs."""
-    tokens = run.images_a_step * (run.mean_text + run.codes)
-    return tokens / seconds_a_step(run, device, mfu, bandwidth_utilisation) * DAY
-
-
-def days(run: Run, device: Device, mfu: float, bandwidth_utilisation: float) -> float:
-    """Of the whole run."""
-    return run.steps * seconds_a_step(run, device, mfu, bandwidth_utilisation) / DAY
+    return flops / (run.devices * device.flops * mfu) + drawing_seconds(run, device)
