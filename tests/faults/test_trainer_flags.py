@@ -102,7 +102,7 @@ def test_flags_that_work(run: Run, tmp_path: Path, options: str, steps: int | No
             "leave it out, or use --trainer.strategy ddp",
         ),
         ("--trainer.max_time 1h", "DD:HH:MM:SS"),
-        ("--trainer.callbacks+=LearningRateFinder", "learning rate finder"),
+        ("--trainer.callbacks+=LearningRateFinder", "LearningRateFinder is not supported"),
         ("--trainer.accumulate_grad_batches 3", "take a multiple of 3"),
         ("--trainer.accumulate_grad_batches 0", "accumulate_grad_batches 0 must be at least 1"),
         ("--trainer.limit_train_batches 3 --trainer.accumulate_grad_batches 2", "no multiple of the 2"),

@@ -42,7 +42,7 @@ from simplear.language_model.model import (
     load_decoder,
     load_text_tokenizer,
 )
-from simplear.sequence import MAX_TEXT_TOKENS, SPECIAL_TOKENS, START_OF_IMAGE, TEXT_TO_IMAGE, token_layout
+from simplear.sequence import MAX_TEXT_TOKENS, SPECIAL_TOKENS, token_layout
 from simplear.text_files import read_object
 
 logger = logging.getLogger(__name__)
@@ -374,22 +374,17 @@ def _released_settings(tokenizer: PreTrainedTokenizerBase, config: dict[str, Any
 
 
 def _read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The text tokenizer; those of the seven tokens that it holds are marked special, so that captions cannot type
-    them, and none is added.
+    """The text tokenizer. Those of the seven tokens that it has are marked special, so that captions cannot type them;
+    no token is added.
     """
     try:
         tokenizer = load_text_tokenizer(str(directory))
+        tokens = [token for token in SPECIAL_TOKENS if token in tokenizer.get_vocab()]
+        tokenizer.add_tokens(tokens, special_tokens=True)
+        token_layout(tokenizer, codebook_size=1)
     except Exception as error:  # the tokenizers library raises nothing narrower
         raise CheckpointError(
-            f"cannot read the text tokenizer (tokenizer.json, tokenizer_config.json) in {directory}: {error}. "
-            "Export or download the checkpoint again."
+            f"cannot read the text tokenizer (tokenizer.json, tokenizer_config.json) in {directory}: {error} Export or "
+            "download the checkpoint again."
         ) from error
-    vocabulary = tokenizer.get_vocab()
-    for token in (TEXT_TO_IMAGE, START_OF_IMAGE):
-        if token not in vocabulary:
-            raise CheckpointError(
-                f"the text tokenizer (tokenizer.json) in {directory} has no {token}: it is not a text-to-image "
-                "checkpoint's, or damaged. Export or download the checkpoint again."
-            )
-    tokenizer.add_tokens([token for token in SPECIAL_TOKENS if token in vocabulary], special_tokens=True)
     return tokenizer

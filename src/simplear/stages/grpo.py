@@ -41,20 +41,23 @@ ROLLOUT_SEEDS = 2**48
 
 @dataclass(frozen=True)
 class Rollout:
-    """What one training step drew on this rank: P captions with G images each, the images of a caption together."""
+    """What one training step drew on this rank: P captions with G images each, the images of a caption together.
+
+    Args:
+        captions: P·G, each repeated G times; as the reward reads them.
+        prompts: P·G times ``<|t2i|> caption <|soi|>``, 1-D ids as the data prefixed and cut them.
+        codes: (P·G, h, w) int64.
+        images: (P·G, 3, H, W) float in [0, 1].
+        scores: (P·G,) float32.
+        parts: (P·G,) each; of a reward made of parts.
+    """
 
     captions: list[str]
-    """P·G, each repeated G times; as the reward reads them."""
     prompts: list[Tensor]
-    """P·G times ``<|t2i|> caption <|soi|>``, 1-D ids as the data prefixed and cut them."""
     codes: Tensor
-    """(P·G, h, w) int64."""
     images: Tensor
-    """(P·G, 3, H, W) float in [0, 1]."""
     scores: Tensor
-    """(P·G,) float32."""
     parts: dict[str, Tensor]
-    """(P·G,) each; of a reward made of parts."""
 
 
 class GRPOModule(LanguageModelModule):
@@ -116,7 +119,12 @@ class GRPOModule(LanguageModelModule):
             raise UserError(
                 f"group_size {group_size}, inner_updates {inner_updates} and beta {beta} must be at least 2, 1 and 0."
             )
-        _require_plain_sampling(sampling)
+        if sampling != SamplingSettings(temperature=sampling.temperature):
+            raise UserError(
+                f"{sampling}: rollouts must sample the policy itself, so only sampling.temperature may be set. With "
+                "guidance or truncation the images come from another distribution than the one whose log-probs the "
+                "objective takes, and its gradient is wrong."
+            )
         self.checkpoint, self.reward, self.group_size, self.sampling = checkpoint, reward, group_size, sampling
         self.inner_updates, self.beta = inner_updates, beta
         self.epsilon_low, self.epsilon_high = epsilon_low, epsilon_high
@@ -331,12 +339,6 @@ class GRPOModule(LanguageModelModule):
                 "the reward reads pictures, which takes a visual tokenizer, and the checkpoint carries none: name its "
                 "directory (--model.init_args.visual_tokenizer)."
             )
-        if self._start_fingerprint not in (None, self.visual_tokenizer.fingerprint):
-            raise UserError(
-                f"the visual tokenizer at {self.visual_tokenizer_path} is {self.visual_tokenizer.fingerprint[:12]}…, "
-                f"but the checkpoint draws the codes of {str(self._start_fingerprint)[:12]}…: name the one that "
-                "belongs to it (--model.init_args.visual_tokenizer)."
-            )
         self.visual_tokenizer.to(self.device)  # type: ignore[attr-defined]
         move(self.reward, self.device)
         # Lightning would rather save what was there before the update: here a state is what a training step leaves.
@@ -373,19 +375,6 @@ class GRPOModule(LanguageModelModule):
         """Take the number of rollouts back."""
         super().on_load_checkpoint(checkpoint)
         self.rollouts_done = checkpoint["rollouts_done"]
-
-
-def _require_plain_sampling(sampling: SamplingSettings) -> None:
-    """Raises ValueError where drawing is not sampling the policy at a temperature."""
-    plain = SamplingSettings(temperature=sampling.temperature)
-    for name in ("guidance_scale", "do_sample", "top_k", "top_p"):
-        value, wanted = getattr(sampling, name), getattr(plain, name)
-        if value != wanted:
-            raise UserError(
-                f"sampling.{name} {value}: rollouts must sample the policy itself, at a temperature alone. With "
-                "guidance or truncation the images come from another distribution than the one whose log-probs the "
-                f"objective takes, and its gradient is wrong. Leave it at {wanted}."
-            )
 
 
 def _parts(count: int, size: int | None) -> list[slice]:

@@ -155,25 +155,25 @@ class LanguageModelModule(OptimizedModule):
 
     def on_fit_start(self) -> None:
         """Check that data and model belong together, before the first step is paid for."""
-        data = self._data
+        data, layout = self._data, self.language_model.layout
+        fingerprints = {
+            "the token shards": None if data is None else data.fingerprint,
+            "the checkpoint": self._start_fingerprint,
+            str(self.visual_tokenizer_path): self.visual_tokenizer_path and self.visual_tokenizer.fingerprint,
+        }
+        if len(set(fingerprints.values()) - {None}) > 1:
+            stated = ", ".join(f"{name}: {value[:12]}…" for name, value in fingerprints.items() if value)
+            raise UserError(
+                f"these belong to different visual tokenizers: {stated}. Tokenize again with the checkpoint's, or name "
+                "the one that made the codes (--model.init_args.visual_tokenizer)."
+            )
         if data is None:
             return
-        layout = self.language_model.layout
         if data.codebook_size != layout.codebook_size:
             raise UserError(
                 f"the token shards have a codebook of {data.codebook_size} codes, the model one of "
                 f"{layout.codebook_size}: tokenize with the checkpoint's visual tokenizer."
             )
-        fingerprints = {"the checkpoint's visual tokenizer": self._start_fingerprint}
-        if self.visual_tokenizer_path is not None:
-            fingerprints[self.visual_tokenizer_path] = self.visual_tokenizer.fingerprint
-        for name, fingerprint in fingerprints.items():
-            if None not in (fingerprint, data.fingerprint) and fingerprint != data.fingerprint:
-                raise UserError(
-                    f"the token shards were made by visual tokenizer {str(data.fingerprint)[:12]}…, but {name} is "
-                    f"{str(fingerprint)[:12]}…: tokenize again with that one, or name the one that made them "
-                    "(--model.init_args.visual_tokenizer)."
-                )
         if data.layout != layout:
             raise UserError(
                 f"--data.tokenizer {data.tokenizer_path} gives {data.layout}, the model's text tokenizer {layout}: "

@@ -41,15 +41,19 @@ MOMENTS = 2
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU's data sheet."""
+    """A GPU's data sheet.
+
+    Args:
+        name: of the GPU.
+        memory_gib: as PyTorch reports it, before anything runs.
+        flops: bfloat16, dense, a second.
+        bandwidth: bytes a second.
+    """
 
     name: str
     memory_gib: float
-    """As PyTorch reports it, before anything runs."""
     flops: float
-    """bfloat16, dense, a second."""
     bandwidth: float
-    """Bytes a second."""
 
 
 A100 = Device("A100 80 GB", 79.1, 312e12, 2.039e12)
@@ -60,44 +64,61 @@ H100 = Device("H100 80 GB", 79.1, 989.4e12, 3.35e12)
 
 @dataclass(frozen=True)
 class Rollouts:
-    """What GRPO adds to a step."""
+    """What GRPO adds to a step.
+
+    Args:
+        group_size: images of a caption.
+        batch_size: images drawn at once; None: a rank's whole rollout.
+        inner_updates: optimizer steps on each rollout.
+        reference_bytes: bytes of each weight of the reference on the training's device: 0 where there is no reference
+            or it lives elsewhere.
+        with_reference: whether log-probs under a reference are computed.
+    """
 
     group_size: int
     batch_size: int | None
-    """Images drawn at once; None: a rank's whole rollout."""
     inner_updates: int
     reference_bytes: int
-    """Of each of the reference's weights on the training's device: 0 where there is none or it lives elsewhere."""
     with_reference: bool
 
 
 @dataclass(frozen=True)
 class Run:
-    """A training as far as its memory and pace depend on it."""
+    """A training as far as its memory and pace depend on it.
+
+    Args:
+        architecture: of the decoder.
+        codebook_size: number of codes.
+        codes: of an image.
+        mean_text: tokens of a prompt on average, control tokens included: for the pace.
+        longest_text: the most tokens of a prompt: for the memory.
+        images: in one forward and backward pass of one GPU.
+        steps: training steps of the whole run.
+        images_a_step: of all GPUs; of GRPO, images drawn.
+        devices: number of GPUs.
+        sharded: FSDP2 over all devices; else each holds everything.
+        precision: a key of `SAVED_BYTES`.
+        activation_checkpointing: what layers compute again.
+        chunk_rows: rows of logits held at once; None holds them all.
+        full_softmax: over all ids, not over the codes alone.
+        rollouts: of GRPO.
+        adapter: what is trained in place of all weights.
+    """
 
     architecture: Architecture
     codebook_size: int
     codes: int
-    """Of an image."""
     mean_text: int
-    """Tokens of a prompt on average, control tokens included: for the pace."""
     longest_text: int
-    """The most: for the memory."""
     images: int
-    """In one forward and backward pass of one GPU."""
     steps: int
-    """Training steps of the whole run."""
     images_a_step: int
-    """Of all GPUs; of GRPO, images drawn."""
     devices: int
     sharded: bool
-    """FSDP2 over all devices; else each holds everything."""
     precision: str
-    """A key of `SAVED_BYTES`."""
     activation_checkpointing: ActivationCheckpointing
     chunk_rows: int | None
     full_softmax: bool
-    """Over all ids, not over the codes alone."""
     rollouts: Rollouts | None = None
     adapter: Adapter | None = None
 

@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import LearningRateFinder, LearningRateMonitor
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import nn
@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from simplear.device import limit_threads
 from simplear.errors import UserError
-from simplear.stages.averaging import check_averaging
+from simplear.stages.averaging import averaged_weights, check_averaging
 from simplear.stages.gradient_norm import GradientNorm
 from simplear.stages.optimizers import parameter_groups
 from simplear.stages.schedules import PlateauSteps, make_schedule, require_same_schedule, schedule_settings
@@ -32,10 +32,14 @@ class OptimizedModule(LightningModule):
     Args:
         optimizer: makes an optimizer from parameter groups.
         lr_scheduler: makes a schedule, stepped every optimizer step, from an optimizer; None keeps the rate constant.
+        export_dir: where `export` writes the trained module when training ends; None writes nothing.
     """
 
-    def __init__(self, optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None) -> None:
+    def __init__(
+        self, optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None, export_dir: str | None = None
+    ) -> None:
         super().__init__()
+        self.export_dir = export_dir
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self._schedule: Any = None
@@ -48,11 +52,24 @@ class OptimizedModule(LightningModule):
         """What the optimizer updates."""
         raise NotImplementedError
 
+    def export(self, directory: str) -> None:
+        """Write what was trained; of stages with an ``export_dir``."""
+        raise NotImplementedError
+
+    def on_fit_end(self) -> None:
+        """Export; also when a training is started again that had only this left to do."""
+        trained = self.global_step and not self.trainer.fast_dev_run  # type: ignore[attr-defined]
+        if self.export_dir is not None and self.trainer.is_global_zero and trained:
+            with averaged_weights(self.trainer):
+                self.export(self.export_dir)
+
     def configure_callbacks(self) -> list[Callback]:
         """Steps of schedules that wait for a metric and, where there is a logger, curves of rate and gradient norm."""
+        present: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        if any(isinstance(each, LearningRateFinder) for each in present):
+            raise UserError("LearningRateFinder is not supported: configure a rate (--model.init_args.optimizer).")
         check_averaging(self.trainer)
         curves = [LearningRateMonitor(), *([GradientNorm()] if self.automatic_optimization else [])]
-        present: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         absent = [curve for curve in curves if not any(isinstance(each, type(curve)) for each in present)]
         return [PlateauSteps(), *(absent if self.trainer.loggers else [])]
 

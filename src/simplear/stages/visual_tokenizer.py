@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from simplear.atomic import require_replaceable
 from simplear.data import ImageDataModule
 from simplear.errors import UserError
-from simplear.stages.averaging import averaged_weights
 from simplear.stages.optimized import OptimizedModule
 from simplear.stages.picture_loggers import log_picture, picture_loggers
 from simplear.visual_tokenizer import save_visual_tokenizer
@@ -93,11 +92,10 @@ class VisualTokenizerModule(OptimizedModule):
             grid_pictures: pictures of the first validation batch to show over their reconstructions.
             export_dir: where to write the trained tokenizer when training ends; none writes nothing.
         """
-        super().__init__(optimizer, lr_scheduler)
+        super().__init__(optimizer, lr_scheduler, export_dir)
         self.tokenizer = tokenizer
         self.contrast_weight = contrast_weight
         self.grid_pictures = grid_pictures
-        self.export_dir = export_dir
         self.code_counts = torch.empty(0)
         """(codebook_size,) int64 of the running validation; no buffer, for those can be averaged."""
 
@@ -108,15 +106,12 @@ class VisualTokenizerModule(OptimizedModule):
 
     def on_fit_start(self) -> None:
         """Check sizes and ``export_dir`` before the first step is paid for."""
-        self._check_size()
         if self.export_dir is not None and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             require_replaceable(self.export_dir, "the trained tokenizer", "--model.init_args.export_dir")
+        self.on_validation_start()
 
     def on_validation_start(self) -> None:
-        """As `on_fit_start`, for validation on its own."""
-        self._check_size()
-
-    def _check_size(self) -> None:
+        """Check sizes, which `on_fit_start` does too."""
         data, downsample = getattr(self.trainer, "datamodule", None), self.tokenizer.downsample
         if isinstance(data, ImageDataModule) and (data.height % downsample or data.width % downsample):  # type: ignore[operator]
             raise UserError(
@@ -156,9 +151,6 @@ class VisualTokenizerModule(OptimizedModule):
         values = {"validation/codebook_used": used.float(), "validation/code_perplexity": perplexity.float()}
         self.log_dict(values, sync_dist=True)
 
-    def on_fit_end(self) -> None:
-        """Export; also when a training that had only this left to do is started again."""
-        trained = self.global_step and not self.trainer.fast_dev_run  # type: ignore[attr-defined]
-        if self.export_dir is not None and self.trainer.is_global_zero and trained:
-            with averaged_weights(self.trainer):
-                save_visual_tokenizer(self.tokenizer, self.export_dir)  # type: ignore[arg-type]
+    def export(self, directory: str) -> None:
+        """Write the tokenizer."""
+        save_visual_tokenizer(self.tokenizer, directory)  # type: ignore[arg-type]
