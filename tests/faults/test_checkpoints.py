@@ -155,7 +155,7 @@ def add_a_token(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (as_pickle, r"weights in pytorch_model\.bin, a pickle.*Convert it .*save_pretrained"),
+        (as_pickle, r"no weights .*Pickles .*Convert one .*save_pretrained"),
         (lambda d: rewrite(d / "config.json", lambda c: c.update(quantization_config={"bits": 4})), "is quantized"),
         (lambda d: rewrite(d / "config.json", lambda c: c.update(hidden_size="many")), r"config\.json.*hidden_size"),
         (lambda d: rewrite(d / "config.json", lambda c: c.update(hidden_act="none")), r"config\.json"),

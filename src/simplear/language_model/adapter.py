@@ -14,7 +14,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,9 @@ from simplear.errors import UserError
 if TYPE_CHECKING:
     from simplear.language_model.model import LanguageModel
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 """Matrices of a decoder layer."""
+TARGETS: tuple[Target, ...] = get_args(Target)
 NAME = "default"
 """Of the adapter within peft's layers."""
 
@@ -39,20 +40,15 @@ class Adapter:
     """Rank of what is added to a matrix."""
     alpha: float | None = None
     """What is added is multiplied by alpha / r; None is 2 r."""
-    target_modules: list[str] = field(default_factory=lambda: list(TARGETS))
+    target_modules: list[Target] = field(default_factory=lambda: list(TARGETS))
     """Matrices of each layer: some of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj."""
     code_rows: bool = False
     """Train the rows of the codes in embedding and head too; those of text stay."""
 
     def __post_init__(self) -> None:
-        """Raises UserError for numbers outside their range and for other matrices."""
-        if self.r < 1 or (self.alpha is not None and self.alpha <= 0):
-            raise UserError(f"adapter: r {self.r} must be at least 1, alpha {self.alpha} above 0.")
-        if not self.target_modules or (unknown := sorted(set(self.target_modules) - set(TARGETS))):
-            raise UserError(
-                f"adapter.target_modules {unknown if self.target_modules else []}: name some of {', '.join(TARGETS)}; "
-                "embedding and head have code_rows."
-            )
+        """Raises UserError for numbers outside their range."""
+        if self.r < 1 or self.scale <= 0 or not self.target_modules:
+            raise UserError(f"{self}: r must be at least 1, alpha above 0, and target_modules must name some.")
 
     @property
     def scale(self) -> float:

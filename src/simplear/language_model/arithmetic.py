@@ -40,7 +40,7 @@ class Architecture:
     @classmethod
     def of(cls, config: Any) -> Architecture:
         """Of a transformers Qwen2Config."""
-        numbers = {field.name: getattr(config, field.name, None) for field in fields(cls)}
+        numbers: dict[str, Any] = {field.name: getattr(config, field.name, None) for field in fields(cls)}
         numbers["head_dim"] = numbers["head_dim"] or config.hidden_size // config.num_attention_heads
         return cls(**numbers)
 

@@ -248,18 +248,12 @@ def _require_readable(directory: Path, config: dict[str, Any]) -> None:
             f"{directory} is quantized (quantization_config in config.json), which this project does not read: take "
             "the checkpoint that it was made from."
         )
-    if any(directory.glob("*.safetensors")):
-        return
-    others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in directory.glob(pattern))
-    if others:
+    if not any(directory.glob("*.safetensors")):
         raise CheckpointError(
-            f"{directory} has its weights in {others[0]}, a pickle, which can run code; safetensors are read alone. "
-            "Convert it where you trust its source: from transformers import AutoModelForCausalLM as Model; "
-            f'Model.from_pretrained("{directory}").save_pretrained("{directory}")'
+            f"{directory} has no weights (*.safetensors): export or download it again. Pickles (*.bin, *.pt) are not "
+            "read, since they can run code. Convert one where you trust its source: from transformers import "
+            f'AutoModelForCausalLM as Model; Model.from_pretrained("{directory}").save_pretrained("{directory}")'
         )
-    raise CheckpointError(
-        f"{directory} has no weights (model.safetensors or its parts): it is not complete. Export or download it again."
-    )
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -268,14 +262,10 @@ def find_checkpoint(path: str | Path) -> Path:
     Raises CheckpointError where there is neither.
     """
     directory = Path(path)
-    if directory.is_dir():
-        if not (directory / "config.json").exists():
-            raise CheckpointError(
-                f"{directory} has no config.json: it is not a checkpoint directory but {what_is(directory)}."
-            )
+    if (directory / "config.json").exists():
         return directory
     if directory.exists():
-        raise CheckpointError(f"{path} is not a checkpoint directory but {what_is(directory)}.")
+        raise CheckpointError(f"{path} has no config.json: it is not a checkpoint directory but {what_is(directory)}.")
     if not is_hub_id(path):
         raise CheckpointError(
             f"no checkpoint at {path}: there is no directory {directory.absolute()}. Train one (the demo's: make "

@@ -229,13 +229,13 @@ class GRPOModule(LanguageModelModule):
                     self.language_model.image_log_probs(ids, self.grid, **without_entropies)[0] for ids in sequences
                 ]
         optimizer: Any = self.optimizers()
-        statistics: list[dict[str, Tensor]] = []
+        found: list[tuple[float, dict[str, Tensor]]] = []
         norms: list[Tensor] = []
         for _ in range(self.inner_updates):
             for part, ids, old, reference in zip(parts, sequences, olds, references, strict=True):
                 log_probs, entropies = self.language_model.image_log_probs(ids, self.grid, **options)
                 assert entropies is not None
-                loss, found = grpo_loss(
+                loss, statistics = grpo_loss(
                     log_probs,
                     old,
                     reference,
@@ -245,22 +245,15 @@ class GRPOModule(LanguageModelModule):
                     beta=self.beta,
                 )
                 share = len(ids) / images
-                strategy, last = self.trainer.strategy, part is parts[-1]
+                strategy: Any = self.trainer.strategy
                 # Ranks add up their gradients once an update, with its last micro-batch.
-                wait = isinstance(strategy, ParallelStrategy) and not last
-                with strategy.block_backward_sync() if wait else nullcontext():  # type: ignore[attr-defined]
+                wait = isinstance(strategy, ParallelStrategy) and part is not parts[-1]
+                with strategy.block_backward_sync() if wait else nullcontext():
                     self.manual_backward(loss * share)
-                statistics.append(
-                    {
-                        "loss": loss.detach(),
-                        "entropy": entropies.mean(),
-                        **found,
-                        # in bf16-true the default dtype is bfloat16
-                        "share": torch.tensor(share / self.inner_updates, dtype=torch.float32),
-                    }
-                )
+                values = {"loss": loss.detach(), "entropy": entropies.mean(), **statistics}
+                found.append((share / self.inner_updates, values))
             norms.append(self._step(optimizer, rollout))
-        self._log_updates(statistics, torch.stack(norms).mean())
+        self._log_updates(found, torch.stack(norms).mean())
 
     def _step(self, optimizer: Any, rollout: Rollout) -> Tensor:
         """Clip the gradient, and step optimizer and schedule; returns the gradient's norm before clipping."""
@@ -293,14 +286,15 @@ class GRPOModule(LanguageModelModule):
         }
         self.log_dict(values, sync_dist=True)
 
-    def _log_updates(self, statistics: list[dict[str, Tensor]], norm: Tensor) -> None:
-        """Means over all inner updates and micro-batches, and the range of the ratio."""
-        columns = {name: torch.stack([entry[name] for entry in statistics]) for name in statistics[0]}
-        shares = columns.pop("share").to(self.device)
+    def _log_updates(self, found: list[tuple[float, dict[str, Tensor]]], norm: Tensor) -> None:
+        """Means over all inner updates and micro-batches, each with its weight, and the range of the ratio."""
+        columns = {name: [values[name] for _, values in found] for name in found[0][1]}
         for name, reduce in (("ratio_min", torch.min), ("ratio_max", torch.max)):
-            value = reduce(columns.pop(name))
+            value = reduce(torch.stack(columns.pop(name)))
             self.log(f"policy/{name}", value, sync_dist=True, reduce_fx=name.removeprefix("ratio_"))
-        self.log_dict({f"policy/{name}": (shares * column).sum() for name, column in columns.items()}, sync_dist=True)
+        for name, column in columns.items():
+            mean: Any = sum(weight * value for (weight, _), value in zip(found, column, strict=True))
+            self.log(f"policy/{name}", mean, sync_dist=True)
         self.log("policy/gradient_norm", norm)
 
     def load_checkpoint(self, checkpoint: str) -> Checkpoint:

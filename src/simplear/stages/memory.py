@@ -21,9 +21,8 @@ RESERVED_GIB = 4.0
 SAVED_BYTES = {"bf16-mixed": (26, 8, 4, 4), "bf16-true": (16, 8, 4, 4), "32-true": (24, 16, 8, 8)}
 """Bytes that a layer which computes nothing again keeps for each token: per hidden unit, MLP unit, query unit, and key
 or value unit."""
-LAYER_INPUT_BYTES = {"bf16-mixed": 4, "bf16-true": 2, "32-true": 4}
-"""Of a number of the residual stream, which a layer that computes again always keeps."""
 WEIGHT_BYTES = {"bf16-mixed": 4, "bf16-true": 2, "32-true": 4}
+"""Of a number of the residual stream too, which is what a layer that computes again always keeps."""
 COMPUTE_BYTES = {"bf16-mixed": 2, "bf16-true": 2, "32-true": 4}
 LOG_SUM_EXP_BYTES = 4
 """For each head and token, of fused attention."""
@@ -135,7 +134,7 @@ class Run:
 
 def saved_a_token(architecture: Architecture, precision: str, mode: ActivationCheckpointing = "none") -> int:
     """Bytes that one layer keeps of one token for its backward pass."""
-    narrow, layer_input = COMPUTE_BYTES[precision], LAYER_INPUT_BYTES[precision] * architecture.hidden_size
+    narrow, layer_input = COMPUTE_BYTES[precision], WEIGHT_BYTES[precision] * architecture.hidden_size
     if mode == "full":
         return layer_input
     log_sum_exp = LOG_SUM_EXP_BYTES * architecture.num_attention_heads
@@ -155,8 +154,8 @@ def saved_a_token(architecture: Architecture, precision: str, mode: ActivationCh
 
 
 def at_work_a_token(architecture: Architecture, precision: str, mode: ActivationCheckpointing = "none") -> int:
-    """Bytes of one token that come and go in the backward pass: of a layer what it computes again, and the gradients of
-    its MLP's inner products; or of the final norm, in float32.
+    """Bytes of one token that the backward pass holds for a while: what it computes again of a layer and the gradients
+    of its MLP's inner products, or the final norm's numbers in float32, whichever is more.
     """
     again = saved_a_token(architecture, precision) - saved_a_token(architecture, precision, mode)
     gradients = 2 * COMPUTE_BYTES[precision] * architecture.intermediate_size
@@ -164,7 +163,7 @@ def at_work_a_token(architecture: Architecture, precision: str, mode: Activation
 
 
 def memory(run: Run) -> dict[str, float]:
-    """Bytes of one GPU at the worst moment, by purpose; they add up to what it takes, but for `RESERVED_GIB`."""
+    """Bytes of one GPU at the worst moment, by purpose, without `RESERVED_GIB`."""
     shape, share = run.architecture, run.devices if run.sharded else 1
     wide, narrow = WEIGHT_BYTES[run.precision], COMPUTE_BYTES[run.precision]
     tokens = run.images * (run.longest_text + run.codes)
@@ -211,7 +210,7 @@ def memory(run: Run) -> dict[str, float]:
 
 
 def logits_bytes(run: Run) -> float:
-    """Of the head's loss. In chunks: logits of some rows, the head's rows as they are multiplied, its gradient."""
+    """Bytes of the head's loss. In chunks: logits of some rows, the head's rows in autocast's dtype, its gradient."""
     narrow = COMPUTE_BYTES[run.precision]
     rows = run.images * run.codes
     if run.chunk_rows is not None and run.chunk_rows < rows:
@@ -227,7 +226,7 @@ def logits_bytes(run: Run) -> float:
 
 
 def flops_a_step(run: Run) -> float:
-    """That the model needs, over all GPUs; recomputed layers are not counted."""
+    """FLOPs that the model needs, over all GPUs; recomputed layers are not counted."""
     length = run.mean_text + run.codes
     shape, choices = run.architecture, run.codes * run.choices
     training = run.images_a_step * shape.training_flops(length, length * length, choices, run.adapter)
@@ -239,7 +238,7 @@ def flops_a_step(run: Run) -> float:
 
 
 def recomputed_flops_a_step(run: Run) -> float:
-    """On top of these under full activation checkpointing, over all GPUs. Selective computes no product again."""
+    """FLOPs on top of these under full activation checkpointing, over all GPUs; selective repeats no product."""
     if run.activation_checkpointing != "full":
         return 0.0
     length, updates = run.mean_text + run.codes, 1 if run.rollouts is None else run.rollouts.inner_updates
