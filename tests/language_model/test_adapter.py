@@ -133,7 +133,7 @@ def test_gradients_are_those_of_the_whole_models_weights(models: Any, chunk_rows
         if isinstance(layer, CodeRows):
             tied = merged.decoder.config.tie_word_embeddings
             expected = whole["decoder.model.embed_tokens.weight" if tied else f"{name}.weight"]
-            torch.testing.assert_close(layer.rows.grad, expected[layer.first :], rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(layer.rows.grad, expected[layer.first_code :], rtol=1e-4, atol=1e-6)
         elif hasattr(layer, "lora_A"):
             down, up, scale = layer.lora_A.default.weight, layer.lora_B.default.weight, layer.scaling["default"]
             torch.testing.assert_close(up.grad, scale * whole[f"{name}.weight"] @ down.T, rtol=1e-4, atol=1e-6)

@@ -245,9 +245,18 @@ def test_the_policy_is_drawn_from_in_evaluation_mode_and_trained_in_training_mod
 # The update
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
-@pytest.mark.parametrize(("packed", "chunk_rows"), [(False, None), (True, 4), (False, 4)])
-@pytest.mark.parametrize("inner_updates", [1, 2])
+@pytest.mark.parametrize(
+    ("inner_updates", "packed", "chunk_rows", "precision"),
+    [
+        (1, False, None, "32-true"),
+        (1, True, 4, "bf16-mixed"),
+        (1, False, 4, "bf16-true"),
+        (2, True, 4, "32-true"),
+        (2, False, None, "bf16-mixed"),
+        (2, False, 4, "bf16-mixed"),
+        (2, True, 4, "bf16-true"),
+    ],
+)
 def test_the_first_update_has_ratio_one_and_no_distance(
     module: Any,
     data: Any,

@@ -217,7 +217,7 @@ class LanguageModel(nn.Module):
             ).last_hidden_state
 
     def _uncompiled(self) -> AbstractContextManager[Any]:
-        """Layers that are compiled for training run as they are: with a cache each would compile anew by itself."""
+        """Layers that are compiled for training run as they are: with a cache each would compile again by itself."""
         compiled = self.decoder.model.layers[0]._compiled_call_impl is not None
         return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 

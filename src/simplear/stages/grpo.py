@@ -164,8 +164,8 @@ class GRPOModule(LanguageModelModule):
         rows = [row for row in range(len(lengths)) for _ in range(group_size)]
         prompts = [batch["input_ids"][row, : lengths[row]] for row in rows]
         captions, metadata = ([batch[key][row] for row in rows] for key in ("captions", "metadata"))
-        first = (number * self.trainer.world_size + self.trainer.global_rank) * len(rows)
-        seeds = [ROLLOUT_SEEDS * (self.seed + 1) + first + place for place in range(len(rows))]
+        first_image = (number * self.trainer.world_size + self.trainer.global_rank) * len(rows)
+        seeds = [ROLLOUT_SEEDS * (self.seed + 1) + first_image + place for place in range(len(rows))]
         parts = _parts(len(rows), self.rollout_batch_size)
         with _timed(seconds, "rollout", self.device):
             codes = self._draw(prompts, seeds, parts)
@@ -229,13 +229,13 @@ class GRPOModule(LanguageModelModule):
                     self.language_model.image_log_probs(ids, self.grid, **without_entropies)[0] for ids in sequences
                 ]
         optimizer: Any = self.optimizers()
-        found: list[tuple[float, dict[str, Tensor]]] = []
+        statistics: list[tuple[float, dict[str, Tensor]]] = []
         norms: list[Tensor] = []
         for _ in range(self.inner_updates):
             for part, ids, old, reference in zip(parts, sequences, olds, references, strict=True):
                 log_probs, entropies = self.language_model.image_log_probs(ids, self.grid, **options)
                 assert entropies is not None
-                loss, statistics = grpo_loss(
+                loss, of_loss = grpo_loss(
                     log_probs,
                     old,
                     reference,
@@ -250,10 +250,10 @@ class GRPOModule(LanguageModelModule):
                 wait = isinstance(strategy, ParallelStrategy) and part is not parts[-1]
                 with strategy.block_backward_sync() if wait else nullcontext():
                     self.manual_backward(loss * share)
-                values = {"loss": loss.detach(), "entropy": entropies.mean(), **statistics}
-                found.append((share / self.inner_updates, values))
+                values = {"loss": loss.detach(), "entropy": entropies.mean(), **of_loss}
+                statistics.append((share / self.inner_updates, values))
             norms.append(self._step(optimizer, rollout))
-        self._log_updates(found, torch.stack(norms).mean())
+        self._log_updates(statistics, torch.stack(norms).mean())
 
     def _step(self, optimizer: Any, rollout: Rollout) -> Tensor:
         """Clip the gradient, and step optimizer and schedule; returns the gradient's norm before clipping."""
@@ -286,14 +286,14 @@ class GRPOModule(LanguageModelModule):
         }
         self.log_dict(values, sync_dist=True)
 
-    def _log_updates(self, found: list[tuple[float, dict[str, Tensor]]], norm: Tensor) -> None:
+    def _log_updates(self, statistics: list[tuple[float, dict[str, Tensor]]], norm: Tensor) -> None:
         """Means over all inner updates and micro-batches, each with its weight, and the range of the ratio."""
-        columns = {name: [values[name] for _, values in found] for name in found[0][1]}
+        columns = {name: [values[name] for _, values in statistics] for name in statistics[0][1]}
         for name, reduce in (("ratio_min", torch.min), ("ratio_max", torch.max)):
             value = reduce(torch.stack(columns.pop(name)))
             self.log(f"policy/{name}", value, sync_dist=True, reduce_fx=name.removeprefix("ratio_"))
         for name, column in columns.items():
-            mean: Any = sum(weight * value for (weight, _), value in zip(found, column, strict=True))
+            mean: Any = sum(weight * value for (weight, _), value in zip(statistics, column, strict=True))
             self.log(f"policy/{name}", mean, sync_dist=True)
         self.log("policy/gradient_norm", norm)
 

@@ -55,7 +55,7 @@ class MuonWithAdamW(Optimizer):
         params: groups from `parameter_groups`.
         lr: Muon's learning rate.
         adamw_lr: AdamW's learning rate.
-        weight_decay: decoupled, for both; a group's own value goes first.
+        weight_decay: decoupled, for both; a group's own value takes precedence.
         momentum: Muon's (Nesterov) momentum.
         betas: AdamW's.
         eps: AdamW's.

@@ -66,7 +66,7 @@ def refuse_fsdp1(strategy: Any) -> None:
 
 
 def leave_ranks() -> None:
-    """Take the process group down once the work is done, or saved to go on later.
+    """Destroy the process group after the work is done, or saved to be resumed.
 
     Lightning does so for NCCL alone; gloo's threads, where they outlive the interpreter, can turn an exit code of 0
     into an abort. They end with the last object that refers to the group, such as the mesh of a sharded model. Not to
