@@ -191,9 +191,9 @@ def test_engines_draw_with_the_merged_weights_as_they_are_at_present(models: Any
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"r": 0}, "r 0"),
-        ({"alpha": 0.0}, r"alpha 0\.0"),
-        ({"target_modules": ["q_proj", "lm_head"]}, r"\['lm_head'\].*code_rows"),
+        ({"r": 0}, "r must be at least 1"),
+        ({"alpha": 0.0}, r"alpha=0\.0.* alpha above 0"),
+        ({"target_modules": ["q_proj", "lm_head"]}, r"'lm_head'\].*code_rows"),
         ({"target_modules": []}, "q_proj, k_proj"),
     ],
 )

@@ -14,7 +14,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +25,8 @@ from simplear.errors import UserError
 if TYPE_CHECKING:
     from simplear.language_model.model import LanguageModel
 
-Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Matrices of a decoder layer."""
-TARGETS: tuple[Target, ...] = get_args(Target)
 NAME = "default"
 """Of the adapter within peft's layers."""
 
@@ -40,15 +39,19 @@ class Adapter:
     """Rank of what is added to a matrix."""
     alpha: float | None = None
     """What is added is multiplied by alpha / r; None is 2 r."""
-    target_modules: list[Target] = field(default_factory=lambda: list(TARGETS))
+    target_modules: list[str] = field(default_factory=lambda: list(TARGETS))
     """Matrices of each layer: some of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj."""
     code_rows: bool = False
     """Train the rows of the codes in embedding and head too; those of text stay."""
 
     def __post_init__(self) -> None:
-        """Raises UserError for numbers outside their range."""
-        if self.r < 1 or self.scale <= 0 or not self.target_modules:
-            raise UserError(f"{self}: r must be at least 1, alpha above 0, and target_modules must name some.")
+        """Raises UserError for numbers outside their range and for other matrices."""
+        names = set(self.target_modules)
+        if self.r < 1 or self.scale <= 0 or not names or not names <= set(TARGETS):
+            raise UserError(
+                f"{self}: r must be at least 1, alpha above 0, and target_modules some of {', '.join(TARGETS)}; "
+                "embedding and head have code_rows."
+            )
 
     @property
     def scale(self) -> float:
