@@ -15,9 +15,14 @@ import torch
 import yaml
 from transformers import Qwen2Config
 
-MACHINES = {"A100": (2.0e12, 312e12), "H100": (3.35e12, 989e12), "H200": (4.8e12, 989e12)}
-"""Bytes a second of memory and bf16 operations a second of the matrix units, from NVIDIA's data sheets (SXM; A100 and
-H100 of 80 GB)."""
+from simplear.stages.memory import A100, H100
+
+MACHINES = {
+    "A100": (A100.bandwidth, A100.flops),
+    "H100": (H100.bandwidth, H100.flops),
+    "H200": (4.8e12, H100.flops),  # NVIDIA H200 datasheet: the chip of the H100 with more memory
+}
+"""Bytes a second of memory and bf16 operations a second of the matrix units."""
 
 LAYER_KERNELS, OTHER_KERNELS = 11, 18
 """Kernels of a compiled pass over one code: of a layer, and beside the layers (traced, see tests/benchmarks)."""

@@ -50,7 +50,7 @@ from simplear.language_model import Architecture, LanguageModel, Normalizer, nex
 from simplear.language_model.model import load_text_tokenizer
 from simplear.sequence import TokenLayout, encode_captions, image_target_mask, training_batch
 from simplear.stages.activation_checkpointing import ActivationCheckpointing, checkpoint_activations
-from simplear.stages.compilation import INDUCTOR, compile_decoder_layers
+from simplear.stages.compilation import compile_decoder_layers
 from simplear.stages.optimizers import parameter_groups
 
 ROOT = Path(__file__).parents[1]
@@ -118,7 +118,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     made.add_argument("--images", type=int, default=4)
     made.add_argument("--grid", type=int, default=32, help="codes along each side")
     made.add_argument("--chunk-rows", type=int, default=512)
-    made.add_argument("--backend", default=INDUCTOR, help="of torch.compile")
+    made.add_argument("--backend", default="inductor", help="of torch.compile")
     made.add_argument("--rounds", type=int, default=3)
     made.add_argument("--loop-steps", type=int, default=60, help="of a round, against the loop written by hand")
     made.add_argument("--loop-rounds", type=int, default=5)
@@ -157,7 +157,7 @@ def architecture(small: bool) -> dict[str, Any]:
     return {**stated, **(SMALL_SIZES if small else {})}
 
 
-def with_layers(model: LanguageModel, layers: Layers, backend: str = INDUCTOR) -> LanguageModel:
+def with_layers(model: LanguageModel, layers: Layers, backend: str = "inductor") -> LanguageModel:
     """A copy that shares the weights, whose layers run that way."""
     made = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
     checkpoint_activations(made.decoder, layers.checkpointing)

@@ -228,15 +228,17 @@ def test_an_update_of_grpo_reads_two_values_a_pass_and_the_norm(gpu: PretendedGP
     parts = {2 * part: sequences(captions[2 * part :][:2], drawn[:2])["input_ids"] for part in (0, 1)}
     order = iter(parts.values())
     module._sequences = lambda prompts, codes: next(order)  # type: ignore[method-assign]
-    rollout = Rollout(["a", "a", "b", "b"], drawn.to(GPU), torch.empty(0), torch.zeros(images, device=GPU), {})
+    prompts = [torch.arange(count) for count in captions]
+    scores = torch.zeros(images, device=GPU)
+    rollout = Rollout(["a", "a", "b", "b"], prompts, drawn.to(GPU), torch.empty(0), scores, {})
     packed = [sum(captions[part : part + 2]) + 2 * (codes + 2) for part in (0, 2)]
     # In each pass where the tokens are, and whether an id lies outside the codebook; then whether the norm is finite.
     gpu.nonzero, gpu.truths = [*packed, *packed], [False] * 4 + [True]
     gpu.restart()
     with autocast_on_gpu():
-        module._optimize(rollout, [torch.arange(count) for count in captions])
+        module._update(rollout, scores)
     assert not gpu.nonzero and not gpu.truths
-    assert gpu.transfers == {"to the GPU": 1}, "the shares of the micro-batches, for the means that are logged"
+    assert not gpu.transfers
     assert {weight.device for state in optimizer.state.values() for weight in state.values()} == {GPU}
 
 

@@ -69,7 +69,7 @@ def test_what_does_not_fit_is_said_and_strictly_refused(capsys: pytest.CaptureFi
 def test_grpo_of_the_paper_and_on_24_gb(capsys: pytest.CaptureFixture[str], size: str) -> None:
     usual = plan(capsys, "grpo", size)
     small = plan(capsys, "grpo", size, "grpo-24gb", options=("--plan.gpu_memory_gib", "23.5"))
-    assert "rollouts at 50%" in usual and "warning" not in usual + small
+    assert "at 50% of the bandwidth" in usual and "warning" not in usual + small
     assert ("4.9" if size == "0.5b" else "12.3") + " s of a step draw" in usual
     assert needed(small) < needed(usual)
 
@@ -127,7 +127,6 @@ def test_sizes_from_what_is_there(
     [
         (("pretrain", "0.5b", "one-gpu"), ("--run.pixels", "null"), "--plan.pixels 512"),
         (("sft", "one-gpu"), (), "--config configs/paper/1.5b.yaml"),
-        (("grpo", "0.5b"), ("--model.init_args.engine", "vllm"), "knows the pace of cached, fused, jacobi, compiled"),
         (("pretrain", "0.5b", "one-gpu"), ("--trainer.devices", "auto", "--plan.pixels", "512"), "number of GPUs"),
         (("pretrain", "one-gpu"), ("--plan.pixels", "512"), "names no size"),
         (("pretrain", "0.5b", "one-gpu"), ("--trainer.devices", "7", "--plan.pixels", "512"), "does not divide"),

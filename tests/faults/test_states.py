@@ -222,7 +222,7 @@ def test_a_state_of_another_model_is_refused_by_name(
     printed = capsys.readouterr().err
     assert stopped.value.code == 2 and "Traceback" not in printed
     assert f"{state} is the state of another model" in printed and weight in printed
-    assert "begin anew" in printed and len(printed) < 1000
+    assert "start again" in printed and len(printed) < 1000
     assert state.read_bytes() == before
 
 

@@ -133,7 +133,7 @@ def test_gradients_are_those_of_the_whole_models_weights(models: Any, chunk_rows
         if isinstance(layer, CodeRows):
             tied = merged.decoder.config.tie_word_embeddings
             expected = whole["decoder.model.embed_tokens.weight" if tied else f"{name}.weight"]
-            torch.testing.assert_close(layer.rows.grad, expected[layer.first :], rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(layer.rows.grad, expected[layer.first_code :], rtol=1e-4, atol=1e-6)
         elif hasattr(layer, "lora_A"):
             down, up, scale = layer.lora_A.default.weight, layer.lora_B.default.weight, layer.scaling["default"]
             torch.testing.assert_close(up.grad, scale * whole[f"{name}.weight"] @ down.T, rtol=1e-4, atol=1e-6)
@@ -191,9 +191,9 @@ def test_engines_draw_with_the_merged_weights_as_they_are_at_present(models: Any
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"r": 0}, "r 0"),
-        ({"alpha": 0.0}, r"alpha 0\.0"),
-        ({"target_modules": ["q_proj", "lm_head"]}, r"\['lm_head'\].*code_rows"),
+        ({"r": 0}, "r must be at least 1"),
+        ({"alpha": 0.0}, r"alpha=0\.0.* alpha above 0"),
+        ({"target_modules": ["q_proj", "lm_head"]}, r"'lm_head'\].*code_rows"),
         ({"target_modules": []}, "q_proj, k_proj"),
     ],
 )

@@ -168,10 +168,14 @@ def test_step_by_step_with_a_cache_gives_the_hidden_states_of_the_whole(tiny_mod
 @pytest.mark.parametrize(
     ("place", "config", "message"),
     [
-        ("nowhere/at/all", None, r"pretrained .*nowhere/at/all: there is no such directory"),
-        ("empty", "", r"empty has no configuration of a model that can be read"),
-        ("broken", "{", r"broken has no configuration of a model that can be read"),
-        ("llama", '{"model_type": "llama"}', r"llama is a model of type 'llama'; pretraining starts from Qwen2"),
+        ("nowhere/at/all", None, r"pretrained .*nowhere/at/all: "),
+        ("empty", "", r"pretrained .*empty: .*config\.json"),
+        ("broken", "{", r"pretrained .*broken: .*config"),
+        (
+            "llama",
+            '{"model_type": "llama"}',
+            r"llama: it is a model of type 'llama', but pretraining starts from Qwen2",
+        ),
     ],
 )
 def test_what_is_not_a_language_model_is_refused(
@@ -181,6 +185,5 @@ def test_what_is_not_a_language_model_is_refused(
     if config is not None:
         directory.mkdir()
         (directory / "config.json").write_text(config) if config else None
-    for build in ("build", "build_empty"):
-        with pytest.raises(UserError, match=message):
-            getattr(model_config(tiny_text_tokenizer, pretrained=str(directory)), build)()
+    with pytest.raises(UserError, match=message):
+        model_config(tiny_text_tokenizer, pretrained=str(directory)).build()

@@ -73,10 +73,6 @@ class Pretraining(PretrainModule):
         model, tokenizer = super().load_language_model()
         return model.to(self.model_dtype), tokenizer
 
-    def empty_language_model(self) -> Any:
-        model, tokenizer, weights = super().empty_language_model()
-        return model.to(self.model_dtype), tokenizer, weights
-
 
 class MeansOverTokens(Pretraining):
     """The wrong variant: each micro-batch's text loss is the mean over its tokens, not over its samples."""
@@ -93,10 +89,6 @@ class DoubleGRPO(GRPOModule):
     def load_language_model(self) -> tuple[LanguageModel, Any]:
         model, tokenizer = super().load_language_model()
         return model.double(), tokenizer
-
-    def empty_language_model(self) -> Any:
-        model, tokenizer, weights = super().empty_language_model()
-        return model.double(), tokenizer, weights
 
 
 class CoarseBrightness:

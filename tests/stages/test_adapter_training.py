@@ -203,7 +203,7 @@ def test_grpo_draws_with_the_adapter_and_its_reference_is_the_model_without(
         return
     model, start = module.language_model, load_checkpoint(root / "start").model
     ids = make_batch(model, module.text_tokenizer, GRID)["input_ids"]
-    (log_probs,) = reference.log_probs([ids], GRID, 1.0, None, False)
+    (log_probs,) = reference.log_probs([ids], GRID)
     assert torch.equal(log_probs, start.image_log_probs(ids, GRID)[0])
     prompts = [prompt_sequence([5, 7, 9], model.layout)] * 4
 
@@ -229,9 +229,9 @@ def states(root: Path) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("state", "adapter", "words"),
     [
-        ("adapter", None, r"last\.ckpt holds an adapter, and this training has none: .*simplear export"),
-        ("whole", Adapter(r=2), r"last\.ckpt holds all weights, and this training an adapter: resume without"),
-        ("adapter", Adapter(r=3), r"last\.ckpt holds another adapter: r 2 there, 3 here\."),
+        ("adapter", None, r"last\.ckpt was trained with another adapter: r 2 there, None here.*simplear export"),
+        ("whole", Adapter(r=2), r"last\.ckpt was trained with no adapter: r None there, 2 here"),
+        ("adapter", Adapter(r=3), r"last\.ckpt was trained with another adapter: r 2 there, 3 here\."),
         ("adapter", Adapter(2, 9.0, ["q_proj"]), r"alpha None there, 9\.0 here; target_modules .* there, \['q_proj'\]"),
     ],
 )
@@ -244,12 +244,12 @@ def test_a_state_of_another_kind_is_refused(
 
 def test_an_adapter_for_another_checkpoint_is_refused(root: Path, states: dict[str, str], tmp_path: Path) -> None:
     other = root / "whole" / "model"
-    with pytest.raises(ValueError, match=r"holds another adapter: added_to [0-9a-f]+ there, [0-9a-f]+ here"):
+    with pytest.raises(ValueError, match=r"trained with another adapter: added_to [0-9a-f]+ there, [0-9a-f]+ here"):
         train(root, tmp_path, "sft", Adapter(r=2), resume=states["adapter"], start=other)
 
 
 def test_stages_and_strategies_without_adapters(root: Path, tiny_text_tokenizer: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"pretraining gives .* leave model\.init_args\.adapter to fine-tuning"):
+    with pytest.raises(ValueError, match=r"too small for pretraining.* leave model\.init_args\.adapter to fine-tuning"):
         PretrainModule(model_config(tiny_text_tokenizer), adapter=Adapter())
     with pytest.raises(ValueError, match=r"an adapter does not go with FSDP2.*--trainer\.strategy ddp"):
         train(root, tmp_path, "sft", Adapter(), strategy="fsdp2")
@@ -258,8 +258,8 @@ def test_stages_and_strategies_without_adapters(root: Path, tiny_text_tokenizer:
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        ("{r: 2, target_modules: [lm_head]}", "['lm_head']: name some of q_proj"),
-        ("{r: 0}", "r 0 must be at least 1"),
+        ("{r: 2, target_modules: [lm_head]}", "lm_head"),
+        ("{r: 0}", "r must be at least 1"),
         ("{rank: 2}", "rank"),
     ],
 )

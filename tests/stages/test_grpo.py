@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
@@ -244,9 +245,18 @@ def test_the_policy_is_drawn_from_in_evaluation_mode_and_trained_in_training_mod
 # The update
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
-@pytest.mark.parametrize(("packed", "chunk_rows"), [(False, None), (True, 4), (False, 4)])
-@pytest.mark.parametrize("inner_updates", [1, 2])
+@pytest.mark.parametrize(
+    ("inner_updates", "packed", "chunk_rows", "precision"),
+    [
+        (1, False, None, "32-true"),
+        (1, True, 4, "bf16-mixed"),
+        (1, False, 4, "bf16-true"),
+        (2, True, 4, "32-true"),
+        (2, False, None, "bf16-mixed"),
+        (2, False, 4, "bf16-mixed"),
+        (2, True, 4, "bf16-true"),
+    ],
+)
 def test_the_first_update_has_ratio_one_and_no_distance(
     module: Any,
     data: Any,
@@ -479,21 +489,21 @@ def test_a_reward_that_fails_on_one_rank_ends_all(start: str, prompts: str, tmp_
     [{"guidance_scale": 1.5}, {"top_k": 10}, {"top_p": 0.9}, {"do_sample": False}],
 )
 def test_rollouts_sample_the_policy_itself(module: Any, sampling: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=rf"sampling\.{next(iter(sampling))} .*another distribution"):
+    with pytest.raises(ValueError, match=rf"{next(iter(sampling))}=.*another distribution"):
         module(sampling=SamplingSettings(**sampling))
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"gradient_clip_val": 1.0}, r"--model\.init_args\.gradient_clip_val"),
-        ({"accumulate_grad_batches": 2}, r"--model\.init_args\.micro_batch_size"),
+        ({"gradient_clip_val": 1.0}, r"clipping is not supported for manual optimization"),
+        ({"accumulate_grad_batches": 2}, r"accumulation is not supported for manual optimization"),
     ],
 )
-def test_the_trainers_own_flags_are_refused_with_the_modules(
+def test_the_trainers_own_flags_are_refused(
     module: Any, data: Any, tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(MisconfigurationException, match=message):
         fit(module(), data(), tmp_path, **options)
 
 

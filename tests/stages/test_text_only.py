@@ -185,5 +185,5 @@ def test_texts_are_no_prompts(
         str(tiny_checkpoint), reward=SceneReward(), group_size=2, visual_tokenizer=tiny_visual_tokenizer
     )
     data = make_data(caption_dropout=0.0)
-    with pytest.raises(ValueError, match=r"texts without images, which are no prompts"):
+    with pytest.raises(ValueError, match=r"texts without images, which are not prompts"):
         make_trainer(tmp_path, max_steps=1).fit(module, datamodule=data)

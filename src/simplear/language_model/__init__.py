@@ -23,7 +23,6 @@ from simplear.language_model.checkpoint import (
 from simplear.language_model.loss import Normalizer, next_token_losses
 from simplear.language_model.model import LanguageModel, LanguageModelConfig, load_text_tokenizer
 from simplear.language_model.text_tokenizer import train_text_tokenizer
-from simplear.language_model.weights import NamedWeights, stored_weights
 
 __all__ = [
     "Adapter",
@@ -34,7 +33,6 @@ __all__ = [
     "GenerationDefaults",
     "LanguageModel",
     "LanguageModelConfig",
-    "NamedWeights",
     "Normalizer",
     "StepWork",
     "adapter_off",
@@ -47,7 +45,6 @@ __all__ = [
     "merged_weight",
     "next_token_losses",
     "save_checkpoint",
-    "stored_weights",
     "train_text_tokenizer",
     "trained_names",
     "write_checkpoint",

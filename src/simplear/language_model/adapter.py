@@ -46,11 +46,10 @@ class Adapter:
 
     def __post_init__(self) -> None:
         """Raises UserError for numbers outside their range and for other matrices."""
-        if self.r < 1 or (self.alpha is not None and self.alpha <= 0):
-            raise UserError(f"adapter: r {self.r} must be at least 1, alpha {self.alpha} above 0.")
-        if not self.target_modules or (unknown := sorted(set(self.target_modules) - set(TARGETS))):
+        names = set(self.target_modules)
+        if self.r < 1 or self.scale <= 0 or not names or not names <= set(TARGETS):
             raise UserError(
-                f"adapter.target_modules {unknown if self.target_modules else []}: name some of {', '.join(TARGETS)}; "
+                f"{self}: r must be at least 1, alpha above 0, and target_modules some of {', '.join(TARGETS)}; "
                 "embedding and head have code_rows."
             )
 
@@ -65,28 +64,28 @@ class CodeRows(nn.Module):
 
     Args:
         base_layer: the whole one.
-        first: row of the first code; the codes are the last rows.
+        first_code: its row; the codes are the last rows.
         tied: the embedding whose trained rows are this head's too.
     """
 
     rows: nn.Parameter
 
-    def __init__(self, base_layer: nn.Embedding | nn.Linear, first: int, tied: CodeRows | None = None) -> None:
+    def __init__(self, base_layer: nn.Embedding | nn.Linear, first_code: int, tied: CodeRows | None = None) -> None:
         super().__init__()
-        self.base_layer, self.first, self.enabled = base_layer.requires_grad_(False), first, True
-        self.rows = nn.Parameter(base_layer.weight[first:].detach().clone()) if tied is None else tied.rows
+        self.base_layer, self.first_code, self.enabled = base_layer.requires_grad_(False), first_code, True
+        self.rows = nn.Parameter(base_layer.weight[first_code:].detach().clone()) if tied is None else tied.rows
 
     def enable_adapters(self, enabled: bool) -> None:
-        """As peft's layers: False gives the rows that training began with."""
+        """The method of peft's layers: False gives the rows that training began with."""
         self.enabled = enabled
 
     def __getitem__(self, rows: slice) -> Tensor:
         """Rows of the weight, in the dtype of those that stay; nothing is copied that is of one kind."""
         base = self.base_layer.weight
-        if not self.enabled or rows.stop <= self.first:
+        if not self.enabled or rows.stop <= self.first_code:
             return base[rows]
-        trained = self.rows.to(base.dtype)[max(rows.start - self.first, 0) : rows.stop - self.first]
-        return trained if rows.start >= self.first else torch.cat([base[rows.start : self.first], trained])
+        trained = self.rows.to(base.dtype)[max(rows.start - self.first_code, 0) : rows.stop - self.first_code]
+        return trained if rows.start >= self.first_code else torch.cat([base[rows.start : self.first_code], trained])
 
     @property
     def weight(self) -> Tensor:
@@ -97,11 +96,11 @@ class CodeRows(nn.Module):
         """Embeddings of ids, or logits of hidden states."""
         if isinstance(self.base_layer, nn.Linear):
             return F.linear(x, self.weight)
-        found = self.base_layer(x)
+        embedded = self.base_layer(x)
         if not self.enabled:
-            return found
-        trained = F.embedding((x - self.first).clamp(min=0), self.rows).to(found.dtype)
-        return torch.where((x >= self.first)[..., None], trained, found)
+            return embedded
+        trained = F.embedding((x - self.first_code).clamp(min=0), self.rows).to(embedded.dtype)
+        return torch.where((x >= self.first_code)[..., None], trained, embedded)
 
 
 def add_adapter(model: LanguageModel, adapter: Adapter, dtype: torch.dtype | None = None) -> None:
@@ -125,9 +124,9 @@ def add_adapter(model: LanguageModel, adapter: Adapter, dtype: torch.dtype | Non
         if hasattr(layer, "lora_A"):
             layer.cast_input_dtype_enabled = False  # autocast has the right dtype, and peft's copy would be kept
     if adapter.code_rows:
-        decoder, first = model.decoder, model.layout.image_token_offset
-        rows = CodeRows(decoder.model.embed_tokens, first)
-        decoder.lm_head = CodeRows(decoder.lm_head, first, rows if decoder.config.tie_word_embeddings else None)  # type: ignore[assignment]
+        decoder, first_code = model.decoder, model.layout.image_token_offset
+        rows = CodeRows(decoder.model.embed_tokens, first_code)
+        decoder.lm_head = CodeRows(decoder.lm_head, first_code, rows if decoder.config.tie_word_embeddings else None)  # type: ignore[assignment]
         decoder.model.embed_tokens = rows  # type: ignore[assignment]
     if dtype is not None:
         for weight in model.parameters():
@@ -153,7 +152,7 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
 def merged_weight(layer: Any) -> Tensor:
     """Weight of a linear layer or embedding with what is trained in it; in float32 or wider if something is added."""
     if isinstance(layer, CodeRows):
-        return torch.cat([layer.base_layer.weight[: layer.first].to(layer.rows.dtype), layer.rows])
+        return torch.cat([layer.base_layer.weight[: layer.first_code].to(layer.rows.dtype), layer.rows])
     if not hasattr(layer, "lora_A"):
         return layer.weight
     added = layer.get_delta_weight(NAME)

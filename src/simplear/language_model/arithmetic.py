@@ -11,7 +11,7 @@ device.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -26,7 +26,7 @@ TRAINING_PASSES = 3
 
 @dataclass(frozen=True)
 class Architecture:
-    """The numbers of a Qwen2 decoder that its size and its FLOPs follow from."""
+    """The numbers of a Qwen2 decoder that its size and its FLOPs follow from; ``vocab_size`` includes the codes."""
 
     hidden_size: int
     intermediate_size: int
@@ -35,23 +35,14 @@ class Architecture:
     num_key_value_heads: int
     head_dim: int
     vocab_size: int
-    """Rows of the embedding, codes included."""
     tie_word_embeddings: bool
 
     @classmethod
     def of(cls, config: Any) -> Architecture:
         """Of a transformers Qwen2Config."""
-        heads = config.num_attention_heads
-        return cls(
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=heads,
-            num_key_value_heads=config.num_key_value_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            vocab_size=config.vocab_size,
-            tie_word_embeddings=config.tie_word_embeddings,
-        )
+        numbers: dict[str, Any] = {field.name: getattr(config, field.name, None) for field in fields(cls)}
+        numbers["head_dim"] = numbers["head_dim"] or config.hidden_size // config.num_attention_heads
+        return cls(**numbers)
 
     @property
     def attention_width(self) -> int:
@@ -160,13 +151,16 @@ class Architecture:
 
 @dataclass(frozen=True)
 class StepWork:
-    """What one training step processes on this rank; tensors stay where they are until somebody reads them."""
+    """What one training step processes on this rank; tensors stay on their device until somebody reads them.
+
+    Args:
+        images: sequences with an image, or images drawn.
+        tokens: without padding.
+        flops: those that the model needs, forward and backward.
+        recomputed_flops: on top, of layers computed again under full activation checkpointing.
+    """
 
     images: int
-    """Sequences with an image, or images drawn."""
     tokens: int | Tensor
-    """Without padding."""
     flops: int | Tensor
-    """That the model needs: forward and backward."""
     recomputed_flops: int | Tensor = 0
-    """On top, of layers computed again under full activation checkpointing."""

@@ -26,8 +26,9 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from jsonargparse import ArgumentError, ArgumentParser
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from simplear.artefacts import is_visual_tokenizer, what_is
 from simplear.atomic import whole_directory
@@ -38,11 +39,10 @@ from simplear.language_model.model import (
     _CLASSES,
     LanguageModel,
     RopeKind,
-    keep_generation_config,
     load_decoder,
     load_text_tokenizer,
 )
-from simplear.sequence import MAX_TEXT_TOKENS, SPECIAL_TOKENS, START_OF_IMAGE, TEXT_TO_IMAGE, token_layout
+from simplear.sequence import MAX_TEXT_TOKENS, SPECIAL_TOKENS, token_layout
 from simplear.text_files import read_object
 
 logger = logging.getLogger(__name__)
@@ -196,7 +196,7 @@ def load_checkpoint(path: str | Path, *, dtype: torch.dtype | None = None, with_
     Args:
         path: our layout or the paper's released one.
         dtype: of the weights; None keeps the file's.
-        with_weights: False leaves the model on the meta device, for whoever has the weights read by another library.
+        with_weights: False leaves the model on the meta device, for callers that fill it otherwise.
 
     Raises:
         CheckpointError: missing or damaged files, or parts that do not fit together; the message says which.
@@ -205,53 +205,29 @@ def load_checkpoint(path: str | Path, *, dtype: torch.dtype | None = None, with_
     content = _read_json(directory / "config.json")
     _require_readable(directory, content)
     tokenizer = _read_tokenizer(directory)
-    settings_file = directory / SETTINGS_FILE
-    if settings_file.exists():
-        settings = _settings(_read_json(settings_file), settings_file)
-        if content.get("model_type") != _CLASSES[settings.rope][0].model_type:
-            raise CheckpointError(
-                f"{settings_file} says {settings.rope} RoPE, but config.json has model type "
-                f"{content.get('model_type')}: the files come from different checkpoints."
-            )
-    elif RELEASED_ARCHITECTURE in content.get("architectures", []):
-        settings = _released_settings(tokenizer, content)
-    else:
-        raise CheckpointError(
-            f"{directory} has no {SETTINGS_FILE} and is not of the released architecture {RELEASED_ARCHITECTURE}, so "
-            f"it is not a text-to-image checkpoint. If another program saved one, copy {SETTINGS_FILE} and "
-            f"{VISUAL_TOKENIZER_FOLDER}/ from the original. A plain language model is a start for pretraining "
-            "(--model.init_args.language_model.pretrained)."
-        )
+    settings = _read_settings(directory, tokenizer, content)
     layout = token_layout(tokenizer, settings.codebook_size)
-    if layout.image_token_offset != settings.image_token_offset:
-        last = tokenizer.convert_ids_to_tokens(layout.image_token_offset - 1)
-        raise CheckpointError(
-            f"{settings_file} says that codes begin at id {settings.image_token_offset}, but the text tokenizer beside "
-            f"it has {layout.image_token_offset} ids, the last being {last!r}: the files come from different "
-            "checkpoints, or tokens were added to it. Copy tokenizer.json and tokenizer_config.json from the original."
-        )
     rows: Any = content.get("vocab_size")
     if rows != layout.vocab_size and not _is_padded(rows, layout.vocab_size):
         raise CheckpointError(
-            f"{settings_file} says {layout.image_token_offset} text ids and {layout.codebook_size} codes, but "
-            f"config.json a vocabulary of {rows}: the files come from different checkpoints."
+            f"{directory / SETTINGS_FILE} says {layout.image_token_offset} text ids and {layout.codebook_size} codes, "
+            f"but config.json a vocabulary of {rows}: the files come from different checkpoints."
         )
     config_class, model_class = _CLASSES[settings.rope]
-    known = {key: value for key, value in content.items() if key not in NOT_READ}
+    fields = {key: value for key, value in content.items() if key not in NOT_READ}
     try:
-        config = config_class(**known)
         if with_weights:
-            decoder = load_decoder(model_class, directory, config, dtype or "auto")
+            decoder = load_decoder(model_class, directory, config_class(**fields), dtype or "auto")
             if rows != layout.vocab_size:
                 logger.info("%s: %d padding rows of the vocabulary left out", directory, rows - layout.vocab_size)
                 decoder.resize_token_embeddings(layout.vocab_size, mean_resizing=False)
         else:
-            config.vocab_size = layout.vocab_size
+            config = config_class(**{**fields, "vocab_size": layout.vocab_size})
             with torch.device("meta"):
-                decoder = model_class(config)
-            decoder = decoder.type(dtype or config.dtype or torch.float32)
-            keep_generation_config(decoder, directory)
-    except Exception as error:  # what damaged JSON and safetensors raise in transformers is any of a dozen kinds
+                decoder = model_class(config).type(dtype or config.dtype or torch.float32)
+            if (directory / "generation_config.json").is_file():
+                decoder.generation_config = GenerationConfig.from_pretrained(str(directory))
+    except Exception as error:  # damaged JSON and safetensors make transformers raise a dozen kinds
         raise CheckpointError(
             f"cannot read the weights (model.safetensors or its parts, config.json) in {directory}: {error} Export or "
             "download the checkpoint again."
@@ -272,18 +248,12 @@ def _require_readable(directory: Path, config: dict[str, Any]) -> None:
             f"{directory} is quantized (quantization_config in config.json), which this project does not read: take "
             "the checkpoint that it was made from."
         )
-    if any(directory.glob("*.safetensors")):
-        return
-    others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in directory.glob(pattern))
-    if others:
+    if not any(directory.glob("*.safetensors")):
         raise CheckpointError(
-            f"{directory} has its weights in {others[0]}, a pickle, which can run code; safetensors are read alone. "
-            "Convert it where you trust its source: from transformers import AutoModelForCausalLM as Model; "
-            f'Model.from_pretrained("{directory}").save_pretrained("{directory}")'
+            f"{directory} has no weights (*.safetensors): export or download it again. Pickles (*.bin, *.pt) are not "
+            "read, since they can run code. Convert one where you trust its source: from transformers import "
+            f'AutoModelForCausalLM as Model; Model.from_pretrained("{directory}").save_pretrained("{directory}")'
         )
-    raise CheckpointError(
-        f"{directory} has no weights (model.safetensors or its parts): it is not complete. Export or download it again."
-    )
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -292,14 +262,10 @@ def find_checkpoint(path: str | Path) -> Path:
     Raises CheckpointError where there is neither.
     """
     directory = Path(path)
-    if directory.is_dir():
-        if not (directory / "config.json").exists():
-            raise CheckpointError(
-                f"{directory} has no config.json: it is not a checkpoint directory but {what_is(directory)}."
-            )
+    if (directory / "config.json").exists():
         return directory
     if directory.exists():
-        raise CheckpointError(f"{path} is not a checkpoint directory but {what_is(directory)}.")
+        raise CheckpointError(f"{path} has no config.json: it is not a checkpoint directory but {what_is(directory)}.")
     if not is_hub_id(path):
         raise CheckpointError(
             f"no checkpoint at {path}: there is no directory {directory.absolute()}. Train one (the demo's: make "
@@ -332,27 +298,50 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"cannot read {path}: {error} Export or download the checkpoint again.") from error
 
 
-def _settings(content: dict[str, Any], source: Path) -> CheckpointSettings:
+def _read_settings(directory: Path, tokenizer: PreTrainedTokenizerBase, config: dict[str, Any]) -> CheckpointSettings:
+    """``simplear.json``, or what the release implies; checked against the text tokenizer and config.json."""
+    file = directory / SETTINGS_FILE
+    if not file.exists():
+        if RELEASED_ARCHITECTURE in config.get("architectures", []):
+            return _released_settings(tokenizer, config)
+        raise CheckpointError(
+            f"{directory} has no {SETTINGS_FILE} and is not of the released architecture {RELEASED_ARCHITECTURE}, so "
+            f"it is not a text-to-image checkpoint. If another program saved one, copy {SETTINGS_FILE} and "
+            f"{VISUAL_TOKENIZER_FOLDER}/ from the original. A plain language model is a start for pretraining "
+            "(--model.init_args.language_model.pretrained)."
+        )
+    settings = _parse_settings(_read_json(file), file)
+    if config.get("model_type") != _CLASSES[settings.rope][0].model_type:
+        raise CheckpointError(
+            f"{file} says {settings.rope} RoPE, but config.json has model type {config.get('model_type')}: the files "
+            "come from different checkpoints."
+        )
+    if len(tokenizer) != settings.image_token_offset:
+        last = tokenizer.convert_ids_to_tokens(len(tokenizer) - 1)
+        raise CheckpointError(
+            f"{file} says that codes begin at id {settings.image_token_offset}, but the text tokenizer beside it has "
+            f"{len(tokenizer)} ids, the last being {last!r}: the files come from different checkpoints, or tokens were "
+            "added to it. Copy tokenizer.json and tokenizer_config.json from the original."
+        )
+    return settings
+
+
+def _parse_settings(content: dict[str, Any], file: Path) -> CheckpointSettings:
+    """The fields of ``simplear.json``, by type; null stands for the default."""
     version = content.pop("format_version", None)
     if version != FORMAT_VERSION:
-        raise CheckpointError(f"{source} has format version {version}; this release reads {FORMAT_VERSION}: upgrade.")
+        raise CheckpointError(f"{file} has format version {version}; this release reads {FORMAT_VERSION}: upgrade.")
+    generation = {name: value for name, value in content.get("generation", {}).items() if value is not None}
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(CheckpointSettings, "settings")
     try:
-        generation = GenerationDefaults(**content.pop("generation"))
-        settings = CheckpointSettings(**{**content, "grid": tuple(content["grid"]), "generation": generation})
-    except (TypeError, KeyError) as error:
-        raise CheckpointError(f"{source} is incomplete or has an unknown key: {error}.") from error
-    if settings.rope not in _CLASSES:
-        raise CheckpointError(f"{source} has rope {settings.rope!r}: it must be one of {', '.join(_CLASSES)}.")
-    numbers = {name: getattr(settings, name) for name in ("image_token_offset", "codebook_size", "downsample")}
-    numbers |= {"max_text_tokens": settings.max_text_tokens, "grid": settings.grid}
-    for name, value in numbers.items():
-        if not all(isinstance(each, int) and each > 0 for each in (value if name == "grid" else (value,))):
-            raise CheckpointError(f"{source} has {name} {value!r}: it must be made of whole numbers above 0.")
-    for name, default in dataclasses.asdict(GenerationDefaults()).items():
-        value, kind = getattr(generation, name), str if isinstance(default, str) else (int, float)
-        if not (isinstance(value, kind) or value is default is None):  # type: ignore[arg-type]
-            what = "a text" if kind is str else "a number"
-            raise CheckpointError(f"{source} has generation.{name} {value!r}: it must be {what}.")
+        settings: CheckpointSettings = parser.instantiate(
+            parser.parse_object({"settings": {**content, "generation": generation}})
+        ).settings
+    except ArgumentError as error:
+        raise CheckpointError(f"{file}: {' '.join(str(error).split())}") from error
+    if min(settings.codebook_size, settings.downsample, settings.max_text_tokens, *settings.grid) < 1:
+        raise CheckpointError(f"{file}: codebook_size, downsample, max_text_tokens and grid must be above 0.")
     return settings
 
 
@@ -375,22 +364,17 @@ def _released_settings(tokenizer: PreTrainedTokenizerBase, config: dict[str, Any
 
 
 def _read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The text tokenizer; those of the seven tokens that it holds are marked special, so that captions cannot type
-    them, and none is added.
+    """The text tokenizer. Those of the seven tokens that it has are marked special, so that captions cannot type them;
+    no token is added.
     """
     try:
         tokenizer = load_text_tokenizer(str(directory))
+        tokens = [token for token in SPECIAL_TOKENS if token in tokenizer.get_vocab()]
+        tokenizer.add_tokens(tokens, special_tokens=True)
+        token_layout(tokenizer, codebook_size=1)
     except Exception as error:  # the tokenizers library raises nothing narrower
         raise CheckpointError(
-            f"cannot read the text tokenizer (tokenizer.json, tokenizer_config.json) in {directory}: {error}. "
-            "Export or download the checkpoint again."
+            f"cannot read the text tokenizer (tokenizer.json, tokenizer_config.json) in {directory}: {error} Export or "
+            "download the checkpoint again."
         ) from error
-    vocabulary = tokenizer.get_vocab()
-    for token in (TEXT_TO_IMAGE, START_OF_IMAGE):
-        if token not in vocabulary:
-            raise CheckpointError(
-                f"the text tokenizer (tokenizer.json) in {directory} has no {token}: it is not a text-to-image "
-                "checkpoint's, or damaged. Export or download the checkpoint again."
-            )
-    tokenizer.add_tokens([token for token in SPECIAL_TOKENS if token in vocabulary], special_tokens=True)
     return tokenizer

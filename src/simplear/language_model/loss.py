@@ -3,7 +3,7 @@
 ``by_modality``: image targets are predicted by a softmax over image ids alone, text targets over text ids alone.
 ``full``: one softmax over all ids, as the paper's release does. Both come back as one number a sample, the mean over
 that sample's image (or text) targets, so that averaging over samples does not depend on how a batch was split over
-ranks, micro-batches or padding.
+ranks and micro-batches, or padded.
 
 With ``chunk_rows`` the logits of a few rows are held at once, and where a mean over samples is taken the head's
 gradients are computed while they are there. `F.linear_cross_entropy` in chunks does the same for one scalar loss, but
@@ -88,24 +88,14 @@ def _cross_entropy(
         weight, ids = weight[ids], slice(0, ids.stop - ids.start)
     if chunk_rows is None or len(states) <= chunk_rows:
         return token_cross_entropy(states, weight[ids], targets, None) * row_weights
-    return _in_chunks_of(chunk_rows, states, weight, ids, targets, row_weights, early=True)
-
-
-def _in_chunks_of(
-    chunk_rows: int, states: Tensor, weight: Tensor, ids: slice, targets: Tensor, row_weights: Tensor, early: bool
-) -> Tensor:
-    """`_cross_entropy` in chunks; ``early`` computes the gradients of a mean over samples in the forward pass."""
-    device = states.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
-    early = early and torch.is_grad_enabled() and (states.requires_grad or weight.requires_grad)
-    return _ChunkedCrossEntropy.apply(states, weight, targets, row_weights, ids, chunk_rows, dtype, early)
+    return _ChunkedCrossEntropy.apply(states, weight, targets, row_weights, ids, chunk_rows, torch.is_grad_enabled())
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """`_cross_entropy` in chunks of rows, with matrix products in ``dtype`` and sums in float32 or wider.
+    """`_cross_entropy` in chunks of rows, with matrix products in autocast's dtype and sums in float32 or wider.
 
-    The forward pass computes the gradients of the sum of all rows. They are the right ones but for a factor when the
-    loss is a mean over samples; for any other combination of rows the backward pass computes them anew.
+    With ``early`` the forward pass computes the gradients of the sum of all rows. They are right but for a factor when
+    the loss is a mean over samples; for any other combination of rows the backward pass computes them again.
     """
 
     @staticmethod
@@ -117,17 +107,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         row_weights: Tensor,
         ids: slice,
         chunk_rows: int,
-        dtype: torch.dtype,
         early: bool,
     ) -> Tensor:
+        device = states.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
         ctx.save_for_backward(states, weight, targets, row_weights)
-        ctx.settings = ids, chunk_rows, dtype
+        ctx.settings = ids, chunk_rows, dtype, ctx.needs_input_grad[1]
         # In float16 they would underflow without the factor of loss scaling, which the backward pass alone knows.
         early = early and dtype != torch.float16
-        by_weight = ctx.needs_input_grad[1]
-        losses, ctx.gradients = _in_chunks(
-            states, weight, targets, row_weights, ids, chunk_rows, dtype, early, by_weight
-        )
+        losses, ctx.gradients = _in_chunks(states, weight, targets, row_weights, early, *ctx.settings)
         return losses
 
     @staticmethod
@@ -135,18 +123,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is not None and bool((upstream == upstream[0]).all()):
-            grad_states, grad_weight = (
-                None if gradient is None else gradient.mul_(upstream[0]) for gradient in gradients
-            )
+            gradients = [None if gradient is None else gradient.mul_(upstream[0]) for gradient in gradients]
         else:
-            del gradients
+            gradients = None  # frees them
             states, weight, targets, row_weights = ctx.saved_tensors
-            ids, chunk_rows, dtype = ctx.settings
-            scaled, by_weight = row_weights * upstream, ctx.needs_input_grad[1]
-            _, computed = _in_chunks(states, weight, targets, scaled, ids, chunk_rows, dtype, True, by_weight)
-            assert computed is not None
-            grad_states, grad_weight = computed
-        return grad_states, grad_weight, None, None, None, None, None, None
+            _, gradients = _in_chunks(states, weight, targets, row_weights * upstream, True, *ctx.settings)
+            assert gradients is not None
+        return (*gradients, None, None, None, None, None)
 
 
 def _in_chunks(
@@ -154,10 +137,10 @@ def _in_chunks(
     weight: Tensor,
     targets: Tensor,
     row_weights: Tensor,
+    with_gradients: bool,
     ids: slice,
     chunk_rows: int,
     dtype: torch.dtype,
-    with_gradients: bool,
     by_weight: bool,
 ) -> tuple[Tensor, tuple[Tensor, Tensor | None] | None]:
     """Weighted loss of each row (N,), and the gradients of their sum by states (N, D) and by the weight (V, D) if it
@@ -194,7 +177,7 @@ def _in_chunks(
 
 
 def token_cross_entropy(states: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int | None) -> Tensor:
-    """Negative log-likelihood of each token, (N,) in nats, float32 or wider; whatever is made of the tokens later.
+    """Negative log-likelihood of each token, (N,) in nats, float32 or wider.
 
     Args:
         states: (N, D).
@@ -204,7 +187,7 @@ def token_cross_entropy(states: Tensor, weight: Tensor, targets: Tensor, chunk_r
     """
     if chunk_rows is not None and len(states) > chunk_rows:
         ones = torch.ones(len(states), dtype=torch.promote_types(states.dtype, torch.float32), device=states.device)
-        return _in_chunks_of(chunk_rows, states, weight, slice(0, len(weight)), targets, ones, early=False)
+        return _ChunkedCrossEntropy.apply(states, weight, targets, ones, slice(0, len(weight)), chunk_rows, False)
     logits = F.linear(states, weight)
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="none")
 

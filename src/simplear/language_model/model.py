@@ -17,13 +17,11 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoTokenizer,
     Cache,
-    GenerationConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -32,19 +30,11 @@ from transformers import (
 from transformers.utils import has_file
 
 from simplear.errors import MissingFileError, UserError, first_line
-from simplear.hub import is_hub_id, missing_on_hub
+from simplear.hub import is_hub_id
 from simplear.language_model.adapter import CodeRows
 from simplear.language_model.loss import Normalizer, next_token_losses, token_cross_entropy, token_entropy
 from simplear.language_model.packing import PACKED_ATTENTION, Packing
 from simplear.language_model.rope import Qwen2Rope2DConfig, Qwen2Rope2DForCausalLM, RotaryEmbedding
-from simplear.language_model.weights import (
-    NamedWeights,
-    fill_new_rows,
-    random_weights,
-    require_all,
-    require_rows,
-    stored_weights,
-)
 from simplear.sequence import (
     TokenLayout,
     add_special_tokens,
@@ -227,7 +217,7 @@ class LanguageModel(nn.Module):
             ).last_hidden_state
 
     def _uncompiled(self) -> AbstractContextManager[Any]:
-        """Layers that are compiled for training run as they are: with a cache each would compile anew by itself."""
+        """Layers that are compiled for training run as they are: with a cache each would compile again by itself."""
         compiled = self.decoder.model.layers[0]._compiled_call_impl is not None
         return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
@@ -248,7 +238,7 @@ class LanguageModel(nn.Module):
 
 @dataclass
 class LanguageModelConfig:
-    """What `build` makes a language model of."""
+    """What to build a language model from."""
 
     tokenizer: str
     """Directory or hub id of the text tokenizer; missing ones of the seven special tokens are added."""
@@ -257,78 +247,41 @@ class LanguageModelConfig:
     pretrained: str | None = None
     """Directory or hub id of a Qwen2-style language model to start from; None starts from random weights."""
     architecture: dict[str, Any] = field(default_factory=dict)
-    """Fields of transformers' Qwen2Config; on top of the pretrained model's own where there is one."""
+    """Fields of transformers' Qwen2Config; they override those of the pretrained model."""
     rope: RopeKind = "1d"
     """Rotary positions: 1d is plain Qwen2, 2d gives codes a row and a column."""
 
     def build(self) -> tuple[LanguageModel, PreTrainedTokenizerBase]:
         """The model and its text tokenizer, on CPU in float32.
 
-        Random weights come from torch's global generator: seed it first. Grown rows of a pretrained model start at
-        the mean of the rows that its tokenizer uses.
+        Random weights come from torch's global generator: seed it first. New rows of a pretrained model start at the
+        mean of the rows that its tokenizer uses.
         """
-        tokenizer, text_rows, layout = self._tokenizer()
-        if self.pretrained is None:
-            decoder = self.random_decoder(layout.vocab_size)
-        else:
-            directory = self._pretrained_directory(self.pretrained)
-            config = self._pretrained_config(directory)
-            decoder = load_decoder(_CLASSES[self.rope][1], directory, config, torch.float32)
-            grow_vocabulary(decoder, text_rows, layout.vocab_size)
-        return LanguageModel(decoder, layout), tokenizer
-
-    def build_empty(self) -> tuple[LanguageModel, PreTrainedTokenizerBase, NamedWeights]:
-        """The same on the meta device, and the weights that `build` gives it, one at a time."""
-        tokenizer, text_rows, layout = self._tokenizer()
-        if self.pretrained is None:
-            with torch.device("meta"):
-                decoder = self.random_decoder(layout.vocab_size)
-            weights = random_weights(decoder)
-        else:
-            directory = self._pretrained_directory(self.pretrained)
-            config = self._pretrained_config(directory)
-            config.vocab_size = layout.vocab_size
-            with torch.device("meta"):
-                decoder = _CLASSES[self.rope][1](config)
-            weights = stored_weights(decoder, directory, text_rows)
-            keep_generation_config(decoder, directory)
-        return LanguageModel(decoder, layout), tokenizer, weights
-
-    def _tokenizer(self) -> tuple[PreTrainedTokenizerBase, int, TokenLayout]:
-        """With all special tokens; how many ids it had before; and the layout of ids."""
         tokenizer = load_text_tokenizer(self.tokenizer)
         text_rows = len(tokenizer)
         add_special_tokens(tokenizer)
-        return tokenizer, text_rows, token_layout(tokenizer, self.codebook_size)
-
-    def _pretrained_directory(self, path: str) -> str:
-        """The local directory of the pretrained model; a hub id is downloaded or taken from the cache.
-
-        Raises MissingFileError where there is neither.
-        """
-        if Path(path).is_dir():
-            return path
-        problem = f"there is no such directory ({Path(path).absolute()})"
-        if is_hub_id(path):
-            try:
-                return snapshot_download(path, allow_patterns=["*.safetensors", "*.json"])
-            except Exception as error:  # the hub's client raises a dozen kinds
-                problem = missing_on_hub(path, error)
-        raise MissingFileError(f"--model.init_args.language_model.pretrained {path}: {problem}.")
-
-    def _pretrained_config(self, path: str) -> Qwen2Config:
-        try:
-            base = AutoConfig.from_pretrained(path, trust_remote_code=False).to_dict()
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} has no configuration of a model that can be read: {first_line(error)}") from error
-        if (kind := base.pop("model_type", None)) not in (Qwen2Config.model_type, Qwen2Rope2DConfig.model_type):
-            raise UserError(f"{path} is a model of type {kind!r}; pretraining starts from Qwen2 (Qwen2.5 too).")
-        return _CLASSES[self.rope][0](**{**base, **self.architecture})
+        layout = token_layout(tokenizer, self.codebook_size)
+        if self.pretrained is None:
+            decoder = self.random_decoder(layout.vocab_size)
+        else:
+            decoder = self._pretrained_decoder(self.pretrained)
+            grow_vocabulary(decoder, text_rows, layout.vocab_size)
+        return LanguageModel(decoder, layout), tokenizer
 
     def random_decoder(self, vocab_size: int) -> Qwen2ForCausalLM:
         """A decoder of this architecture with random weights, on torch's current default device."""
         config_class, model_class = _CLASSES[self.rope]
         return model_class(config_class(**{**self.architecture, "vocab_size": vocab_size}))
+
+    def _pretrained_decoder(self, path: str) -> Qwen2ForCausalLM:
+        config_class, model_class = _CLASSES[self.rope]
+        try:
+            fields = AutoConfig.from_pretrained(path, trust_remote_code=False).to_dict()
+            if (kind := fields.pop("model_type")) not in (Qwen2Config.model_type, Qwen2Rope2DConfig.model_type):
+                raise UserError(f"it is a model of type {kind!r}, but pretraining starts from Qwen2 (or Qwen2.5).")
+            return load_decoder(model_class, path, config_class(**{**fields, **self.architecture}), torch.float32)
+        except (OSError, ValueError) as error:  # transformers raises these for paths, hub ids and damaged files
+            raise UserError(f"--model.init_args.language_model.pretrained {path}: {first_line(error)}") from error
 
 
 _CLASSES: dict[str, tuple[type[Qwen2Config], type[Qwen2ForCausalLM]]] = {
@@ -339,13 +292,13 @@ _CLASSES: dict[str, tuple[type[Qwen2Config], type[Qwen2ForCausalLM]]] = {
 
 def load_text_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """A fast tokenizer from a directory or the hub. Raises ValueError for one without a fast implementation."""
-    # Beside a Qwen2 model, AutoTokenizer would replace the normaliser and splitting that tokenizer.json states by
-    # Qwen2's own: the same caption would get other ids in the checkpoint than in the tokenizer it was trained with.
     if not Path(path).is_dir() and not is_hub_id(path):
         raise MissingFileError(
             f"no text tokenizer at {path}: train one (the demo's: make train-tokenizer; a checkpoint brings its "
             "own: make pretrain), or name another."
         )
+    # Beside a Qwen2 model, AutoTokenizer would replace the normaliser and splitting that tokenizer.json states by
+    # Qwen2's own: the same caption would get other ids in the checkpoint than in the tokenizer it was trained with.
     loader = PreTrainedTokenizerFast if has_file(path, "tokenizer.json") else AutoTokenizer
     tokenizer = loader.from_pretrained(path, trust_remote_code=False)
     if not tokenizer.is_fast:
@@ -356,22 +309,26 @@ def load_text_tokenizer(path: str) -> PreTrainedTokenizerBase:
 def load_decoder(
     model_class: type[Qwen2ForCausalLM], path: str | Path, config: Qwen2Config, dtype: torch.dtype | str
 ) -> Qwen2ForCausalLM:
-    """`from_pretrained` that starts no weight at random.
+    """`from_pretrained` from safetensors that starts no weight at random.
 
     Raises ValueError naming the first weight that the files lack or have in another shape.
     """
     loaded: Any = model_class.from_pretrained(
-        path, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        path,
+        config=config,
+        dtype=dtype,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
     )
     decoder, found = loaded
-    require_all(path, list({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}))
+    wrong = {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}
+    if wrong:
+        raise UserError(
+            f"the weights in {path} are no Qwen2 of this configuration: {len(wrong)} are missing or of another shape, "
+            f"the first is {min(wrong)}."
+        )
     return decoder
-
-
-def keep_generation_config(decoder: Qwen2ForCausalLM, directory: str | Path) -> None:
-    """Give a decoder that was not loaded by transformers the defaults of generation beside its weights, if any."""
-    if (Path(directory) / "generation_config.json").is_file():
-        decoder.generation_config = GenerationConfig.from_pretrained(str(directory))
 
 
 @torch.no_grad()
@@ -384,9 +341,13 @@ def grow_vocabulary(decoder: Qwen2ForCausalLM, text_rows: int, vocab_size: int) 
     Raises ValueError when the tokenizer has more ids than the model has rows.
     """
     original_rows = decoder.config.vocab_size
-    require_rows(text_rows, original_rows)
+    if text_rows > original_rows:
+        raise UserError(
+            f"the tokenizer has {text_rows} ids but the pretrained model {original_rows} rows: they do not belong "
+            "together."
+        )
     decoder.resize_token_embeddings(vocab_size, mean_resizing=False)
     # Tied embeddings are one weight, and setting it twice is harmless.
     for weight in (decoder.model.embed_tokens.weight, decoder.lm_head.weight):
-        fill_new_rows(weight, text_rows)
+        weight[text_rows:] = weight[:text_rows].mean(dim=0)
     logger.info("vocabulary grown from %d used rows of %d to %d", text_rows, original_rows, vocab_size)

@@ -25,14 +25,17 @@ PACKED_ATTENTION = "simplear_sdpa"
 
 @dataclass(frozen=True)
 class Packing:
-    """Where the T tokens of a row came from in the padded batch (B, L)."""
+    """Where the T tokens of a row came from in the padded batch (B, L).
+
+    Args:
+        places: (T,) int64, ascending: their places in the flattened batch.
+        starts: (B,) int64: where each sample begins in the row.
+        padded: (B, L).
+    """
 
     places: Tensor
-    """(T,) int64, ascending: their places in the flattened batch."""
     starts: Tensor
-    """(B,) int64: where each sample begins in the row."""
     padded: tuple[int, int]
-    """(B, L)."""
 
     @classmethod
     def of(cls, lengths: Tensor, length: int) -> Packing:

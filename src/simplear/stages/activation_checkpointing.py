@@ -1,8 +1,8 @@
 """Activation checkpointing: what a decoder layer keeps for its backward pass, and what it computes again.
 
-``none`` keeps all that autograd asks for. ``full`` keeps each layer's input and computes the layer again, a third more
-arithmetic. ``selective`` also keeps what is dear to compute, the outputs of matrix products and of attention, and
-computes again what is cheap but large: norms, rotations, the activation and the products of the MLP, and the casts
+``none`` keeps everything that autograd saves. ``full`` keeps each layer's input and computes the layer again, a third
+more arithmetic. ``selective`` also keeps what is expensive to compute, the outputs of matrix products and of attention,
+and computes again what is cheap but large: norms, rotations, the activation and the products of the MLP, and the casts
 of mixed precision. The MLP's last product, the layer's output, is not kept either: nothing in the layer needs it.
 Gradients are the same in all three, for the same operations run on the same numbers.
 """
@@ -18,13 +18,11 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import Qwen2ForCausalLM
 
-from simplear.errors import UserError
-
 ActivationCheckpointing = Literal["none", "selective", "full"]
 MODES: tuple[ActivationCheckpointing, ...] = get_args(ActivationCheckpointing)
 
 _aten = torch.ops.aten
-KEPT = frozenset(
+SAVED_OPERATIONS = frozenset(
     {
         _aten.mm.default,
         _aten.addmm.default,
@@ -40,15 +38,6 @@ KEPT = frozenset(
 """Operations whose outputs ``selective`` keeps. Without a fused kernel attention is products (bmm) and a softmax."""
 
 
-def require_mode(mode: Any) -> None:
-    """Raises ValueError for what is not one of `MODES`, such as the booleans of a switch."""
-    if mode not in MODES:
-        raise UserError(
-            f"activation_checkpointing {str(mode).lower()}: it is one of {', '.join(MODES)}. What `true` would say is "
-            "full; selective costs less time and saves less memory."
-        )
-
-
 def checkpoint_activations(decoder: Qwen2ForCausalLM, mode: ActivationCheckpointing, rank: int | None = None) -> None:
     """Set what the decoder's layers keep in training, in place; before they are compiled or sharded.
 
@@ -56,7 +45,6 @@ def checkpoint_activations(decoder: Qwen2ForCausalLM, mode: ActivationCheckpoint
         rank: of an adapter, whose products are cheap, and as large as those of the matrices beside them: ``selective``
             computes them again.
     """
-    require_mode(mode)
     options: dict[str, Any] = {}
     if mode == "selective":
         policy = _policy_of(decoder.config.intermediate_size, decoder.config.hidden_size, rank)
@@ -86,7 +74,7 @@ def _policy_of(inner: int, outer: int, rank: int | None) -> Callable[..., Checkp
     """
 
     def policy(context: Any, operation: Any, *arguments: Any, **keywords: Any) -> CheckpointPolicy:
-        if operation not in KEPT:
+        if operation not in SAVED_OPERATIONS:
             return CheckpointPolicy.PREFER_RECOMPUTE
         # The repetition stops when it has what the backward pass asks for, which is before the last product; with an
         # adapter behind it.

@@ -1,4 +1,4 @@
-"""Averaged weights: with Lightning's WeightAveraging, such as its EMA, whatever leaves a training is the average.
+"""Averaged weights: with Lightning's WeightAveraging, such as its EMA, what a training exports is the average.
 
 Lightning's callback itself validates with the average, keeps both in its states, and ends with the average.
 """

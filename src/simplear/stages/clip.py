@@ -26,7 +26,6 @@ from torch.nn import functional as F
 from simplear.errors import MissingFileError, UserError
 from simplear.rewards import save_clip
 from simplear.scenes import HELD_OUT, perturb
-from simplear.stages.averaging import averaged_weights
 from simplear.stages.optimized import OptimizedModule
 
 LARGEST_LOGIT_SCALE = math.log(100)
@@ -83,19 +82,6 @@ def false_caption_loss(images: Tensor, texts: Tensor, false: Tensor, rows: Tenso
     return torch.log1p(rivals)[rows.unique()].mean()
 
 
-def retrieval_accuracy(images: Tensor, texts: Tensor, captions: list[str]) -> float:
-    """Share of pictures whose own caption is the most similar one among all that differ.
-
-    Args:
-        images, texts: normalised features (N, D) of pictures and their captions.
-        captions: of each; captions of the same words count as one candidate.
-    """
-    first = {caption: number for number, caption in reversed(list(enumerate(captions)))}
-    candidates = sorted(first.values())
-    best = (images @ texts[candidates].T).argmax(dim=1).tolist()
-    return sum(captions[candidates[at]] == own for at, own in zip(best, captions, strict=True)) / len(captions)
-
-
 class CLIPModule(OptimizedModule):
     """Batches are ``{"pixels": (B, 3, H, W) float in [-1, 1], "captions": B texts, …}``, H and W the model's own."""
 
@@ -108,7 +94,6 @@ class CLIPModule(OptimizedModule):
         false_captions: int = 2,
         noise: float = 0.06,
         blur: float = 0.7,
-        candidates: int = 128,
         seed: int = 0,
         export_dir: str | None = None,
     ) -> None:
@@ -122,15 +107,13 @@ class CLIPModule(OptimizedModule):
             false_captions: False captions of each picture to learn from, at most; 0 for open_clip's loss alone.
             noise: Largest standard deviation of the noise on training pictures, which lie in [-1, 1].
             blur: Largest share of a 3 x 3 mean in training pictures.
-            candidates: Captions that a validation picture's own is to be found among.
             seed: Of false captions, noise and blur.
             export_dir: Where to write the trained model when training ends; None writes none.
         """
-        super().__init__(optimizer, lr_scheduler)
+        super().__init__(optimizer, lr_scheduler, export_dir)
         self.architecture, self.tokenizer_path = copy.deepcopy(model), tokenizer
         self.false_captions, self.noise, self.blur = false_captions, noise, blur
-        self.candidates, self.seed, self.export_dir = candidates, seed, export_dir
-        self._validated: list[tuple[Tensor, Tensor, list[str]]] = []
+        self.seed = seed
 
     def configure_model(self) -> None:
         """Build model and text tokenizer. Raises FileNotFoundError where the tokenizer is missing."""
@@ -179,33 +162,15 @@ class CLIPModule(OptimizedModule):
         )(images, texts, scale)
         return loss
 
-    def on_validation_epoch_start(self) -> None:
-        self._validated.clear()
-
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         images = self.clip.encode_image(batch["pixels"], normalize=True)
-        self._validated.append((images, self._encode(batch["captions"]), batch["captions"]))
+        loss = self._contrast(images, self._encode(batch["captions"]), self.clip.logit_scale.exp())
+        self.log("validation/contrastive", loss, prog_bar=True, batch_size=len(images), sync_dist=True)
 
-    def on_validation_epoch_end(self) -> None:
-        images = torch.cat([encoded for encoded, _, _ in self._validated])
-        texts = torch.cat([encoded for _, encoded, _ in self._validated])
-        captions = [caption for part in self._validated for caption in part[2]]
-        self._validated.clear()
-        groups = [slice(at, at + self.candidates) for at in range(0, len(captions), self.candidates)]
-        found = [len(captions[part]) * retrieval_accuracy(images[part], texts[part], captions[part]) for part in groups]
-        self.log("validation/retrieval", sum(found) / len(captions), prog_bar=True, sync_dist=True)
-
-    def on_fit_end(self) -> None:
-        """Export; also when a training that had only this left to do is started again."""
-        trained = self.global_step and not self.trainer.fast_dev_run  # type: ignore[attr-defined]
-        if self.export_dir is None or not self.trainer.is_global_zero or not trained:
-            return
-        with averaged_weights(self.trainer):
-            save_clip(self.clip, self.architecture, self.tokenizer, self.export_dir)
-        retrieval = self.trainer.callback_metrics.get("validation/retrieval")
-        if retrieval is not None:
-            print(f"caption found among {self.candidates}: {float(retrieval):.2f} of the validation pictures")
-        print(f"CLIP written to {self.export_dir}", flush=True)
+    def export(self, directory: str) -> None:
+        """Write the CLIP model and its text tokenizer."""
+        save_clip(self.clip, self.architecture, self.tokenizer, directory)
+        print(f"CLIP written to {directory}", flush=True)
 
 
 def _tokenizer(directory: str | None, text: dict[str, Any]) -> Any:

@@ -1,6 +1,6 @@
 """Memory of a GPU and pace of a training, by arithmetic, before anything is bought or started.
 
-What is kept for the backward pass, and what comes and goes in it, is that of the modules of transformers' Qwen2 with
+What layers keep for the backward pass, and what it adds to that, are those of the modules of transformers' Qwen2 with
 fused attention, counted on the CPU in the tests. What a GPU's allocator and libraries take on top is an assumption
 (`RESERVED_GIB`). The pace is FLOPs, those of recomputed layers included, at an assumed utilisation. Drawing in rollouts
 is the reading of weights and cache at an assumed share of the memory's bandwidth, but a pass takes at least what the
@@ -15,38 +15,44 @@ from simplear.language_model import Adapter, Architecture
 from simplear.stages.activation_checkpointing import ActivationCheckpointing
 
 GIB = 2**30
-DAY = 86400.0
 RESERVED_GIB = 4.0
 """CUDA's context, NCCL's buffers, and what the allocator cannot use."""
 
 SAVED_BYTES = {"bf16-mixed": (26, 8, 4, 4), "bf16-true": (16, 8, 4, 4), "32-true": (24, 16, 8, 8)}
 """Bytes that a layer which computes nothing again keeps for each token: per hidden unit, MLP unit, query unit, and key
 or value unit."""
-LAYER_INPUT_BYTES = {"bf16-mixed": 4, "bf16-true": 2, "32-true": 4}
-"""Of a number of the residual stream, which a layer that computes again always keeps."""
 WEIGHT_BYTES = {"bf16-mixed": 4, "bf16-true": 2, "32-true": 4}
+"""Of a number of the residual stream too, which is what a layer that computes again always keeps."""
 COMPUTE_BYTES = {"bf16-mixed": 2, "bf16-true": 2, "32-true": 4}
 LOG_SUM_EXP_BYTES = 4
 """For each head and token, of fused attention."""
 WIDE = 4
 """Bytes of float32."""
-LAYER_SECONDS = {"cached": 0.46e-3, "fused": 0.13e-3, "jacobi": 0.13e-3, "compiled": 0.05e-3}
-"""The least that a layer takes in a pass of one code, whatever the device: the host's time. Measured on one CPU core at
-24 layers so narrow that nothing else is left: 11 ms, 3.2 ms and, compiled, 1.2 ms a pass (beside other work up to twice
-that). Starting a GPU's kernels is assumed to take as long, though in a CUDA graph it may take less."""
+LAYER_SECONDS = 0.05e-3
+"""The least that a layer of the compiled engine takes in a pass of one code, on any device: the host's time. Measured
+on one CPU core at 24 layers so narrow that nothing else is left: 1.2 ms a pass (beside other work up to twice that).
+Starting a GPU's kernels is assumed to take as long, though in a CUDA graph it may take less."""
+BANDWIDTH_UTILISATION = 0.5
+"""Share of the memory's bandwidth that drawing reaches; assumed."""
+MOMENTS = 2
+"""Numbers that AdamW keeps for each weight."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU's data sheet."""
+    """A GPU's data sheet.
+
+    Args:
+        name: of the GPU.
+        memory_gib: as PyTorch reports it, before anything runs.
+        flops: bfloat16, dense, a second.
+        bandwidth: bytes a second.
+    """
 
     name: str
     memory_gib: float
-    """As PyTorch reports it, before anything runs."""
     flops: float
-    """bfloat16, dense, a second."""
     bandwidth: float
-    """Bytes a second."""
 
 
 A100 = Device("A100 80 GB", 79.1, 312e12, 2.039e12)
@@ -57,48 +63,61 @@ H100 = Device("H100 80 GB", 79.1, 989.4e12, 3.35e12)
 
 @dataclass(frozen=True)
 class Rollouts:
-    """What GRPO adds to a step."""
+    """What GRPO adds to a step.
+
+    Args:
+        group_size: images of a caption.
+        batch_size: images drawn at once; None: a rank's whole rollout.
+        inner_updates: optimizer steps on each rollout.
+        reference_bytes: bytes of each weight of the reference on the training's device: 0 where there is no reference
+            or it lives elsewhere.
+        with_reference: whether log-probs under a reference are computed.
+    """
 
     group_size: int
     batch_size: int | None
-    """Images drawn at once; None: a rank's whole rollout."""
     inner_updates: int
     reference_bytes: int
-    """Of each of the reference's weights on the training's device: 0 where there is none or it lives elsewhere."""
     with_reference: bool
-    engine: str = "compiled"
-    """A key of `LAYER_SECONDS`."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A training as far as its memory and pace depend on it."""
+    """A training as far as its memory and pace depend on it.
+
+    Args:
+        architecture: of the decoder.
+        codebook_size: number of codes.
+        codes: of an image.
+        mean_text: tokens of a prompt on average, control tokens included: for the pace.
+        longest_text: the most tokens of a prompt: for the memory.
+        images: in one forward and backward pass of one GPU.
+        steps: training steps of the whole run.
+        images_a_step: of all GPUs; of GRPO, images drawn.
+        devices: number of GPUs.
+        sharded: FSDP2 over all devices; else each holds everything.
+        precision: a key of `SAVED_BYTES`.
+        activation_checkpointing: what layers compute again.
+        chunk_rows: rows of logits held at once; None holds them all.
+        full_softmax: over all ids, not over the codes alone.
+        rollouts: of GRPO.
+        adapter: what is trained in place of all weights.
+    """
 
     architecture: Architecture
     codebook_size: int
     codes: int
-    """Of an image."""
     mean_text: int
-    """Tokens of a prompt on average, control tokens included: for the pace."""
     longest_text: int
-    """The most: for the memory."""
     images: int
-    """In one forward and backward pass of one GPU."""
     steps: int
-    """Training steps of the whole run."""
     images_a_step: int
-    """Of all GPUs; of GRPO, images drawn."""
     devices: int
     sharded: bool
-    """FSDP2 over all devices; else each holds everything."""
     precision: str
-    """A key of `SAVED_BYTES`."""
     activation_checkpointing: ActivationCheckpointing
     chunk_rows: int | None
     full_softmax: bool
-    """Over all ids, not over the codes alone."""
-    moments: int = 2
-    """Numbers that the optimizer keeps for each weight."""
     rollouts: Rollouts | None = None
     adapter: Adapter | None = None
 
@@ -115,7 +134,7 @@ class Run:
 
 def saved_a_token(architecture: Architecture, precision: str, mode: ActivationCheckpointing = "none") -> int:
     """Bytes that one layer keeps of one token for its backward pass."""
-    narrow, layer_input = COMPUTE_BYTES[precision], LAYER_INPUT_BYTES[precision] * architecture.hidden_size
+    narrow, layer_input = COMPUTE_BYTES[precision], WEIGHT_BYTES[precision] * architecture.hidden_size
     if mode == "full":
         return layer_input
     log_sum_exp = LOG_SUM_EXP_BYTES * architecture.num_attention_heads
@@ -135,8 +154,8 @@ def saved_a_token(architecture: Architecture, precision: str, mode: ActivationCh
 
 
 def at_work_a_token(architecture: Architecture, precision: str, mode: ActivationCheckpointing = "none") -> int:
-    """Bytes of one token that come and go in the backward pass: of a layer what it computes again, and the gradients of
-    its MLP's inner products; or of the final norm, in float32.
+    """Bytes of one token that the backward pass holds for a while: what it computes again of a layer and the gradients
+    of its MLP's inner products, or the final norm's numbers in float32, whichever is more.
     """
     again = saved_a_token(architecture, precision) - saved_a_token(architecture, precision, mode)
     gradients = 2 * COMPUTE_BYTES[precision] * architecture.intermediate_size
@@ -144,7 +163,7 @@ def at_work_a_token(architecture: Architecture, precision: str, mode: Activation
 
 
 def memory(run: Run) -> dict[str, float]:
-    """Bytes of one GPU at the worst moment, by purpose; they add up to what it takes, but for `RESERVED_GIB`."""
+    """Bytes of one GPU at the worst moment, by purpose, without `RESERVED_GIB`."""
     shape, share = run.architecture, run.devices if run.sharded else 1
     wide, narrow = WEIGHT_BYTES[run.precision], COMPUTE_BYTES[run.precision]
     tokens = run.images * (run.longest_text + run.codes)
@@ -163,7 +182,7 @@ def memory(run: Run) -> dict[str, float]:
     parts: dict[str, float] = {
         "weights": (frozen + wide * trained) / share,
         "gradients": wide * trained / share,
-        "optimizer": run.moments * wide * trained / share,
+        "optimizer": MOMENTS * wide * trained / share,
     }
     if run.devices > 1 and not run.sharded:
         parts["gradients"] *= 2  # DDP's buckets hold them once more
@@ -191,7 +210,7 @@ def memory(run: Run) -> dict[str, float]:
 
 
 def logits_bytes(run: Run) -> float:
-    """Of the head's loss. In chunks: logits of some rows, the head's rows as they are multiplied, its gradient."""
+    """Bytes of the head's loss. In chunks: logits of some rows, the head's rows in autocast's dtype, its gradient."""
     narrow = COMPUTE_BYTES[run.precision]
     rows = run.images * run.codes
     if run.chunk_rows is not None and run.chunk_rows < rows:
@@ -207,7 +226,7 @@ def logits_bytes(run: Run) -> float:
 
 
 def flops_a_step(run: Run) -> float:
-    """That the model needs, over all GPUs; recomputed layers are not counted."""
+    """FLOPs that the model needs, over all GPUs; recomputed layers are not counted."""
     length = run.mean_text + run.codes
     shape, choices = run.architecture, run.codes * run.choices
     training = run.images_a_step * shape.training_flops(length, length * length, choices, run.adapter)
@@ -219,14 +238,14 @@ def flops_a_step(run: Run) -> float:
 
 
 def recomputed_flops_a_step(run: Run) -> float:
-    """On top of these under full activation checkpointing, over all GPUs. Selective computes no product again."""
+    """FLOPs on top of these under full activation checkpointing, over all GPUs; selective repeats no product."""
     if run.activation_checkpointing != "full":
         return 0.0
     length, updates = run.mean_text + run.codes, 1 if run.rollouts is None else run.rollouts.inner_updates
     return updates * run.images_a_step * run.architecture.recomputed_flops(length, length * length, run.adapter)
 
 
-def drawing_seconds(run: Run, device: Device, utilisation: float) -> float:
+def drawing_seconds(run: Run, device: Device) -> float:
     """Of a rollout: every code takes a pass, which reads the weights and the cache as far as it has grown, or waits for
     the host, whichever takes longer.
     """
@@ -234,27 +253,15 @@ def drawing_seconds(run: Run, device: Device, utilisation: float) -> float:
         return 0.0
     a_rank = run.images_a_step // run.devices
     at_once = min(run.rollouts.batch_size or a_rank, a_rank)
-    narrow = COMPUTE_BYTES[run.precision]
-    read = run.architecture.num_hidden_layers * run.architecture.parameters_a_layer
-    weights = narrow * (read + run.codebook_size * run.architecture.hidden_size)
-    cache = narrow * at_once * run.architecture.key_value_numbers(run.mean_text + run.codes // 2)
-    host = run.architecture.num_hidden_layers * LAYER_SECONDS[run.rollouts.engine]
+    shape, narrow = run.architecture, COMPUTE_BYTES[run.precision]
+    weights = narrow * (shape.num_hidden_layers * shape.parameters_a_layer + run.codebook_size * shape.hidden_size)
+    cache = narrow * at_once * shape.key_value_numbers(run.mean_text + run.codes // 2)
+    host = shape.num_hidden_layers * LAYER_SECONDS
     passes = run.codes * -(-a_rank // at_once)
-    return passes * max(host, (weights + cache) / (device.bandwidth * utilisation))
+    return passes * max(host, (weights + cache) / (device.bandwidth * BANDWIDTH_UTILISATION))
 
 
-def seconds_a_step(run: Run, device: Device, mfu: float, bandwidth_utilisation: float) -> float:
+def seconds_a_step(run: Run, device: Device, mfu: float) -> float:
     """One training step: arithmetic of the updates at an MFU, and the drawing of a rollout."""
     flops = flops_a_step(run) + recomputed_flops_a_step(run)
-    return flops / (run.devices * device.flops * mfu) + drawing_seconds(run, device, bandwidth_utilisation)
-
-
-def tokens_a_day(run: Run, device: Device, mfu: float, bandwidth_utilisation: float) -> float:
-    """Tokens trained on, text and codes, by all GPUs."""
-    tokens = run.images_a_step * (run.mean_text + run.codes)
-    return tokens / seconds_a_step(run, device, mfu, bandwidth_utilisation) * DAY
-
-
-def days(run: Run, device: Device, mfu: float, bandwidth_utilisation: float) -> float:
-    """Of the whole run."""
-    return run.steps * seconds_a_step(run, device, mfu, bandwidth_utilisation) / DAY
+    return flops / (run.devices * device.flops * mfu) + drawing_seconds(run, device)

@@ -1,7 +1,7 @@
-"""Next-token prediction over caption and image (Eq. 1): what pretraining and supervised fine-tuning share.
+"""Next-token prediction over caption and image (Eq. 1): pretraining and supervised fine-tuning.
 
-The two stages differ only in where their model comes from. A subclass gives that in `load_language_model`; the loss
-itself is `simplear.language_model.next_token_losses`.
+The two stages differ only in where their model comes from. The loss itself is
+`simplear.language_model.next_token_losses`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from typing import Any
 
 from torch import Tensor
 from torchmetrics import MeanMetric
+from transformers import PreTrainedTokenizerBase
 
-from simplear.language_model import Architecture, Normalizer, StepWork
+from simplear.errors import UserError
+from simplear.language_model import Architecture, LanguageModel, LanguageModelConfig, Normalizer, StepWork
 from simplear.sequence import text_target_mask
 from simplear.stages.language_model_module import LanguageModelModule
 
@@ -31,7 +33,7 @@ class NextTokenObjective:
     chunk_rows: int | None = None
     """Rows of logits held in memory at once; None holds them all. Same loss, less memory."""
     text_only_loss_weight: float = 1.0
-    """Of the text loss on batches of texts without images, which have no other; how many there are is the data's."""
+    """Of the text loss on batches of texts without images; how many such batches there are is the data's."""
 
 
 class Perplexity(MeanMetric):
@@ -68,6 +70,38 @@ class NextTokenModule(LanguageModelModule):
         """As validation."""
         self._loss(batch, "test")
 
+    def _loss(self, batch: dict[str, Any], name: str) -> Tensor:
+        """The objective's loss of a batch of images or of texts, which are logged apart."""
+        training, labels, objective = name == "train", batch["labels"], self.objective
+        height, width = batch["codes"].shape[1:]
+        has_images = height * width > 0
+        if has_images and (training or self.grid is None):
+            self.grid = (height, width)
+        image_losses, text_losses = self.language_model(
+            batch["input_ids"],
+            labels,
+            (height, width),
+            normalizer=objective.normalizer,
+            with_text=objective.text_loss_weight > 0 or not has_images,
+            chunk_rows=objective.chunk_rows,
+            packed=self.packed,
+        )
+        image_loss, text_loss = image_losses.mean(), text_losses.mean()
+        if has_images:
+            loss = image_loss + objective.text_loss_weight * text_loss
+            values = {f"{name}/loss": loss.detach(), f"{name}/image_loss": image_loss.detach()}
+            if objective.text_loss_weight > 0:
+                values[f"{name}/text_loss"] = text_loss.detach()
+        else:
+            loss = objective.text_only_loss_weight * text_loss
+            values = {f"{name}/text_only_loss": text_loss.detach()}
+            if not training:
+                tokens = text_target_mask(labels[:, 1:], self.language_model.layout).sum(dim=1)
+                self.text_perplexity.update(text_losses.detach(), tokens)
+                self.log(f"{name}/text_perplexity", self.text_perplexity, on_step=False, on_epoch=True)
+        self.log_dict(values, on_step=training, on_epoch=not training, sync_dist=not training, batch_size=len(labels))
+        return loss
+
     def step_work(self, batch: dict[str, Any]) -> StepWork:
         """What a training step on this batch takes; reads no tensor of it."""
         architecture, layout = Architecture.of(self.language_model.decoder.config), self.language_model.layout
@@ -87,54 +121,38 @@ class NextTokenModule(LanguageModelModule):
             recomputed_flops=architecture.recomputed_flops(*sums, self.adapter) if full else 0,
         )
 
-    def _loss(self, batch: dict[str, Any], name: str) -> Tensor:
-        height, width = batch["codes"].shape[1:]
-        if height * width == 0:
-            return self._text_only_loss(batch, name)
-        if name == "train" or self.grid is None:
-            self.grid = (height, width)
-        image_loss, text_loss = self.language_model(
-            batch["input_ids"],
-            batch["labels"],
-            (height, width),
-            normalizer=self.objective.normalizer,
-            with_text=self.objective.text_loss_weight > 0,
-            chunk_rows=self.objective.chunk_rows,
-            packed=self.packed,
-        )
-        loss = image_loss.mean() + self.objective.text_loss_weight * text_loss.mean()
-        values = {f"{name}/loss": loss.detach(), f"{name}/image_loss": image_loss.detach().mean()}
-        if self.objective.text_loss_weight > 0:
-            values[f"{name}/text_loss"] = text_loss.detach().mean()
-        training = name == "train"
-        self.log_dict(
-            values, on_step=training, on_epoch=not training, sync_dist=not training, batch_size=len(image_loss)
-        )
-        return loss
 
-    def _text_only_loss(self, batch: dict[str, Any], name: str) -> Tensor:
-        """Loss of a batch of texts, logged apart from that of images."""
-        labels = batch["labels"]
-        _, losses = self.language_model(
-            batch["input_ids"],
-            labels,
-            (0, 0),
-            normalizer=self.objective.normalizer,
-            with_text=True,
-            chunk_rows=self.objective.chunk_rows,
-            packed=self.packed,
-        )
-        training = name == "train"
-        self.log(
-            f"{name}/text_only_loss",
-            losses.detach().mean(),
-            on_step=training,
-            on_epoch=not training,
-            sync_dist=not training,
-            batch_size=len(losses),
-        )
-        if not training:
-            tokens = text_target_mask(labels[:, 1:], self.language_model.layout).sum(dim=1)
-            self.text_perplexity.update(losses.detach(), tokens)
-            self.log(f"{name}/text_perplexity", self.text_perplexity, on_step=False, on_epoch=True)
-        return self.objective.text_only_loss_weight * losses.mean()
+class PretrainModule(NextTokenModule):
+    """The paper's first stage (section 3.2; lr 1e-4, 256 images a batch, 512 px).
+
+    Args:
+        language_model: what to build; ``pretrained`` in it is the one key between the two columns of Table 2.
+        kwargs: the arguments of `NextTokenModule`.
+    """
+
+    def __init__(self, language_model: LanguageModelConfig, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.config = language_model
+        if self.adapter is not None:
+            raise UserError(
+                "an adapter is too small for pretraining, where new rows and all layers are learned: leave "
+                "model.init_args.adapter to fine-tuning and reinforcement learning."
+            )
+
+    def load_language_model(self) -> tuple[LanguageModel, PreTrainedTokenizerBase]:
+        """Build from the configuration."""
+        return self.config.build()
+
+
+class SFTModule(NextTokenModule):
+    """The paper's second stage, at 1024 px on better data (section 3.2; lr 2e-5, 256 images a batch).
+
+    Args:
+        checkpoint: directory or hub id of a pretraining checkpoint, or of one released with the paper.
+        kwargs: the arguments of `NextTokenModule`; where ``generation`` is None the checkpoint's defaults stay, where
+            ``visual_tokenizer`` is None the checkpoint's own is kept.
+    """
+
+    def __init__(self, checkpoint: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.checkpoint = checkpoint

@@ -22,7 +22,7 @@ MATRICES = "matrices"
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Three groups by what a parameter is, each with a ``name`` that learning-rate monitors show.
+    """Three groups by kind of parameter, each with a ``name`` that learning-rate monitors show.
 
     ``embeddings``: input and output embeddings; ``matrices``: all other weights of two or more dimensions; ``vectors``:
     norms and biases, without weight decay. The first two take the optimizer's own weight decay.
@@ -37,53 +37,11 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
             groups["embeddings"].append(parameter)
         else:
             groups[MATRICES].append(parameter)
-    settings: dict[str, dict[str, Any]] = {"vectors": {"weight_decay": 0.0}}
-    return [{"name": name, "params": members, **settings.get(name, {})} for name, members in groups.items() if members]
-
-
-def group_settings(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Learning rate, weight decay and the rest of each group, as they are now."""
-    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-
-
-def apply_settings(
-    optimizer: Optimizer, configured: list[dict[str, Any]], scheduled: list[dict[str, Any]]
-) -> list[str]:
-    """Put the configured settings back into an optimizer whose state was restored; what changed, in words.
-
-    An optimizer's state holds its settings too, so a learning rate on the command line would otherwise do nothing on
-    resuming.
-
-    Args:
-        optimizer: after restoring.
-        configured: of each group, what the configuration says and no schedule changes.
-        scheduled: of each group, what the schedule wrote down when it was made, such as the rate that it begins with.
-
-    Raises:
-        UserError: a schedule that was made from other values than the restored one: a rate on the command line.
-    """
-    changes = []
-    for group, settings, fixed in zip(optimizer.param_groups, configured, scheduled, strict=True):
-        for key, value in fixed.items():
-            if group.get(key) != value:
-                name = "learning rate" if key == "initial_lr" else key
-                raise UserError(
-                    f"the run to resume has a schedule that began at {name} {group.get(key)}, now {value} is "
-                    "configured: set it back, or start a new run from the exported checkpoint."
-                )
-        for key, value in settings.items():
-            restored = group.get(key)
-            if restored == value:
-                continue
-            group[key] = value
-            if key == "fused" and value:
-                # Such an optimizer counts its steps on the device, others on CPU.
-                for parameter in group["params"]:
-                    state = optimizer.state.get(parameter, {})
-                    if "step" in state:
-                        state["step"] = state["step"].to(parameter.device)
-            changes.append(f"{group.get('name', 'parameters')}: {key} {restored} → {value}")
-    return changes
+    made: list[dict[str, Any]] = [{"name": name, "params": members} for name, members in groups.items() if members]
+    for group in made:
+        if group["name"] == "vectors":
+            group["weight_decay"] = 0.0
+    return made
 
 
 class MuonWithAdamW(Optimizer):
@@ -97,7 +55,7 @@ class MuonWithAdamW(Optimizer):
         params: groups from `parameter_groups`.
         lr: Muon's learning rate.
         adamw_lr: AdamW's learning rate.
-        weight_decay: decoupled, for both; a group's own value goes first.
+        weight_decay: decoupled, for both; a group's own value takes precedence.
         momentum: Muon's (Nesterov) momentum.
         betas: AdamW's.
         eps: AdamW's.

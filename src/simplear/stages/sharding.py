@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from simplear.errors import UserError
-from simplear.language_model import LanguageModel, NamedWeights
+from simplear.language_model import LanguageModel
 from simplear.states import DAMAGED, damage
 
 FSDP2_NAME = "fsdp2"
@@ -57,7 +57,7 @@ StrategyRegistry.register(FSDP2_NAME, FSDP2, description="weights, gradients, op
 
 
 def refuse_fsdp1(strategy: Any) -> None:
-    """Raises ValueError for Lightning's FSDP1, by name, class path or object, with the line to write instead."""
+    """Raises ValueError for Lightning's FSDP1, given by name, class path or object."""
     path = strategy if isinstance(strategy, str) else getattr(strategy, "class_path", type(strategy).__name__)
     if path == "fsdp" or path.startswith("fsdp_") or path.rpartition(".")[2] == "FSDPStrategy":
         raise UserError(
@@ -66,7 +66,7 @@ def refuse_fsdp1(strategy: Any) -> None:
 
 
 def leave_ranks() -> None:
-    """Take the process group down once the work is done, or saved to go on later.
+    """Destroy the process group after the work is done, or saved to be resumed.
 
     Lightning does so for NCCL alone; gloo's threads, where they outlive the interpreter, can turn an exit code of 0
     into an abort. They end with the last object that refers to the group, such as the mesh of a sharded model. Not to
@@ -85,7 +85,7 @@ def shard_language_model(model: LanguageModel, mesh: DeviceMesh, precision: str 
     is float32: layers get their inputs uncast, and embeddings are widened.
 
     Args:
-        model: whole and equal on every rank, or on the meta device.
+        model: whole and equal on every rank. Each rank keeps its shards on the mesh's device and frees the rest.
         mesh: the data-parallel mesh.
         precision: the Trainer's.
     """
@@ -103,39 +103,3 @@ def shard_language_model(model: LanguageModel, mesh: DeviceMesh, precision: str 
 
 def _widened(module: nn.Module, arguments: Any, embedded: Tensor) -> Tensor:
     return embedded.float()
-
-
-@torch.no_grad()
-def fill_shards(model: LanguageModel, weights: NamedWeights, device: torch.device) -> None:
-    """Give a sharded model that is on the meta device its memory, and each shard its rows of the whole weights.
-
-    Args:
-        model: from `shard_language_model`.
-        weights: of the decoder; each is dropped before the next one is asked for.
-        device: of the shards.
-    """
-    _give_memory(model, device)
-    empty: dict[str, Any] = dict(model.decoder.named_parameters())
-    for name, whole in weights:
-        shard = empty.pop(name)
-        mesh: DeviceMesh = shard.device_mesh
-        # FSDP2 cuts the first dimension as `chunk` does: at its end a rank may have fewer rows, or none.
-        parts = whole.chunk(mesh.size())
-        if mesh.get_local_rank() < len(parts):
-            shard.to_local().copy_(parts[mesh.get_local_rank()])
-    assert not empty, f"weights without a value: {sorted(empty)}"
-
-
-@torch.no_grad()
-def copy_shards(source: LanguageModel, copy: LanguageModel, device: torch.device) -> None:
-    """As `fill_shards`, from a model that is sharded alike."""
-    _give_memory(copy, device)
-    for shard, empty in zip(source.parameters(), copy.parameters(), strict=True):
-        empty.to_local().copy_(shard.to_local())  # type: ignore[attr-defined]  # both are DTensors
-
-
-def _give_memory(model: LanguageModel, device: torch.device) -> None:
-    model.to_empty(device=device)
-    decoder = model.decoder
-    # Its frequencies are in no state: they are computed where the module is made.
-    decoder.model.rotary_emb = type(decoder.model.rotary_emb)(config=decoder.config).to(device)

@@ -18,13 +18,15 @@ from torch.nn import functional as F
 from simplear.atomic import require_replaceable
 from simplear.data import ImageDataModule
 from simplear.errors import UserError
-from simplear.stages.averaging import averaged_weights
 from simplear.stages.optimized import OptimizedModule
 from simplear.stages.picture_loggers import log_picture, picture_loggers
 from simplear.visual_tokenizer import save_visual_tokenizer
 
 LARGEST_DIFFERENCE = 2.0
 """Between two values of pixels in [-1, 1]."""
+
+GRID_PICTURES = 8
+"""Of the first validation batch, shown over their reconstructions."""
 
 CONTRAST_THRESHOLD = 0.05
 """Difference from a picture's median colour, a share of the largest one, above which a pixel stands out."""
@@ -80,7 +82,6 @@ class VisualTokenizerModule(OptimizedModule):
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-3),
         lr_scheduler: LRSchedulerCallable | None = None,
         contrast_weight: float = 0.0,
-        grid_pictures: int = 8,
         export_dir: str | None = None,
     ) -> None:
         """Takes the tokenizer's weights as they are.
@@ -90,16 +91,13 @@ class VisualTokenizerModule(OptimizedModule):
             optimizer: any torch optimizer class by class_path. Biases get no weight decay.
             lr_scheduler: any scheduler class by class_path, stepped every optimizer step; none keeps the rate constant.
             contrast_weight: extra weight in the loss of what stands out from its picture's median colour; 0 for none.
-            grid_pictures: pictures of the first validation batch to show over their reconstructions.
             export_dir: where to write the trained tokenizer when training ends; none writes nothing.
         """
-        super().__init__(optimizer, lr_scheduler)
+        super().__init__(optimizer, lr_scheduler, export_dir)
         self.tokenizer = tokenizer
         self.contrast_weight = contrast_weight
-        self.grid_pictures = grid_pictures
-        self.export_dir = export_dir
         self.code_counts = torch.empty(0)
-        """(codebook_size,) int64 of the running validation; no buffer, for those can be averaged."""
+        """(codebook_size,) int64 of the running validation; not a buffer, since averaging callbacks average those."""
 
     @property
     def trained_module(self) -> nn.Module:
@@ -108,15 +106,12 @@ class VisualTokenizerModule(OptimizedModule):
 
     def on_fit_start(self) -> None:
         """Check sizes and ``export_dir`` before the first step is paid for."""
-        self._check_size()
         if self.export_dir is not None and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             require_replaceable(self.export_dir, "the trained tokenizer", "--model.init_args.export_dir")
+        self.on_validation_start()
 
     def on_validation_start(self) -> None:
-        """As `on_fit_start`, for validation on its own."""
-        self._check_size()
-
-    def _check_size(self) -> None:
+        """Check the size of pictures; `on_fit_start` does so too."""
         data, downsample = getattr(self.trainer, "datamodule", None), self.tokenizer.downsample
         if isinstance(data, ImageDataModule) and (data.height % downsample or data.width % downsample):  # type: ignore[operator]
             raise UserError(
@@ -143,8 +138,8 @@ class VisualTokenizerModule(OptimizedModule):
             "validation/psnr": psnr(reconstruction, pixels).mean(),
         }
         self.log_dict(values, prog_bar=True, batch_size=len(pixels), sync_dist=True)
-        if batch_idx == 0 and self.grid_pictures and picture_loggers(self.trainer):
-            shown = slice(self.grid_pictures)
+        if batch_idx == 0 and picture_loggers(self.trainer):
+            shown = slice(GRID_PICTURES)
             grid = reconstruction_grid(reconstruction[shown].float(), pixels[shown].float())
             picture = (grid * 255).round().byte().permute(1, 2, 0).cpu().numpy()
             log_picture(self.trainer, "validation/reconstructions", picture)
@@ -156,9 +151,6 @@ class VisualTokenizerModule(OptimizedModule):
         values = {"validation/codebook_used": used.float(), "validation/code_perplexity": perplexity.float()}
         self.log_dict(values, sync_dist=True)
 
-    def on_fit_end(self) -> None:
-        """Export; also when a training that had only this left to do is started again."""
-        trained = self.global_step and not self.trainer.fast_dev_run  # type: ignore[attr-defined]
-        if self.export_dir is not None and self.trainer.is_global_zero and trained:
-            with averaged_weights(self.trainer):
-                save_visual_tokenizer(self.tokenizer, self.export_dir)  # type: ignore[arg-type]
+    def export(self, directory: str) -> None:
+        """Write the tokenizer."""
+        save_visual_tokenizer(self.tokenizer, directory)  # type: ignore[arg-type]
