@@ -97,7 +97,7 @@ class SceneReward(RewardOfParts):
         rows = []
         for picture, caption, prompt in zip(pictures, captions, metadata, strict=True):
             try:
-                rows.append(self._parts(picture, caption, prompt))
+                rows.append(self._image_parts(picture, caption, prompt))
             except ValueError as error:
                 raise UserError(f"SceneReward cannot judge the caption {caption!r}: {error}") from error
         return {
@@ -110,7 +110,7 @@ class SceneReward(RewardOfParts):
         costs = torch.stack([self.weights[name] * parts[name] for name in COSTS]).sum(dim=0)
         return parts["quality"] * torch.exp(-costs)
 
-    def _parts(self, picture: np.ndarray, caption: str, prompt: Mapping[str, Any]) -> dict[str, float]:
+    def _image_parts(self, picture: np.ndarray, caption: str, prompt: Mapping[str, Any]) -> dict[str, float]:
         found = detect(picture)
         correct = judge(prompt, found)
         grades = {"correct": float(correct), **_grades(prompt, found, correct)}
