@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import enum
-import importlib
-import inspect
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +15,6 @@ from jsonargparse.typing import register_type
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from omegaconf import OmegaConf
-from torch.optim import AdamW
 
 from simplear.callbacks import AtomicCheckpoint, Preemption
 from simplear.callbacks.checkpointing import require_state
@@ -26,55 +23,43 @@ from simplear.command_line import PARSER_OPTIONS, SuggestingParser, in_home, ref
 from simplear.errors import UserError
 from simplear.stages.sharding import leave_ranks, refuse_fsdp1
 
-STAGE_BASES = {"model": ("simplear.stages", LightningModule), "data": ("simplear.data", LightningDataModule)}
-"""Keys of the configuration whose values are classes: the package that has them, and what they are."""
-
 
 class StageParser(SuggestingParser, LightningArgumentParser):
-    """Lightning's parser, which also knows the options of the project's stages and DataModules."""
-
-    def class_options(self) -> set[str]:
-        options = {f"trainer.{name}" for name in inspect.signature(Trainer).parameters}
-        options |= {f"model.init_args.optimizer.init_args.{name}" for name in inspect.signature(AdamW).parameters}
-        for key, (package, base) in STAGE_BASES.items():
-            module = importlib.import_module(package)
-            for class_ in (getattr(module, name) for name in module.__all__):
-                if inspect.isclass(class_) and issubclass(class_, base):
-                    options |= {f"{key}.init_args.{name}" for name in inspect.signature(class_).parameters}
-        return options
+    """Lightning's parser, with the project's error messages."""
 
 
 @dataclass
 class RunSettings:
     """What the stages of a model share: the other keys of a file refer to it, as in ``${run.pixels}``.
 
-    Only `simplear plan` reads it, for what is not there yet.
+    The last seven are only read by `simplear plan`, for what does not exist yet.
+
+    Args:
+        stage: Words that name the stage, such as [grpo, hps].
+        name: Words that name the model, such as [0.5b, rope-2d]: what a stage writes is called
+            ``${join:${run.stage},${run.name}}``.
+        pixels: Side of an image.
+        architecture: Of the language model.
+        pretrained: Whose weights the language model begins with.
+        rope: Positions of its codes.
+        visual_tokenizer: Directory or hub id.
+        codebook_size: Of the visual tokenizer.
+        shards: Ending of the names of its token shards.
+        strategy: Of training on several GPUs.
+        activation_checkpointing: Of training on GPUs.
     """
 
     stage: list[str] = field(default_factory=list)
-    """Words that name the stage, such as [grpo, hps]."""
     name: list[str] = field(default_factory=list)
-    """Words that name the model, such as [0.5b, rope-2d]: what a stage writes is called
-    ``${join:${run.stage},${run.name}}``.
-    """
     pixels: int | None = None
-    """Side of an image."""
     architecture: dict[str, Any] | None = None
-    """Of the language model."""
     pretrained: str | None = None
-    """Whose weights the language model begins with."""
     rope: str = "1d"
-    """Positions of its codes."""
     visual_tokenizer: str | None = None
-    """Directory or hub id."""
     codebook_size: int | None = None
-    """Of the visual tokenizer."""
     shards: str = ""
-    """Ending of the names of its token shards."""
     strategy: str = "fsdp2"
-    """Of training on several GPUs."""
     activation_checkpointing: str = "selective"
-    """Of training on GPUs."""
 
 
 def joined(*parts: str | Sequence[str]) -> str:
