@@ -1,4 +1,4 @@
-"""Where and how precisely to compute: a device by its name, threads of a small model, the dtype of what is loaded."""
+"""Devices by name, threads of a small model, and dtypes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DType = Literal["float32", "bfloat16"]
 
 
 def default_dtype(device: torch.device) -> DType:
-    """What a device draws in unless it is told otherwise: bfloat16 on GPUs, where it halves what is read."""
+    """What a device draws in by default: bfloat16 on GPUs, where it halves what is read."""
     return "bfloat16" if device.type == "cuda" else "float32"
 
 
@@ -55,7 +55,7 @@ def limit_threads(parameters: int) -> None:
 
 @contextmanager
 def float32_by_default() -> Iterator[None]:
-    """What is built inside is float32, also within a training in bf16-true, whose default dtype is bfloat16."""
+    """Whatever is built inside is float32, even in a training in bf16-true, whose default dtype is bfloat16."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:

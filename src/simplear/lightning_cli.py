@@ -63,7 +63,7 @@ class RunSettings:
 
 
 def joined(*parts: str | Sequence[str]) -> str:
-    """Words and lists of words with dashes between; ``${join:sft,${run.name}}`` in a configuration."""
+    """Words and lists of words joined by dashes; ``${join:sft,${run.name}}`` in a configuration."""
     return "-".join(word for part in parts for word in ([part] if isinstance(part, str) else part))
 
 
@@ -84,17 +84,17 @@ class ConfigurationCLI(LightningCLI):
 
 
 class ConfigurationOfTraining(SaveConfigCallback):
-    """Writes ``config.yaml`` when the first step follows: what was refused leaves the file of the run that was not."""
+    """Writes ``config.yaml`` right before the first step: a run that is refused keeps the file of the run before."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Too early."""
+        """Not yet."""
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().setup(trainer, pl_module, "fit")  # once
 
 
 class CommandLine(ConfigurationCLI):
-    """What runs a verb."""
+    """Runs a verb."""
 
     def _parse_ckpt_path(self) -> None:
         """Checkpoints hold no hyperparameters, so resuming cannot override the command line; Lightning would read a
@@ -102,11 +102,11 @@ class CommandLine(ConfigurationCLI):
         """
 
     def before_instantiate_classes(self) -> None:
-        """Before Lightning's own message, which knows no remedy."""
+        """Lightning's own message, which comes later, names no remedy."""
         refuse_fsdp1(self._get(self.config, "trainer.strategy") or "auto")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Lightning's, whose constructor checks the flags. A training that saves states does so on Ctrl-C too."""
+        """Lightning's, whose constructor checks the flags; a training that saves states also does so on Ctrl-C."""
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (TypeError, ValueError) as error:
@@ -130,7 +130,7 @@ def run(arguments: Sequence[str]) -> None:
     """
     # The verb is a level above the files' keys: ${trainer.…} in a file must still find the file's own.
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
-    # Defaults of Lightning's callbacks (StochasticWeightAveraging, Timer) that YAML would not hold.
+    # For defaults of Lightning's callbacks (StochasticWeightAveraging, Timer) that YAML cannot represent.
     register_type(torch.device)
     yaml.SafeDumper.add_multi_representer(enum.Enum, lambda dumper, member: dumper.represent_data(member.value))
     try:
@@ -150,7 +150,7 @@ def run(arguments: Sequence[str]) -> None:
         leave_ranks()
         raise
     except SystemExit as ended:
-        if isinstance(ended.__context__, KeyboardInterrupt):  # Lightning makes it an exit without a word
+        if isinstance(ended.__context__, KeyboardInterrupt):  # Lightning exits without a message
             raise KeyboardInterrupt("stopped; --ckpt_path last goes on from the last state that was saved") from None
         raise
     leave_ranks()

@@ -118,7 +118,7 @@ def test_flags_that_work(run: Run, tmp_path: Path, options: str, steps: int | No
         ("--data.init_args.global_batch_size 0", "global_batch_size 0 must be at least 1"),
         (
             "--data.init_args.tokenizer ${trainer.nope}",
-            "a reference in the configuration leads nowhere",
+            "Interpolation key '.trainer.nope' not found",
         ),
     ],
 )

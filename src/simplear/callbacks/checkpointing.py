@@ -1,13 +1,13 @@
-"""Lightning's checkpoints, each with its Hugging Face directory, never half written, and never only one.
+"""Lightning's checkpoints, each with its Hugging Face directory, complete or absent, and always with one before it.
 
     dirpath/last.ckpt       to resume from          dirpath/last/       the same weights, to generate and fine-tune
     dirpath/previous.ckpt   the state before it     dirpath/previous/   its weights
     export_dir/             the weights at the end of training
 
-Lightning 2.6 builds a checkpoint in memory, writes it to the system's temporary directory and moves it, which copies
-where that is another file system; sharded ones it writes in place. Here they are written once, beside their final
-name, and renamed. ``--ckpt_path last`` goes on from the newest state that is whole: the checksums that PyTorch writes
-into a file are compared, which takes one reading of it.
+Lightning 2.6 builds a checkpoint in memory, writes it to the system's temporary directory and moves it, which copies it
+if that is another file system; sharded ones it writes in place. Here they are written once, beside their final name,
+and renamed. ``--ckpt_path last`` resumes from the newest whole state: the checksums that PyTorch writes into a file are
+compared, which takes one reading of it.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class StateIO(TorchCheckpointIO):
             raise UserError(
                 f"{path} is a state of sharded training: go on with it under --trainer.strategy {FSDP2_NAME}."
             )
-        # Lightning would unpickle anything from an address on the web.
+        # By itself Lightning unpickles whatever an address on the web gives.
         loaded = super().load_checkpoint(path, *arguments, **{**options, "weights_only": True})
         if not isinstance(loaded, dict) or not {"pytorch-lightning_version", WEIGHTS} <= loaded.keys():
             raise UserError(f"{path} was not written by a training: it has no {WEIGHTS!r} beside Lightning's version.")
@@ -165,7 +165,7 @@ class AtomicCheckpoint(ModelCheckpoint):
         self._save_if_ending(trainer)
 
     def _save_if_ending(self, trainer: Trainer) -> None:
-        """Save once it is known that no step follows: later on Lightning counts the epoch as done, wherever it is."""
+        """Save as soon as no step follows: later, Lightning counts the epoch as done even if it is not."""
         loop: Any = trainer.fit_loop
         epochs = trainer.max_epochs
         stopping = trainer.should_stop and loop._can_stop_early
@@ -174,7 +174,7 @@ class AtomicCheckpoint(ModelCheckpoint):
             self.save_end(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Also after the last epoch: by `on_train_end` WeightAveraging has replaced the weights to go on from."""
+        """Also save here: by `on_train_end`, WeightAveraging has replaced the weights to resume from."""
         super().on_train_epoch_end(trainer, pl_module)
         self._save_if_ending(trainer)
 
@@ -182,8 +182,8 @@ class AtomicCheckpoint(ModelCheckpoint):
         self.save_end(trainer)
 
     def save_end(self, trainer: Trainer) -> None:
-        """Save the state of this step as the last one, unless it has been; all ranks together, between steps."""
-        # What Lightning notes as saved at this step it does not save again for the validation that follows.
+        """Save the state of this step as the last one, unless that is done; all ranks together, between steps."""
+        # If Lightning noted this save, it would not save again for the validation that follows.
         noted, self._last_global_step_saved = self._last_global_step_saved, self._last_state_step
         if not self._should_skip_saving_checkpoint(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
@@ -191,7 +191,7 @@ class AtomicCheckpoint(ModelCheckpoint):
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         final = Path(filepath)
-        # One name for all, so that the next save overwrites what a killed process leaves behind.
+        # Always the same name, so that the next save overwrites what a killed process leaves behind.
         partial = final.with_name(PARTIAL)
         if trainer.is_global_zero:
             _remove_both(partial)
@@ -237,11 +237,11 @@ class AtomicCheckpoint(ModelCheckpoint):
 class HuggingFaceCheckpoint(AtomicCheckpoint):
     """Keeps ``x/``, a checkpoint directory of the language model, beside every ``x.ckpt`` that Lightning keeps.
 
-    The directory gets its name before its .ckpt and is removed after it, so that no .ckpt is without.
+    The directory gets its name before its .ckpt and is removed after it, so that every .ckpt has one.
 
     Args:
-        export_dir: where the final weights are written at the end of training; None writes them beside ``last.ckpt``
-            alone.
+        export_dir: where the final weights are written at the end of training; None only writes them beside
+            ``last.ckpt``.
         kwargs: the arguments of AtomicCheckpoint and ModelCheckpoint.
     """
 
@@ -296,22 +296,22 @@ class HuggingFaceCheckpoint(AtomicCheckpoint):
 
 
 def export(module: Any, directory: str | Path, write: bool) -> None:
-    """Write a stage's language model as a checkpoint directory, whole even if it is sharded, with its adapter merged.
+    """Write a stage's language model as a checkpoint directory, unsharded and with its adapter merged.
 
-    Leaves the global random generators as they were.
+    Restores the global random generators.
 
     Args:
         module: has ``language_model``, ``text_tokenizer``, ``checkpoint_settings()`` and ``visual_tokenizer_path``, and
             may have ``adapter``.
         directory: where to; an existing checkpoint is replaced.
-        write: whether this rank writes. All ranks must call, for they gather the weights together.
+        write: whether this rank writes. All ranks must call, because they gather the weights together.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     model, adapter = module.language_model, getattr(module, "adapter", None)
     weights: Any = get_model_state_dict(model, options=options) if adapter is None else None
     if not write:
         return
-    # Settings name the visual tokenizer's fingerprint, and building one to ask it draws random weights first.
+    # Settings name the visual tokenizer's fingerprint, and building the tokenizer draws random weights.
     carried = module.visual_tokenizer_path
     with isolate_rng():
         save_checkpoint(

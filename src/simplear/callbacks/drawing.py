@@ -42,11 +42,11 @@ class DrawingCallback(Callback):
         self._visual_tokenizer: VisualTokenizer | None = None
 
     def draw(self, trainer: Trainer, pipeline: SimpleARPipeline) -> None:
-        """Draw with the model as it is; runs on every rank."""
+        """Draw with the current model; runs on every rank."""
         raise NotImplementedError
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raises ValueError when there is no visual tokenizer to draw with."""
+        """Raises ValueError if there is no visual tokenizer to draw with."""
         if getattr(pl_module, "visual_tokenizer_path", None) is None:
             raise UserError(
                 f"{type(self).__name__} draws images, which takes a visual tokenizer: name its directory "
@@ -54,7 +54,7 @@ class DrawingCallback(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # A resumed training has drawn at the step that it goes on from.
+        # A resumed training has already drawn at this step.
         self._drawn_at = trainer.global_step
 
     def on_train_batch_end(
@@ -67,7 +67,7 @@ class DrawingCallback(Callback):
         self._draw_once(trainer, pl_module)
 
     def _draw_once(self, trainer: Trainer, module: Any) -> None:
-        """Draw, unless that was done at this step: with accumulation several batches make one."""
+        """Draw, unless that was done at this step: with accumulation, several batches make one step."""
         if trainer.global_step == self._drawn_at:
             return
         self._drawn_at = trainer.global_step
@@ -85,7 +85,7 @@ class DrawingCallback(Callback):
 
 
 class SampleImages(DrawingCallback):
-    """Draws the same prompts from the same seeds again and again, into the loggers as ``samples``.
+    """Draws the same prompts from the same seeds each time, into the loggers as ``samples``.
 
     Args:
         prompts: captions to draw.
@@ -109,7 +109,7 @@ class SampleImages(DrawingCallback):
         self.prompts, self.guidance_scale, self.seed, self.image_size = prompts, guidance_scale, seed, image_size
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """As `DrawingCallback`, and says so when no logger takes pictures."""
+        """As `DrawingCallback`; warns if no logger takes pictures."""
         super().on_fit_start(trainer, pl_module)
         if not picture_loggers(trainer):
             rank_zero_warn(
@@ -118,7 +118,7 @@ class SampleImages(DrawingCallback):
             )
 
     def draw(self, trainer: Trainer, pipeline: SimpleARPipeline) -> None:
-        # Loggers are the same on every rank, so all of them leave here or none.
+        # Loggers are the same on every rank, so either all ranks return here or none.
         if not picture_loggers(trainer):
             return
         seeds = [self.seed + number for number in range(len(self.prompts))]
@@ -164,7 +164,7 @@ class SceneAccuracy(DrawingCallback):
 
 
 class RolloutImages(Callback):
-    """Shows the first groups of a rollout, as ``rollouts``.
+    """Logs the best and the worst image of the first groups of a GRPO rollout, as ``rollouts``.
 
     Args:
         every_n_steps: training steps between pictures.
@@ -176,11 +176,6 @@ class RolloutImages(Callback):
         if every_n_steps < 1 or groups < 1:
             raise UserError(f"every_n_steps {every_n_steps} and groups {groups} must be at least 1.")
         self.every_n_steps, self.groups, self.image_size = every_n_steps, groups, image_size
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raises TypeError for a stage without rollouts."""
-        if not hasattr(pl_module, "last_rollout"):
-            raise TypeError(f"RolloutImages shows rollouts, and {type(pl_module).__name__} has none: use SampleImages.")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if pl_module.rollouts_done % self.every_n_steps or not trainer.is_global_zero:

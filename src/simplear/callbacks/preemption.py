@@ -1,13 +1,13 @@
-"""A job that is to be moved or ended saves its state at the step boundary and says by its exit code "resume me".
+"""A job that is pre-empted saves its state at the next step boundary, and its exit code says "resume me".
 
 Lightning by itself exits with 0 on SIGTERM and saves nothing; under SLURM it saves in the signal's handler, in the
-middle of a step, into a file that goes before ``--ckpt_path`` for ever after. So other handlers are in place from the
-setup of a training to its end: they set a flag, and at the next step boundary all ranks agree, save ``last.ckpt``, and
+middle of a step, into a file that from then on takes precedence over ``--ckpt_path``. So this callback installs other
+handlers for the whole training: they set a flag, and at the next step boundary all ranks agree, save ``last.ckpt``, and
 exit. A step of GRPO is a rollout with its updates. Under SLURM the requeue signal also requeues the job, as Lightning
-would; SIGTERM does not, for `scancel` sends it too.
+would; SIGTERM does not, because `scancel` sends it too.
 
-Ctrl-C does the same while steps are taken, and a second one stops at once. `simplear fit` always has this callback
-where there is an `AtomicCheckpoint` with ``save_last``.
+Ctrl-C does the same during training, and a second one stops at once. `simplear fit` adds this callback whenever there
+is an `AtomicCheckpoint` with ``save_last``.
 """
 
 from __future__ import annotations
@@ -62,16 +62,16 @@ class Preemption(Callback):
                 "Preemption has no state to leave behind: put simplear.callbacks.HuggingFaceCheckpoint, or "
                 "AtomicCheckpoint, with save_last: true beside it."
             )
-        # After those that save at this step by themselves. A new list: this hook runs over the old one.
+        # Last, after callbacks that save at this step anyway. A new list: this hook iterates over the old one.
         trainer.callbacks = [*(other for other in trainer.callbacks if other is not self), self]  # type: ignore[attr-defined]
-        # From here on Lightning would set its own, whose broadcast meets what the other ranks are just waiting for.
+        # Lightning would now set its own, whose broadcast would meet other collectives of the other ranks.
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         requeue = _requeue_signal(trainer)
         for number in (*SIGNALS, *([requeue] if requeue else [])):
             self._handlers.setdefault(number, signal.signal(number, self._note))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From here on Ctrl-C waits for a step, unless the shell has it ignored; before there is nothing to save."""
+        """From here on Ctrl-C waits for a step, unless it is ignored; before, there is nothing to save."""
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
             self._handlers[signal.SIGINT] = signal.signal(signal.SIGINT, self._note_interrupt)
 
@@ -82,7 +82,7 @@ class Preemption(Callback):
         rank_zero_only(os.write)(STANDARD_ERROR, AFTER_THIS_STEP)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        # The requeue signal goes before SIGTERM, which often follows it.
+        # The requeue signal takes precedence over SIGTERM, which often follows it.
         if self.received is None or self.received == signal.SIGTERM:
             self.received = signal.Signals(number)
 
@@ -97,7 +97,7 @@ class Preemption(Callback):
         for checkpoint in _checkpoints(trainer):
             checkpoint.save_end(trainer)
         requeue = _requeue_signal(trainer)
-        # Ranks on other machines may get the signal a little later: any one's is enough.
+        # Ranks on other machines may get the signal a little later, so one rank's is enough.
         asked: Any = trainer.strategy.reduce_boolean_decision(
             requeue is not None and self.received == requeue, all=False
         )
@@ -116,8 +116,8 @@ class Preemption(Callback):
                 trainer.global_step,
                 meaning,
             )
-        # A process that Lightning itself has started would have its exit code taken for a crash, and the first process,
-        # whose code counts, would be killed.
+        # Lightning takes another exit code of a process that it started for a crash, and kills the first process, whose
+        # exit code counts.
         started = isinstance(trainer._accelerator_connector.cluster_environment, LightningEnvironment)
         raise Preempted(0 if started and trainer.local_rank > 0 else code)
 
@@ -140,7 +140,7 @@ class Preemption(Callback):
 
 
 def requeue_job() -> None:
-    """Ask SLURM to start this job again. A refusal is an error message, not an error: the state is saved."""
+    """Ask SLURM to start this job again. If it refuses, only log an error: the state is saved."""
     job = os.environ["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
@@ -155,7 +155,7 @@ def _checkpoints(trainer: Trainer) -> list[AtomicCheckpoint]:
 
 
 def _requeue_signal(trainer: Trainer) -> signal.Signals | None:
-    """SLURM's, where Lightning would requeue the job."""
+    """SLURM's signal on which Lightning would requeue the job."""
     environment = trainer._accelerator_connector.cluster_environment
     if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
         return environment.requeue_signal
