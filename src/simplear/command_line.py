@@ -93,10 +93,22 @@ def nearest_option(typed: str, known: Set[str]) -> str | None:
 
 
 def run_function(function: Callable[..., Any], arguments: Sequence[str], program: str) -> None:
-    """Call a function with the arguments that a command line gives it.
+    """Call a function with the arguments that a command line gives it; see `parse`."""
+    parser, parsed, texts = parse(function, arguments, program)
+    values = vars(parser.instantiate(parsed)) | texts
+    values.pop("config", None)
+    function(**values)
+
+
+def parse(
+    function: Callable[..., Any], arguments: Sequence[str], program: str
+) -> tuple[Any, Any, dict[str, str | list[str]]]:
+    """Parser, parsed options and free text of a verb's command line; nothing is instantiated yet.
 
     ``CKPT --prompts-file F`` is ``--checkpoint CKPT --prompts_file F``: words in front go by their position, and a
-    first parameter that is a list takes them all. Raises UserError, or exits with 2, for a mistake in them.
+    first parameter that is a list takes them all.
+
+    Raises UserError, or exits with 2, for a mistake in them.
     """
     from jsonargparse import ArgumentParser
 
@@ -110,9 +122,7 @@ def run_function(function: Callable[..., Any], arguments: Sequence[str], program
     parser = FunctionParser(prog=program, description=summary, **PARSER_OPTIONS)
     parser.add_argument("--config", action="config", help="YAML with any of the options below; may be repeated")
     parser.add_function_arguments(function, as_positional=False)
-    values = vars(parser.instantiate(in_home(parser.parse_args(options)))) | texts
-    values.pop("config", None)
-    function(**values)
+    return parser, in_home(parser.parse_args(options)), texts
 
 
 def option_name(word: str) -> str:

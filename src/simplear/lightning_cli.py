@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -116,8 +115,7 @@ class CommandLine(ConfigurationCLI):
             require_state(state, [place for place in (*places, trainer.default_root_dir) if place])
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         saves = any(isinstance(callback, AtomicCheckpoint) and callback.save_last for callback in callbacks)
-        in_main_thread = threading.current_thread() is threading.main_thread()  # which alone can handle signals
-        if saves and in_main_thread and not any(isinstance(callback, Preemption) for callback in callbacks):
+        if saves and not any(isinstance(callback, Preemption) for callback in callbacks):
             callbacks.append(Preemption())
         return trainer
 

@@ -110,8 +110,9 @@ class AtomicCheckpoint(ModelCheckpoint):
     def __init__(self, save_last: bool = True, save_top_k: int = 0, **kwargs: Any) -> None:
         if save_last not in (True, False):
             raise UserError(f"save_last {save_last!r} must be true or false: last.ckpt is not a link.")
-        # With a version counter Lightning writes last-v1.ckpt beside a last.ckpt of a directory that was moved.
-        super().__init__(save_last=save_last, save_top_k=save_top_k, enable_version_counter=False, **kwargs)
+        super().__init__(save_last=save_last, save_top_k=save_top_k, **kwargs)
+        # With it Lightning writes last-v1.ckpt beside a last.ckpt of a directory that was moved.
+        self._enable_version_counter = False
         self._last_is_whole = False
         """Whether this process has written or checked ``last.ckpt``."""
         self._last_state_step = 0
@@ -258,15 +259,15 @@ class HuggingFaceCheckpoint(AtomicCheckpoint):
                 f"{type(pl_module).__name__} has no checkpoint_settings(), so there is no language model to export: "
                 "use simplear.callbacks.AtomicCheckpoint with it."
             )
-        if self.export_dir is not None and stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            states = Path(self.dirpath or trainer.default_root_dir).absolute()
-            if Path(self.export_dir).absolute() in (states, *states.parents):
-                raise UserError(
-                    f"dirpath {self.dirpath} lies inside export_dir {self.export_dir}, which is replaced as a whole: "
-                    "states to resume from would go with it. Put them side by side."
-                )
-            require_replaceable(self.export_dir, "the trained model", "export_dir of the checkpoint callback")
+        states = Path(self.dirpath or trainer.default_root_dir).absolute()
+        if self.export_dir is not None and Path(self.export_dir).absolute() in (states, *states.parents):
+            raise UserError(
+                f"dirpath {self.dirpath} lies inside export_dir {self.export_dir}, which is replaced as a whole: "
+                "states to resume from would go with it. Put them side by side."
+            )
         super().setup(trainer, pl_module, stage)
+        if self.export_dir is not None and stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            require_replaceable(self.export_dir, "the trained model", "export_dir of the checkpoint callback")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write ``export_dir``, unless it is newer than the last state; also after a training with no step left."""

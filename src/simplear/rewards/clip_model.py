@@ -9,10 +9,7 @@ safetensors or as tensors alone (``weights_only``), and a configuration that ask
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -81,7 +78,7 @@ def load_clip(model: str, pretrained: str | None = None, precision: str = "fp32"
         if pretrained and pretrained.startswith(HUB):
             owner, repository, file = pretrained.removeprefix(HUB).split("/", 2)
             weights = hf_hub_download(f"{owner}/{repository}", file)
-        with _quiet_root_logger(), float32_by_default():
+        with float32_by_default():
             network = open_clip.create_model(source, weights, precision=precision, require_pretrained=True)
             tokenizer = open_clip.get_tokenizer(source)
     except UserError:
@@ -110,18 +107,6 @@ def _refuse_remote_code(source: str) -> None:
             f"{file} asks for trust_remote_code: its text tokenizer would run code that comes with the model. Remove "
             "the key, if the tokenizer works without it, or take another model."
         )
-
-
-@contextlib.contextmanager
-def _quiet_root_logger() -> Iterator[None]:
-    """open_clip logs a dozen lines a model to the root logger."""
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        root.setLevel(level)
 
 
 def save_clip(network: Any, architecture: dict[str, Any], tokenizer: Any, directory: str | Path) -> None:
