@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from simplear import device
+from simplear.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -21,20 +22,32 @@ from simplear import device
         (494_000_000, 64, False, 64),
     ],
 )
-def test_a_small_model_gets_few_threads(parameters: int, available: int, chosen: bool, threads: int) -> None:
-    assert device.cpu_threads(parameters, available, chosen) == threads
-
-
-@pytest.mark.parametrize("chosen", [True, False])
-def test_the_number_is_set_and_said_unless_the_user_set_it(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, chosen: bool
+def test_a_small_model_gets_few_threads_unless_the_user_set_their_number(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    parameters: int,
+    available: int,
+    chosen: bool,
+    threads: int,
 ) -> None:
+    """And it is said."""
     caplog.set_level(logging.INFO)
-    threads: list[int] = []
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
-    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    number = [available]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: available)
+    monkeypatch.setattr(torch, "set_num_threads", number.append)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if chosen:
         monkeypatch.setenv("OMP_NUM_THREADS", "16")
-    device.limit_threads(1_600_000)
-    assert threads == ([] if chosen else [4]) and ("4 of 16 threads" in caplog.text) != chosen
+    device.limit_threads(parameters)
+    assert number[-1] == threads and (f"{threads} of {available} threads" in caplog.text) == (len(number) > 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [("gpu", "unknown"), ("cpu:x", "unknown"), ("cuda:99", "not available"), ("mps", "not available")],
+)
+def test_a_device_that_is_not_there_is_refused(name: str, problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=f"device '{name}' is {problem}"):
+        device.resolve_device(name)
+    assert device.resolve_device() == device.resolve_device("cpu") == torch.device("cpu")

@@ -1,4 +1,4 @@
-"""Where and how precisely to compute: a device by its name, threads of a small model, the dtype of what is loaded."""
+"""Devices by name, threads of a small model, and dtypes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from simplear.errors import UserError
+from simplear.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -23,54 +23,39 @@ DType = Literal["float32", "bfloat16"]
 
 
 def default_dtype(device: torch.device) -> DType:
-    """What a device draws in unless it is told otherwise: bfloat16 on GPUs, where it halves what is read."""
+    """What a device draws in by default: bfloat16 on GPUs, where it halves what is read."""
     return "bfloat16" if device.type == "cuda" else "float32"
 
 
 def resolve_device(name: str | torch.device | None = None) -> torch.device:
-    """The device of this name; None takes the GPU where there is one.
+    """The device of this name; None takes the GPU if there is one.
 
     Raises UserError for a name that PyTorch does not know and for a device that this machine does not have.
     """
-    there = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
-    there += ["mps"] if torch.backends.mps.is_available() else []
     if name is None:
-        return torch.device("cuda" if len(there) > 1 and there[1].startswith("cuda") else "cpu")
-    known = f"this machine has {', '.join(there)}"
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    problem = "unknown"
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"device {str(name)!r} is unknown; {known}.") from error
-    if device.type == "meta":
-        return device
-    if device.type not in {each.partition(":")[0] for each in there} or (device.index and str(device) not in there):
-        raise UserError(f"device {str(name)!r} is not available (or PyTorch was installed without it); {known}.")
+        problem = "not available on this machine"
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter from a PyTorch without it
+        raise UserError(f"device {str(name)!r} is {problem}: {first_line(error)}") from error
     return device
 
 
-def cpu_threads(parameters: int, available: int, chosen: bool) -> int:
-    """Threads to compute with on a CPU.
-
-    Args:
-        parameters: of the model.
-        available: PyTorch's number, by default that of the cores.
-        chosen: whether the user set it; then it stays.
-    """
-    return available if chosen or parameters >= SMALL_MODEL else min(available, SMALL_MODEL_THREADS)
-
-
 def limit_threads(parameters: int) -> None:
-    """Give a small model few of many cores, and say so; OMP_NUM_THREADS goes before."""
+    """On a CPU, give a small model only a few of many threads, and say so, unless OMP_NUM_THREADS is set."""
     available = torch.get_num_threads()
-    threads = cpu_threads(parameters, available, "OMP_NUM_THREADS" in os.environ)
-    if threads < available:
-        torch.set_num_threads(threads)
-        logger.info("the model is small: %d of %d threads; OMP_NUM_THREADS sets their number", threads, available)
+    if parameters < SMALL_MODEL and available > SMALL_MODEL_THREADS and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(SMALL_MODEL_THREADS)
+        message = "the model is small: %d of %d threads; OMP_NUM_THREADS sets their number"
+        logger.info(message, SMALL_MODEL_THREADS, available)
 
 
 @contextmanager
 def float32_by_default() -> Iterator[None]:
-    """What is built inside is float32, also within a training in bf16-true, whose default dtype is bfloat16."""
+    """Whatever is built inside is float32, even in a training in bf16-true, whose default dtype is bfloat16."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:

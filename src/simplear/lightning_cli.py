@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import enum
-import importlib
-import inspect
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +15,6 @@ from jsonargparse.typing import register_type
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from omegaconf import OmegaConf
-from torch.optim import AdamW
 
 from simplear.callbacks import AtomicCheckpoint, Preemption
 from simplear.callbacks.checkpointing import require_state
@@ -29,61 +25,50 @@ from simplear.stages.sharding import leave_ranks, refuse_fsdp1
 
 BASE = "base"
 """Key of a configuration file: the file to read before it, relative to it."""
-STAGE_BASES = {"model": ("simplear.stages", LightningModule), "data": ("simplear.data", LightningDataModule)}
-"""Keys of the configuration whose values are classes: the package that has them, and what they are."""
 
 
 class StageParser(SuggestingParser, LightningArgumentParser):
-    """Lightning's parser, which also knows the options of the project's stages and DataModules."""
-
-    def class_options(self) -> set[str]:
-        options = {f"trainer.{name}" for name in inspect.signature(Trainer).parameters}
-        options |= {f"model.init_args.optimizer.init_args.{name}" for name in inspect.signature(AdamW).parameters}
-        for key, (package, base) in STAGE_BASES.items():
-            module = importlib.import_module(package)
-            for class_ in (getattr(module, name) for name in module.__all__):
-                if inspect.isclass(class_) and issubclass(class_, base):
-                    options |= {f"{key}.init_args.{name}" for name in inspect.signature(class_).parameters}
-        return options
+    """Lightning's parser, with the project's error messages."""
 
 
 @dataclass
 class RunSettings:
     """What the stages of a model share: the other keys of a file refer to it, as in ``${run.pixels}``.
 
-    Only `simplear plan` reads it, for what is not there yet.
+    Nothing else reads them but `simplear plan`, for what does not exist yet.
+
+    Args:
+        stage: Words that name the stage, such as [grpo, hps].
+        name: Words that name the model, such as [0.5b, rope-2d]: what a stage writes is called
+            ``${join:${run.stage},${run.name}}``.
+        pixels: Side of an image.
+        architecture: Of the language model.
+        pretrained: Whose weights the language model begins with.
+        rope: Positions of its codes.
+        visual_tokenizer: Directory or hub id.
+        codebook_size: Of the visual tokenizer.
+        shards: Ending of the names of its token shards.
+        strategy: Of training on several GPUs.
+        activation_checkpointing: Of training on GPUs.
+        save_every: Optimizer steps between states.
     """
 
     stage: list[str] = field(default_factory=list)
-    """Words that name the stage, such as [grpo, hps]."""
     name: list[str] = field(default_factory=list)
-    """Words that name the model, such as [0.5b, rope-2d]: what a stage writes is called
-    ``${join:${run.stage},${run.name}}``.
-    """
     pixels: int | None = None
-    """Side of an image."""
     architecture: dict[str, Any] | None = None
-    """Of the language model."""
     pretrained: str | None = None
-    """Whose weights the language model begins with."""
     rope: str = "1d"
-    """Positions of its codes."""
     visual_tokenizer: str | None = None
-    """Directory or hub id."""
     codebook_size: int | None = None
-    """Of the visual tokenizer."""
     shards: str = ""
-    """Ending of the names of its token shards."""
     strategy: str = "fsdp2"
-    """Of training on several GPUs."""
     activation_checkpointing: str = "selective"
-    """Of training on GPUs."""
     save_every: int | None = None
-    """Optimizer steps between states."""
 
 
 def joined(*parts: str | Sequence[str]) -> str:
-    """Words and lists of words with dashes between; ``${join:sft,${run.name}}`` in a configuration."""
+    """Words and lists of words joined by dashes; ``${join:sft,${run.name}}`` in a configuration."""
     return "-".join(word for part in parts for word in ([part] if isinstance(part, str) else part))
 
 
@@ -141,17 +126,17 @@ class ConfigurationCLI(LightningCLI):
 
 
 class ConfigurationOfTraining(SaveConfigCallback):
-    """Writes ``config.yaml`` when the first step follows: what was refused leaves the file of the run that was not."""
+    """Writes ``config.yaml`` right before the first step: a run that is refused keeps the file of the run before."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Too early."""
+        """Not yet."""
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().setup(trainer, pl_module, "fit")  # once
 
 
 class CommandLine(ConfigurationCLI):
-    """What runs a verb."""
+    """Runs a verb."""
 
     def _parse_ckpt_path(self) -> None:
         """Checkpoints hold no hyperparameters, so resuming cannot override the command line; Lightning would read a
@@ -159,11 +144,11 @@ class CommandLine(ConfigurationCLI):
         """
 
     def before_instantiate_classes(self) -> None:
-        """Before Lightning's own message, which knows no remedy."""
+        """Lightning's own message, which comes later, names no remedy."""
         refuse_fsdp1(self._get(self.config, "trainer.strategy") or "auto")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Lightning's, whose constructor checks the flags. A training that saves states does so on Ctrl-C too."""
+        """Lightning's, whose constructor checks the flags; a training that saves states also does so on Ctrl-C."""
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (TypeError, ValueError) as error:
@@ -173,8 +158,7 @@ class CommandLine(ConfigurationCLI):
             require_state(state, [place for place in (*places, trainer.default_root_dir) if place])
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         saves = any(isinstance(callback, AtomicCheckpoint) and callback.save_last for callback in callbacks)
-        in_main_thread = threading.current_thread() is threading.main_thread()  # which alone can handle signals
-        if saves and in_main_thread and not any(isinstance(callback, Preemption) for callback in callbacks):
+        if saves and not any(isinstance(callback, Preemption) for callback in callbacks):
             callbacks.append(Preemption())
         return trainer
 
@@ -187,7 +171,7 @@ def run(arguments: Sequence[str]) -> None:
     """
     # The verb is a level above the files' keys: ${trainer.…} in a file must still find the file's own.
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
-    # Defaults of Lightning's callbacks (StochasticWeightAveraging, Timer) that YAML would not hold.
+    # For defaults of Lightning's callbacks (StochasticWeightAveraging, Timer) that YAML cannot represent.
     register_type(torch.device)
     yaml.SafeDumper.add_multi_representer(enum.Enum, lambda dumper, member: dumper.represent_data(member.value))
     try:
@@ -207,7 +191,7 @@ def run(arguments: Sequence[str]) -> None:
         leave_ranks()
         raise
     except SystemExit as ended:
-        if isinstance(ended.__context__, KeyboardInterrupt):  # Lightning makes it an exit without a word
+        if isinstance(ended.__context__, KeyboardInterrupt):  # Lightning exits without a message
             raise KeyboardInterrupt("stopped; --ckpt_path last goes on from the last state that was saved") from None
         raise
     leave_ranks()

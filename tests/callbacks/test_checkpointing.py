@@ -264,7 +264,7 @@ def test_a_training_that_ended_early_goes_on_as_if_it_had_not(
 
 @pytest.mark.parametrize("moved", [False, True])
 @pytest.mark.parametrize("interval", [2, 3])
-def test_states_stay_in_order_in_a_directory_that_was_moved_and_with_another_interval(
+def test_last_stays_last_in_a_directory_that_was_moved_and_with_another_interval(
     tmp_path: Path, make_trainer: MakeTrainer, moved: bool, interval: int
 ) -> None:
     def fit(directory: Path, steps: int, interval: int, **resume: str) -> AtomicCheckpoint:
@@ -278,21 +278,9 @@ def test_states_stay_in_order_in_a_directory_that_was_moved_and_with_another_int
     before.rename(after)
     callback = fit(after, 9, interval, ckpt_path="last")
     kept = {Path(path).stem for path in callback.best_k_models}
-    assert names(after)[0] == {"last", "previous", *kept} and len(kept) == 2
+    assert len(kept) == 2 and {"last", "previous", *kept} <= names(after)[0]
+    assert not any("-v" in name for name in names(after)[0])
     assert torch.load(after / "last.ckpt", weights_only=False)["global_step"] == 9
-
-
-def test_a_training_with_nothing_to_do_says_so(
-    tmp_path: Path, stage: ToyStage, make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO")
-    for limits, step in (({"max_steps": 2}, None), ({"max_steps": 2}, 2), ({"max_steps": 0}, 0)):
-        directory = tmp_path / str(limits)
-        callback = HuggingFaceCheckpoint(export_dir=str(directory / "model"), dirpath=directory / "states")
-        caplog.clear()
-        make_trainer(callback, **limits).fit(stage, batches(), ckpt_path="last")
-        assert ([record.args[0] for record in caplog.records if "nothing to train" in record.msg] or [None]) == [step]
-    assert not (directory / "model").exists(), "the weights that it began with"
 
 
 def test_any_module_has_its_last_step_saved(tmp_path: Path, make_trainer: MakeTrainer) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import subprocess
 import sys
@@ -58,11 +57,8 @@ def rows(faulty: set[int], count: int = 24) -> DataLoader[Any]:
 def test_stop_names_the_keys(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, max_steps=4, accumulate_grad_batches=2, callbacks=[FiniteGradients()])
     line = Line()
-    with pytest.raises(ValueError, match=r"step 1 is not finite, in this rank's batch of row6, row7…"):
+    with pytest.raises(ValueError, match=r"step 1 is not finite, in this rank's batch of row6, row7\."):
         trainer.fit(line, rows({7}))
-    (file,) = tmp_path.glob("not-finite-*.json")
-    found = json.loads(file.read_text())
-    assert found["keys"] == [["row6", "row7"]] and found["step"] == 1 and found["losses"][1] == "nan"
     assert torch.isfinite(line.layer.weight).all()
 
 
@@ -125,9 +121,7 @@ def test_all_ranks_agree(tmp_path: Path, strategy: str, on_failure: str) -> None
     """The row that is not finite is on rank 1 alone."""
     command = [sys.executable, str(SCRIPT), str(tmp_path), strategy, on_failure]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=WAIT)
-    files = [path.name for path in tmp_path.glob("not-finite-*")]
-    assert files == ["not-finite-step2-rank1.json"]
-    assert json.loads((tmp_path / files[0]).read_text())["keys"] == [["row9", "row11"]]
+    assert finished.stderr.count("in this rank's batch of row9, row11") == 1
     if on_failure == "stop":
         assert finished.returncode != 0
         assert finished.stderr.count("UserError: the loss or gradient of step 2") == 2

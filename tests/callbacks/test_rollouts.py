@@ -7,7 +7,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
@@ -40,8 +39,3 @@ def test_best_and_worst_of_each_group_are_shown(tmp_path: Path) -> None:
         assert (pixels == round(score * 255)).all(axis=2).sum() > 500
     for score in (0.5, 0.3):
         assert (pixels == round(score * 255)).all(axis=2).sum() < 30
-
-
-def test_a_stage_without_rollouts_is_refused() -> None:
-    with pytest.raises(TypeError, match="SampleImages"):
-        RolloutImages(1).on_fit_start(SimpleNamespace(), SimpleNamespace())  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from callbacks.conftest import ToyStage, batches
 from simplear.callbacks import TrainingMonitor
-from simplear.callbacks.throughput import Tally, rates, step_work
+from simplear.callbacks.throughput import rates, step_work
 from simplear.data import TokenDataModule
 from simplear.language_model import LanguageModelConfig
 from simplear.stages import GRPOModule, PretrainModule
@@ -20,18 +20,17 @@ WAIT = 0.05
 
 
 def test_rates_by_hand() -> None:
-    tally = Tally({"images": 20, "tokens": 1000, "flops": 600, "recomputed_flops": 150}, seconds=10.0, waited=2.5)
-    values = rates(tally, peak=10.0, devices=2)
+    counts = {"images": 20, "tokens": 1000, "flops": 600, "recomputed_flops": 150}
+    values = rates(counts, seconds=10.0, peak=10.0, devices=2)
     assert values == pytest.approx(
         {
             "images_per_second": 2.0,
-            "data_wait": 0.25,
             "tokens_per_second": 100.0,
             "mfu": 3.0,  # 60 a second of 20
             "hfu": 3.75,
         }
     )
-    assert "mfu" not in rates(tally, None, 2), "where the peak is not known there is no share of it"
+    assert "mfu" not in rates(counts, 10.0, None, 2), "where the peak is not known there is no share of it"
 
 
 @pytest.fixture
@@ -45,21 +44,26 @@ def data(tiny_shards: str, tiny_text_tokenizer: str) -> TokenDataModule:
     return TokenDataModule([tiny_shards], 4, tiny_text_tokenizer, validation_paths=[tiny_shards], max_text_tokens=40)
 
 
-def test_logged_and_summed_up(
-    tmp_path: Any, capsys: pytest.CaptureFixture[str], pretraining: PretrainModule, data: TokenDataModule
+def test_logged_over_all_steps_without_validation(
+    tmp_path: Any, pretraining: PretrainModule, data: TokenDataModule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monitor = TrainingMonitor(peak_flops=1e9)
-    seen: list[tuple[int, int]] = []
-    step = pretraining.training_step
+    """The rates are those of all batches since the last ones, whatever their lengths."""
+    windows: list[tuple[Any, float]] = []
+    worked: list[tuple[int, int]] = []
+    step, validate = pretraining.training_step, pretraining.validation_step
 
     def noted(batch: dict[str, Any], batch_idx: int) -> Any:
         work = step_work(pretraining, batch)
-        seen.append((int(work.tokens), int(work.flops)))
+        worked.append((int(work.tokens), int(work.flops)))
         return step(batch, batch_idx)
 
+    def measured(counts: Any, seconds: float, *rest: Any) -> dict[str, float]:
+        windows.append((counts, seconds))
+        return rates(counts, seconds, *rest)
+
     pretraining.training_step = noted  # type: ignore[method-assign]
-    sleeping = pretraining.validation_step
-    pretraining.validation_step = lambda batch, batch_idx: (time.sleep(WAIT), sleeping(batch, batch_idx))[1]  # type: ignore
+    pretraining.validation_step = lambda batch, batch_idx: (time.sleep(WAIT), validate(batch, batch_idx))[1]  # type: ignore
+    monkeypatch.setattr("simplear.callbacks.throughput.rates", measured)
     trainer = make_trainer(
         tmp_path,
         max_steps=6,
@@ -70,23 +74,19 @@ def test_logged_and_summed_up(
         val_check_interval=6,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
-        callbacks=[monitor],
+        callbacks=[TrainingMonitor(peak_flops=1e9)],
     )
-    before, began = trainer.profiler, time.perf_counter()
+    began = time.perf_counter()
     trainer.fit(pretraining, datamodule=data)
     elapsed = time.perf_counter() - began
-    assert trainer.profiler is before
-    whole = monitor._whole
-    assert whole.counts["images"] == 6 * 4
-    assert (whole.counts["tokens"], whole.counts["flops"]) == tuple(map(sum, zip(*seen, strict=True)))
-    assert whole.validated >= 2 * 5 * WAIT and whole.seconds + whole.validated <= elapsed
-    assert 0 < whole.waited < whole.seconds
+    totals = {name: sum(counts[name] for counts, _ in windows) for name in ("images", "tokens", "flops")}
+    assert len(windows) == 3 and totals["images"] == 6 * 4
+    assert (totals["tokens"], totals["flops"]) == tuple(map(sum, zip(*worked, strict=True)))
+    assert sum(seconds for _, seconds in windows) <= elapsed - 2 * 5 * WAIT, "validation does not count"
     logged = trainer.logged_metrics
-    assert {f"throughput/{name}" for name in ("images_per_second", "tokens_per_second", "mfu", "data_wait")} <= set(
-        logged
-    )
+    assert {f"throughput/{name}" for name in ("images_per_second", "tokens_per_second", "mfu")} <= set(logged)
+    assert 0 < logged["throughput/data_wait"] < 1
     assert "throughput/hfu" not in logged and "throughput/memory_gib" not in logged
-    assert "6 steps in" in capsys.readouterr().out
 
 
 def test_waiting_for_data_is_seen(tmp_path: Any, stage: ToyStage) -> None:
@@ -94,11 +94,12 @@ def test_waiting_for_data_is_seen(tmp_path: Any, stage: ToyStage) -> None:
     collate = slow.collate_fn
     slow.collate_fn = lambda rows: (time.sleep(WAIT), collate(rows))[1]
     monitor = TrainingMonitor()
-    trainer = make_trainer(tmp_path, max_steps=4, callbacks=[monitor])
+    trainer = make_trainer(tmp_path, max_steps=4, callbacks=[monitor], logger=CSVLogger(tmp_path), log_every_n_steps=2)
     trainer.fit(stage, slow)
-    assert monitor._whole.waited >= 3 * WAIT
+    logged = trainer.logged_metrics
+    seconds = 2 * 4 / logged["throughput/images_per_second"]  # of a stage that does not say what a step takes
+    assert logged["throughput/data_wait"] * seconds >= 2 * WAIT
     assert monitor.peak_flops is None, "the peak of a CPU is not known"
-    assert monitor._whole.counts["images"] == 16, "of a stage that does not say what a step takes"
 
 
 def test_a_rollout_counts_each_pass(tiny_checkpoint: Any, tiny_visual_tokenizer: str, data: TokenDataModule) -> None:

@@ -76,12 +76,13 @@ def test_every_command_parses(page: Path, words: list[str]) -> None:
 
 
 def parse(arguments: list[str]) -> None:
-    arguments, _ = cli._without_imports(arguments)
-    verb, rest = arguments[0], arguments[1:]
-    entry = cli.VERBS[verb]
-    if isinstance(entry, cli.Group):
-        entry, rest = entry.verbs[rest[0]], rest[1:]
-    if entry.configured:
+    if "--import" in arguments:
+        number = arguments.index("--import")
+        arguments = arguments[:number] + arguments[number + 2 :]
+    length = 1 if arguments[0] in cli.VERBS else 2
+    verb, rest = " ".join(arguments[:length]), arguments[length:]
+    function, _ = cli.VERBS[verb]
+    if function in cli.CONFIGURED:
         rest = [word for index, word in enumerate(rest) if "--ckpt_path" not in rest[max(0, index - 1) : index + 1]]
         configuration = plan._Configuration if verb == "plan" else ParsedAlone
         configuration(
@@ -96,7 +97,7 @@ def parse(arguments: list[str]) -> None:
             args=rest,
         )
         return
-    module, _, name = entry.function.partition(":")
+    module, _, name = function.partition(":")
     command_line.parse(getattr(importlib.import_module(module), name), rest, f"simplear {verb}")
 
 

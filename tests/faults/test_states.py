@@ -235,11 +235,12 @@ def test_the_demo_goes_on_from_the_state_before(
 ) -> None:
     """Also when it was killed between the two names, so that there is no last.ckpt at all."""
     config, root = make_config("pretrain", tmp_path), tmp_path / "run"
-    step = demo.Step("x", ("fit", "--config", str(config)), root / "model", 1, states=root / "states")
+    step = demo.Step("x", f"fit --config {config} --ckpt_path last", root / "model", 1)
     (tmp_path / "configs" / "demo").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo, "STEPS", (step,))
-    monkeypatch.setattr(demo, "_summary", lambda: "")
+    monkeypatch.setattr(demo, "markdown_table", lambda report: "")
+    monkeypatch.setattr(demo, "read_report", lambda file: {})
     fit(config, 6, tmp_path / "whole")
     fit(config, 4, root)
     for damaged in (True, False):

@@ -118,7 +118,7 @@ def test_flags_that_work(run: Run, tmp_path: Path, options: str, steps: int | No
         ("--data.init_args.global_batch_size 0", "global_batch_size 0 must be at least 1"),
         (
             "--data.init_args.tokenizer ${trainer.nope}",
-            "a reference in the configuration leads nowhere",
+            "Interpolation key '.trainer.nope' not found",
         ),
     ],
 )
@@ -162,19 +162,19 @@ def test_what_names_no_state_is_refused_and_states_are_named(run: Run, tmp_path:
     states, model = tmp_path / "run" / "states", tmp_path / "run" / "model"
     torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pt")
     for name, found in {
-        "nowhere.ckpt": "there is no training state 'nowhere.ckpt'",
-        "best": "there is no training state 'best'",
-        "hpc": "there is no training state 'hpc'",
+        "nowhere.ckpt": "--ckpt_path: nowhere.ckpt does not exist",
+        "best": "--ckpt_path: best does not exist",
+        "hpc": "--ckpt_path: hpc does not exist",
         f"{model}": "is a checkpoint of a model, which a new training starts from",
         f"{states / 'last'}": "is a checkpoint of a model, which a new training starts from",
-        f"{states}": "is a directory, but not a training state",
-        f"{model / 'model.safetensors'}": "is a file, but not a training state",
+        f"{states}": "is not a training state",
+        f"{model / 'model.safetensors'}": "is not a training state",
     }.items():
         if verb == "validate" and name not in ("best", f"{model}"):
             continue
         code, printed = run(f"--ckpt_path {name} VALIDATE", verb)
         assert code == 2 and found in printed and "Traceback" not in printed and "damaged" not in printed
-        assert f"give one of {states / 'last.ckpt'}, or last" in printed
+        assert f"give {states / 'last.ckpt'}, or last" in printed
     code, printed = run(f"--ckpt_path {tmp_path / 'other.pt'} VALIDATE", verb)
     assert code == 2 and "was not written by a training" in printed
     state = weights(tmp_path)

@@ -101,15 +101,6 @@ def test_a_captions_features_are_computed_once(tiny_clip: tuple[str, Path]) -> N
     assert torch.equal(reward(images, CAPTIONS, NOTHING), first) and len(sizes) == 4
 
 
-def test_the_captions_kept_are_bounded_and_those_in_use_stay(tiny_clip: tuple[str, Path]) -> None:
-    reward = CLIPReward(tiny_clip[0], str(tiny_clip[1]), cached_captions=2)
-    sizes = count_texts(reward)
-    _, images = pictures(1, 32, 32)
-    for caption in ("a", "b", "a", "c", "a", "b"):
-        reward(images, [caption], [{}])
-    assert len(sizes) == 4  # a, b, c and, forgotten meanwhile, b
-
-
 def test_scores_do_not_depend_on_which_captions_came_before(tiny_clip: tuple[str, Path]) -> None:
     """Bit for bit: a training that is resumed has an empty cache."""
     _, images = pictures(5, 32, 32)
@@ -167,32 +158,32 @@ def test_long_captions_are_counted_and_said(tiny_clip: tuple[str, Path], caplog:
     assert [record.message.count("captions were cut") for record in caplog.records] == [1, 1]
 
 
-def refused(error: type[Exception], match: str, *arguments: Any) -> None:
-    with pytest.raises(error, match=match):
+def refused(match: str, *arguments: Any) -> None:
+    with pytest.raises(ValueError, match=match):
         CLIPReward(*arguments).to("cpu")
 
 
 def test_missing_and_mistaken_weights_are_named(tiny_clip: tuple[str, Path], tmp_path: Path) -> None:
     name, file = tiny_clip
-    refused(FileNotFoundError, f"{tmp_path} is no CLIP model.*open_clip_config.json", str(tmp_path))
-    refused(FileNotFoundError, "absent is no CLIP model", "local-dir:absent")
-    refused(ValueError, "did you mean 'ViT-H-14'", "ViTH-14")
-    refused(ValueError, "ViT-H-14 needs pretrained weights.*laion2b_s32b_b79k", "ViT-H-14")
-    refused(FileNotFoundError, "'absent.pt' for tiny-test-clip is no file", name, "absent.pt")
+    refused(f"{tmp_path}.*open_clip_config.json", str(tmp_path))
+    refused("absent.*open_clip_config.json", "local-dir:absent")
+    refused("'ViTH-14' not found in built-ins.*open_clip.list_models", "ViTH-14", "openai")
+    refused("ViT-H-14 could not be loaded.*required.*open_clip.list_pretrained", "ViT-H-14")
+    refused("tiny-test-clip with absent.pt could not be loaded.*not a known tag", name, "absent.pt")
     save_clip(load_clip(name, str(file)).network, ARCHITECTURE, None, tmp_path / "saved")
-    refused(ValueError, "leave pretrained 'x' out", str(tmp_path / "saved"), "x")
+    refused("leave pretrained 'x' out", str(tmp_path / "saved"), "x")
     (tmp_path / "saved" / "open_clip_model.safetensors").unlink()
-    refused(FileNotFoundError, "is no CLIP model", str(tmp_path / "saved"))
+    refused("saved could not be loaded.*Required", str(tmp_path / "saved"))
 
 
 def test_damaged_and_foreign_weights_are_named(tiny_clip: tuple[str, Path], tmp_path: Path) -> None:
     name, file = tiny_clip
     cut = tmp_path / "cut.pt"
     cut.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    refused(ValueError, "cut.pt could not be loaded: damaged", name, str(cut))
+    refused("cut.pt could not be loaded", name, str(cut))
     weights = random_weights()
     torch.save({key: value for key, value in weights.items() if key != "visual.proj"}, tmp_path / "less.pt")
-    refused(ValueError, "less.pt could not be loaded", name, str(tmp_path / "less.pt"))
+    refused("less.pt could not be loaded", name, str(tmp_path / "less.pt"))
 
 
 class Code:
@@ -204,7 +195,7 @@ class Code:
 
 def test_weights_run_no_code(tiny_clip: tuple[str, Path], tmp_path: Path) -> None:
     torch.save({"state_dict": random_weights(), "more": Code()}, tmp_path / "code.pt")
-    refused(ValueError, "code.pt could not be loaded", tiny_clip[0], str(tmp_path / "code.pt"))
+    refused("code.pt could not be loaded", tiny_clip[0], str(tmp_path / "code.pt"))
     assert not Code.ran
 
 
@@ -216,9 +207,9 @@ def test_downloads_that_fail_say_what_to_do(
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
     monkeypatch.setattr("open_clip.pretrained.hf_hub_download", offline)
-    refused(FileNotFoundError, "laion2b_s32b_b79k is not in the local cache.*Download", "ViT-H-14", "laion2b_s32b_b79k")
-    refused(FileNotFoundError, "hf-hub:someone/clip is not in the local cache", "hf-hub:someone/clip")
-    with pytest.raises(FileNotFoundError, match=r"HPS_v2\.1_compressed\.pt of xswu/HPSv2 is not in the local cache"):
+    refused("laion2b_s32b_b79k could not be loaded.*no network.*download", "ViT-H-14", "laion2b_s32b_b79k")
+    refused("hf-hub:someone/clip could not be loaded.*no network", "hf-hub:someone/clip")
+    with pytest.raises(ValueError, match=r"xswu/HPSv2/HPS_v2\.1_compressed\.pt could not be loaded.*download"):
         HPSv2Reward().to("cpu")
 
 

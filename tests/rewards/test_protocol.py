@@ -10,7 +10,7 @@ import torch
 from jsonargparse import ArgumentParser
 from torch import Tensor
 
-from simplear.command_line import PARSER_MODE, mistake
+from simplear.command_line import PARSER_MODE
 from simplear.rewards import CLIPReward, HPSv2Reward, Reward, RewardOfParts, SceneReward, WeightedReward, move, score
 
 IMAGES = torch.linspace(0, 1, 3 * 3 * 4 * 4).view(3, 3, 4, 4)
@@ -123,26 +123,13 @@ def test_one_number_for_each_image_is_a_score(scores: Any) -> None:
     assert found.dtype == torch.float32 and found.tolist() == [1.0, 0.0, 1.0]
 
 
-@pytest.mark.parametrize("error", [KeyError("tag"), FileNotFoundError(2, "gone", "weights.pt"), ImportError("no timm")])
-def test_what_a_reward_raises_keeps_its_type_and_its_trace(error: Exception) -> None:
-    """Also where the command line would take it for a path or a package that the user gave."""
-
-    class Mine:
-        def __call__(self, images, captions, metadata):
-            raise error
-
-    with pytest.raises(type(error)) as raised:
-        score(Mine(), IMAGES, CAPTIONS, METADATA)
-    assert raised.value.__notes__ == ["raised by the user's own reward Mine"] and mistake(raised.value) is None
-
-
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (IMAGES * 2 - 1, r"images in \[0, 1\], these lie in \[-1.000, 1.000\]"),
-        (IMAGES.clone().fill_(float("nan")), r"images in \[0, 1\]"),
+        (IMAGES * 2 - 1, r"float in \[0, 1\], not .* in \[-1.000, 1.000\]"),
+        (IMAGES.clone().fill_(float("nan")), r"float in \[0, 1\]"),
         ((IMAGES * 255).to(torch.uint8), "float"),
-        (IMAGES[0], "float"),
+        (IMAGES[:, 0], "float"),
         (IMAGES[:2], "2 images, 3 captions and 3 metadata"),
     ],
 )

@@ -1,24 +1,23 @@
-"""Callbacks that draw during training, without leaving a trace: fixed prompts, and the accuracy of scenes.
+"""Callbacks that show images during training: fixed prompts, the accuracy of scenes, and GRPO's rollouts.
 
-Drawing changes nothing of the training: the engines take their randomness from seeds of their own, and the global
-generators, which building a visual tokenizer would use, are put back as they were, as is each module's mode. All ranks
-draw, because sharded weights are gathered by all of them together; what becomes of the images is for rank zero.
+Drawing does not change the training: the engines have their own seeds, and the global random generators, which
+building a visual tokenizer would use, are restored, as is each module's mode. All ranks draw, because they gather
+sharded weights together; only rank zero logs the images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import _ModuleMode
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from simplear.errors import UserError
 from simplear.evaluation import Cell, draw_and_judge, image_grid, scene_result
-from simplear.generation import SimpleARPipeline
+from simplear.generation import SimpleARPipeline, pil_images
 from simplear.scenes import evaluation_prompts
 from simplear.stages.averaging import averaged_weights
 from simplear.stages.picture_loggers import log_picture, picture_loggers
@@ -43,11 +42,11 @@ class DrawingCallback(Callback):
         self._visual_tokenizer: VisualTokenizer | None = None
 
     def draw(self, trainer: Trainer, pipeline: SimpleARPipeline) -> None:
-        """Draw with the model as it is; runs on every rank."""
+        """Draw with the current model; runs on every rank."""
         raise NotImplementedError
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raises ValueError when there is no visual tokenizer to draw with."""
+        """Raises ValueError if there is no visual tokenizer to draw with."""
         if getattr(pl_module, "visual_tokenizer_path", None) is None:
             raise UserError(
                 f"{type(self).__name__} draws images, which takes a visual tokenizer: name its directory "
@@ -55,7 +54,7 @@ class DrawingCallback(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # A resumed training has drawn at the step that it goes on from.
+        # A resumed training has already drawn at this step.
         self._drawn_at = trainer.global_step
 
     def on_train_batch_end(
@@ -68,21 +67,25 @@ class DrawingCallback(Callback):
         self._draw_once(trainer, pl_module)
 
     def _draw_once(self, trainer: Trainer, module: Any) -> None:
-        """Draw, unless that was done at this step: with accumulation several batches make one."""
+        """Draw, unless that was done at this step: with accumulation, several batches make one step."""
         if trainer.global_step == self._drawn_at:
             return
         self._drawn_at = trainer.global_step
-        with isolate_rng(), averaged_weights(trainer), _evaluation_mode(module):
+        mode = _ModuleMode()
+        mode.capture(module)
+        with isolate_rng(), averaged_weights(trainer):
+            module.eval()
             if self._visual_tokenizer is None:
                 self._visual_tokenizer = load_visual_tokenizer(str(module.visual_tokenizer_path), module.device)
             pipeline = SimpleARPipeline(
                 module.language_model, module.text_tokenizer, module.checkpoint_settings(), self._visual_tokenizer
             )
             self.draw(trainer, pipeline)
+        mode.restore(module)
 
 
 class SampleImages(DrawingCallback):
-    """Draws the same prompts from the same seeds again and again, into the loggers as ``samples``.
+    """Draws the same prompts from the same seeds each time, into the loggers as ``samples``.
 
     Args:
         prompts: captions to draw.
@@ -103,13 +106,10 @@ class SampleImages(DrawingCallback):
         super().__init__(every_n_steps)
         if not prompts:
             raise UserError("SampleImages has no prompts to draw.")
-        self.prompts = prompts
-        self.guidance_scale = guidance_scale
-        self.seed = seed
-        self.image_size = image_size
+        self.prompts, self.guidance_scale, self.seed, self.image_size = prompts, guidance_scale, seed, image_size
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """As `DrawingCallback`, and says so when no logger takes pictures."""
+        """As `DrawingCallback`; warns if no logger takes pictures."""
         super().on_fit_start(trainer, pl_module)
         if not picture_loggers(trainer):
             rank_zero_warn(
@@ -118,7 +118,7 @@ class SampleImages(DrawingCallback):
             )
 
     def draw(self, trainer: Trainer, pipeline: SimpleARPipeline) -> None:
-        # Loggers are the same on every rank, so all of them leave here or none.
+        # Loggers are the same on every rank, so either all ranks return here or none.
         if not picture_loggers(trainer):
             return
         seeds = [self.seed + number for number in range(len(self.prompts))]
@@ -148,9 +148,7 @@ class SceneAccuracy(DrawingCallback):
     ) -> None:
         super().__init__(every_n_steps)
         self.prompts = evaluation_prompts(prompts_per_category, seed)
-        self.guidance_scale = guidance_scale
-        self.seed = seed
-        self.batch_size = batch_size
+        self.guidance_scale, self.seed, self.batch_size = guidance_scale, seed, batch_size
 
     def draw(self, trainer: Trainer, pipeline: SimpleARPipeline) -> None:
         judged = draw_and_judge(
@@ -165,13 +163,29 @@ class SceneAccuracy(DrawingCallback):
             logger.log_metrics(values, trainer.global_step)
 
 
-@contextmanager
-def _evaluation_mode(module: LightningModule) -> Iterator[None]:
-    """Evaluation mode inside; afterwards each submodule has the mode that it had."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
+class RolloutImages(Callback):
+    """Logs the best and the worst image of the first groups of a GRPO rollout, as ``rollouts``.
+
+    Args:
+        every_n_steps: training steps between pictures.
+        groups: captions shown.
+        image_size: pixels of an image as shown.
+    """
+
+    def __init__(self, every_n_steps: int, groups: int = 4, image_size: int = 128) -> None:
+        if every_n_steps < 1 or groups < 1:
+            raise UserError(f"every_n_steps {every_n_steps} and groups {groups} must be at least 1.")
+        self.every_n_steps, self.groups, self.image_size = every_n_steps, groups, image_size
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if pl_module.rollouts_done % self.every_n_steps or not trainer.is_global_zero:
+            return
+        rollout, size = pl_module.last_rollout, pl_module.group_size
+        cells = []
+        for start in range(0, min(self.groups * size, len(rollout.captions)), size):
+            scores = rollout.scores[start : start + size]
+            places = {"best": int(scores.argmax()), "worst": int(scores.argmin())}
+            images = tuple(pil_images(rollout.images[[start + place for place in places.values()]].float().cpu()))
+            labels = tuple(f"{name} {float(scores[place]):.2f}" for name, place in places.items())
+            cells.append(Cell(rollout.captions[start], images, labels=labels))
+        log_picture(trainer, "rollouts", np.asarray(image_grid({"": cells}, image_size=self.image_size)))

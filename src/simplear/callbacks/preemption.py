@@ -1,13 +1,13 @@
-"""A job that is to be moved or ended saves its state at the step boundary and says by its exit code "resume me".
+"""A job that is pre-empted saves its state at the next step boundary, and its exit code says "resume me".
 
 Lightning by itself exits with 0 on SIGTERM and saves nothing; under SLURM it saves in the signal's handler, in the
-middle of a step, into a file that goes before ``--ckpt_path`` for ever after. So other handlers are in place from the
-setup of a training to its end: they set a flag, and at the next step boundary all ranks agree, save ``last.ckpt``, and
+middle of a step, into a file that from then on takes precedence over ``--ckpt_path``. So this callback installs other
+handlers for the whole training: they set a flag, and at the next step boundary all ranks agree, save ``last.ckpt``, and
 exit. A step of GRPO is a rollout with its updates. Under SLURM the requeue signal also requeues the job, as Lightning
-would; SIGTERM does not, for `scancel` sends it too.
+would; SIGTERM does not, because `scancel` sends it too.
 
-Ctrl-C does the same while steps are taken, and a second one stops at once. `simplear fit` always has this callback
-where there is an `AtomicCheckpoint` with ``save_last``.
+Ctrl-C does the same during training, and a second one stops at once. `simplear fit` adds this callback whenever there
+is an `AtomicCheckpoint` with ``save_last``.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import logging
 import os
 import signal
 import subprocess
-import threading
 from types import FrameType
 from typing import Any, NoReturn
 
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from simplear.callbacks.checkpointing import AtomicCheckpoint
 from simplear.command_line import STOPPED
@@ -29,10 +29,9 @@ from simplear.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 RESUME_ME = 75
 """EX_TEMPFAIL of sysexits.h: the same command with ``--ckpt_path last`` goes on where this one stopped."""
-
-
 STANDARD_ERROR = 2
 AFTER_THIS_STEP = b"\nCtrl-C: stopping after this step, with its state saved; once more stops at once\n"
 
@@ -44,26 +43,18 @@ class Preempted(SystemExit):
 class Preemption(Callback):
     """Stops training at a step boundary when a signal asks for it, with the state saved, and exits with `RESUME_ME`.
 
-    Needs an `AtomicCheckpoint` (or `HuggingFaceCheckpoint`) with ``save_last`` beside it. One rank that gets the signal
-    is enough. A training that has done its last step ends as always, its export included, with 0.
-
-    Args:
-        exit_code: of all ranks.
-        signals: names; under SLURM Lightning's requeue signal comes on top.
+    Needs an `AtomicCheckpoint` (or `HuggingFaceCheckpoint`) with ``save_last`` beside it. It reacts to SIGTERM, SIGUSR1
+    and, under SLURM, Lightning's requeue signal; one rank that gets it is enough. A training that has done its last
+    step ends as always, its export included, with 0.
     """
 
-    def __init__(self, exit_code: int = RESUME_ME, signals: tuple[str, ...] = ("SIGTERM", "SIGUSR1")) -> None:
-        if not 0 < exit_code < 128:
-            raise UserError(f"exit_code {exit_code} must be in 1–127: 0 says done, from 128 on a shell says killed.")
-        self.exit_code = exit_code
-        self.signals = {signal.Signals[name] for name in signals}
+    def __init__(self) -> None:
         self.received: signal.Signals | None = None
         """The signal that this process got, if any."""
         self._handlers: dict[signal.Signals, Any] = {}
-        self._speaks = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Raises ValueError where nothing would be saved."""
+        """Raises ValueError if nothing would be saved."""
         if stage != "fit":
             return
         if not any(checkpoint.save_last for checkpoint in _checkpoints(trainer)):
@@ -71,34 +62,27 @@ class Preemption(Callback):
                 "Preemption has no state to leave behind: put simplear.callbacks.HuggingFaceCheckpoint, or "
                 "AtomicCheckpoint, with save_last: true beside it."
             )
-        # After those that save at this step by themselves. A new list: this hook runs over the old one.
+        # Last, after callbacks that save at this step anyway. A new list: this hook iterates over the old one.
         trainer.callbacks = [*(other for other in trainer.callbacks if other is not self), self]  # type: ignore[attr-defined]
-        if threading.current_thread() is not threading.main_thread():
-            raise RuntimeError("Preemption needs the main thread, which alone can handle signals.")
-        # From here on Lightning would set its own, whose broadcast meets what the other ranks are just waiting for.
-        trainer._signal_connector.register_signal_handlers = _do_nothing  # type: ignore[method-assign]
+        # Lightning would now set its own, whose broadcast would meet other collectives of the other ranks.
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         requeue = _requeue_signal(trainer)
-        for number in self.signals | ({requeue} if requeue else set()):
-            self._handlers[number] = signal.signal(number, self._note)
+        for number in (*SIGNALS, *([requeue] if requeue else [])):
+            self._handlers.setdefault(number, signal.signal(number, self._note))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From here on Ctrl-C waits for a step, unless the shell has it ignored; before there is nothing to save."""
-        self._speaks = trainer.is_global_zero
+        """From here on Ctrl-C waits for a step, unless it is ignored; before, there is nothing to save."""
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
             self._handlers[signal.SIGINT] = signal.signal(signal.SIGINT, self._note_interrupt)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let Ctrl-C stop at once again."""
-        self._restore_one(signal.SIGINT)
-
     def _note_interrupt(self, number: int, frame: FrameType | None) -> None:
         self._note(number, frame)
-        self._restore_one(signal.SIGINT)
-        if self._speaks:
-            os.write(STANDARD_ERROR, AFTER_THIS_STEP)  # not print, which it may have interrupted
+        self._restore(signal.SIGINT)
+        # Not print, which it may have interrupted.
+        rank_zero_only(os.write)(STANDARD_ERROR, AFTER_THIS_STEP)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        # The requeue signal goes before SIGTERM, which often follows it.
+        # The requeue signal takes precedence over SIGTERM, which often follows it.
         if self.received is None or self.received == signal.SIGTERM:
             self.received = signal.Signals(number)
 
@@ -113,7 +97,7 @@ class Preemption(Callback):
         for checkpoint in _checkpoints(trainer):
             checkpoint.save_end(trainer)
         requeue = _requeue_signal(trainer)
-        # Ranks on other machines may get the signal a little later: any one's is enough.
+        # Ranks on other machines may get the signal a little later, so one rank's is enough.
         asked: Any = trainer.strategy.reduce_boolean_decision(
             requeue is not None and self.received == requeue, all=False
         )
@@ -122,7 +106,7 @@ class Preemption(Callback):
         self._exit(trainer)
 
     def _exit(self, trainer: Trainer) -> NoReturn:
-        code = STOPPED if self.received == signal.SIGINT else self.exit_code
+        code = STOPPED if self.received == signal.SIGINT else RESUME_ME
         if trainer.is_global_zero:
             name = self.received.name if self.received else "a signal on another rank"
             meaning = "" if code == STOPPED else f"; exit code {code} says resume me"
@@ -132,30 +116,31 @@ class Preemption(Callback):
                 trainer.global_step,
                 meaning,
             )
-        # A process that Lightning itself has started would have its exit code taken for a crash, and the first process,
-        # whose code counts, would be killed.
+        # Lightning takes another exit code of a process that it started for a crash, and kills the first process, whose
+        # exit code counts.
         started = isinstance(trainer._accelerator_connector.cluster_environment, LightningEnvironment)
         raise Preempted(0 if started and trainer.local_rank > 0 else code)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ctrl-C stops at once again."""
+        self._restore(signal.SIGINT)
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._restore(trainer)
+        self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the signals back to whoever had them."""
-        self._restore(trainer)
-
-    def _restore(self, trainer: Trainer) -> None:
+        """Give the signals back to the handlers that they had."""
         vars(trainer._signal_connector).pop("register_signal_handlers", None)
-        for number in list(self._handlers):
-            self._restore_one(number)
+        self._restore(*self._handlers)
 
-    def _restore_one(self, number: signal.Signals) -> None:
-        if number in self._handlers:
-            signal.signal(number, self._handlers.pop(number))
+    def _restore(self, *numbers: signal.Signals) -> None:
+        for number in numbers:
+            if number in self._handlers:
+                signal.signal(number, self._handlers.pop(number))
 
 
 def requeue_job() -> None:
-    """Ask SLURM to start this job again. A refusal is an error message, not an error: the state is saved."""
+    """Ask SLURM to start this job again. If it refuses, only log an error: the state is saved."""
     job = os.environ["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
@@ -165,16 +150,12 @@ def requeue_job() -> None:
         logger.error("job %s could not be requeued (%s): submit it again", job, getattr(error, "stderr", "") or error)
 
 
-def _do_nothing() -> None:
-    pass
-
-
 def _checkpoints(trainer: Trainer) -> list[AtomicCheckpoint]:
     return [callback for callback in trainer.callbacks if isinstance(callback, AtomicCheckpoint)]  # type: ignore[attr-defined]
 
 
 def _requeue_signal(trainer: Trainer) -> signal.Signals | None:
-    """SLURM's, where Lightning would requeue the job."""
+    """SLURM's signal on which Lightning would requeue the job."""
     environment = trainer._accelerator_connector.cluster_environment
     if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
         return environment.requeue_signal

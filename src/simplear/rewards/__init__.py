@@ -1,11 +1,9 @@
-"""Rewards for reinforcement learning: a protocol, CLIP, HPSv2, verifiable scenes, and their weighted sum."""
+"""Rewards for reinforcement learning: the protocol, weighted sums, CLIP, HPSv2 and verifiable scenes."""
 
-from simplear.rewards.clip import CLIPReward
+from simplear.rewards.clip import CLIPReward, HPSv2Reward
 from simplear.rewards.clip_model import LoadedCLIP, load_clip, preprocess, save_clip
-from simplear.rewards.hps import HPSv2Reward
-from simplear.rewards.protocol import Reward, RewardOfParts, move, score
+from simplear.rewards.protocol import Reward, RewardOfParts, WeightedReward, move, score
 from simplear.rewards.scene import SceneReward
-from simplear.rewards.weighted import WeightedReward
 
 __all__ = [
     "CLIPReward",

@@ -1,12 +1,10 @@
-"""What a reward is: pictures, their captions and what is known about them in, one score for each picture out.
+"""What a reward is: images, their captions and their metadata in, one score for each image out.
 
-A reward of your own is a class with that ``__call__``, named in YAML by its class path; there is nothing to derive
-from or to register. (In a `simplear.data.MinimumScore` its public attributes are settings of what is made with it; of a
-class that derives from `simplear.described.Described`, its arguments.) One that is made of parts derives from
-`RewardOfParts`, and the parts are logged. If it has a method ``to(device)``, that is called once before training: the
-place to read weights and to fail early.
+Your own reward is a class with that ``__call__``, or a function, named in YAML by its import path. There is nothing to
+derive from and nothing to register. If it has a method ``to(device)``, that is called once before training: the place
+to read weights and to fail early. A reward that derives from `RewardOfParts` also has its parts logged.
 
-Training calls `score`, which holds what a reward returns against this contract.
+Training calls `score`, which checks what a reward returns.
 """
 
 from __future__ import annotations
@@ -19,15 +17,14 @@ import torch
 from torch import Tensor
 
 from simplear.described import Described
-from simplear.errors import UserError, note_user_code
+from simplear.errors import UserError
 
 
 @runtime_checkable
 class Reward(Protocol):
-    """Scores pictures; frozen, without gradient, and the same for a picture whatever else is in the batch.
+    """Scores images; frozen, without gradient. An image's score must not depend on the rest of the batch.
 
-    Its types are left open, for jsonargparse accepts a class that has the arguments by name and would else want the
-    annotations of one's own class to be the very same.
+    The types are left open: jsonargparse would require the same annotations of your own class.
     """
 
     def __call__(self, images: Any, captions: Any, metadata: Any) -> Any:
@@ -35,7 +32,7 @@ class Reward(Protocol):
 
         Args:
             images: (B, 3, H, W) float in [0, 1].
-            captions: B texts (``list[str]``), as they were given to the model but for its prefix.
+            captions: B texts (``list[str]``), without the model's prefix.
             metadata: B dictionaries, each the metadata of its prompt's row; empty where a source has none.
         """
 
@@ -58,80 +55,97 @@ class RewardOfParts(Described, ABC):
         return self.combine(self.parts(images, captions, metadata))
 
 
-def score(
-    reward: Reward, images: Tensor, captions: Sequence[str], metadata: Sequence[Mapping[str, Any]]
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Scores and parts, checked; each part is computed once.
+class WeightedReward(RewardOfParts):
+    """The weighted sum of rewards. Its parts are the rewards, unweighted, and their own parts as ``name/part``."""
 
-    Args:
-        reward: any; its parts are those of `RewardOfParts`, else there are none.
-        images: (B, 3, H, W) float in [0, 1].
-        captions: B texts.
-        metadata: B dictionaries.
+    def __init__(self, rewards: dict[str, Reward], weights: dict[str, float] | None = None) -> None:
+        """
+        Args:
+            rewards: Rewards by name, each by class path.
+            weights: The weight of each, by the same names; all 1 if left out.
 
-    Returns:
-        scores (B,) float32 on the images' device, and the parts by name, each like the scores.
+        Raises:
+            ValueError: no rewards, a name with "/", or other names in weights than in rewards.
+        """
+        if not rewards or any("/" in name for name in rewards):
+            raise UserError(f"rewards {sorted(rewards)}: give at least one, with names without '/'.")
+        self.rewards = rewards
+        self.weights = dict.fromkeys(rewards, 1.0) if weights is None else weights
+        if set(self.weights) != set(rewards):
+            raise UserError(f"weights are given for {sorted(self.weights)}, the rewards are {sorted(rewards)}.")
 
-    Raises:
-        UserError: the input is not as above; or the reward returns another number of scores, NaN or an infinite number:
-            the message names the reward's class and the caption.
-    """
-    _require_input(images, captions, metadata)
-    try:
-        with torch.no_grad():
-            if isinstance(reward, RewardOfParts):
-                parts = reward.parts(images, captions, metadata)
-                scores = reward.combine(parts)
-            else:
-                parts, scores = {}, reward(images, captions, metadata)
-    except UserError:
-        raise
-    except Exception as error:
-        note_user_code(error, f"reward {_name(reward)}")
-        raise
-    name = _name(reward)
-    checked = {part: _checked(values, f"part {part!r} of {name}", images, captions) for part, values in parts.items()}
-    return _checked(scores, name, images, captions), checked
+    def parts(
+        self, images: Tensor, captions: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> dict[str, Tensor]:
+        """See `RewardOfParts`; an error names the reward that it came from."""
+        parts: dict[str, Tensor] = {}
+        for name, reward in self.rewards.items():
+            parts[name], inner = score(reward, images, captions, metadata)
+            parts.update({f"{name}/{part}": values for part, values in inner.items()})
+        return parts
+
+    def combine(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """See `RewardOfParts`."""
+        return torch.stack([self.weights[name] * parts[name] for name in self.rewards]).sum(dim=0)
+
+    def to(self, device: torch.device | str) -> WeightedReward:
+        """Move each reward to the device."""
+        for reward in self.rewards.values():
+            move(reward, device)
+        return self
 
 
 def move(reward: Reward, device: torch.device | str) -> None:
-    """Let the reward read its weights and bring them to the device, if it has a method ``to``."""
+    """Call the reward's method ``to``, if it has one: it reads its weights and brings them to the device."""
     if hasattr(reward, "to"):
         reward.to(device)
 
 
-def _require_input(images: Tensor, captions: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:
-    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-        raise UserError(f"a reward needs images (B, 3, H, W) float, not {tuple(images.shape)} {images.dtype}.")
+def score(
+    reward: Reward, images: Tensor, captions: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Scores and parts, checked; each part is computed once. Arguments as for `Reward`.
+
+    Returns:
+        scores (B,) float32 on the images' device, and the parts of a `RewardOfParts` by name, each like the scores.
+
+    Raises:
+        UserError: the input is not as `Reward` says, or the reward returns the wrong number of scores, NaN or an
+            infinite number. The message names the reward and the caption.
+    """
     if not len(images) == len(captions) == len(metadata):
         raise UserError(f"{len(images)} images, {len(captions)} captions and {len(metadata)} metadata do not match.")
-    if not (images.amin() >= 0 and images.amax() <= 1):  # NaN too
+    valid = images.ndim == 4 and images.shape[1] == 3 and images.is_floating_point()
+    if not (valid and images.amin() >= 0 and images.amax() <= 1):  # refuses NaN too
         raise UserError(
-            f"a reward needs images in [0, 1], these lie in [{images.amin():.3f}, {images.amax():.3f}]: scale what a "
-            "visual tokenizer decodes, (pixels + 1) / 2."
+            f"a reward needs images (B, 3, H, W), float in [0, 1], not {tuple(images.shape)} {images.dtype} in "
+            f"[{images.amin():.3f}, {images.amax():.3f}]: scale what a visual tokenizer decodes, (pixels + 1) / 2."
         )
-
-
-def _name(reward: Reward) -> str:
-    """Of its class, or of the function that it is."""
-    return getattr(reward, "__name__", type(reward).__name__)
+    name = getattr(reward, "__name__", type(reward).__name__)
+    parts: dict[str, Tensor] = {}
+    with torch.no_grad():
+        if isinstance(reward, RewardOfParts):
+            parts = reward.parts(images, captions, metadata)
+            scores = reward.combine(parts)
+        else:
+            scores = reward(images, captions, metadata)
+    parts = {part: _checked(values, f"part {part!r} of {name}", images, captions) for part, values in parts.items()}
+    return _checked(scores, name, images, captions), parts
 
 
 def _checked(values: Any, name: str, images: Tensor, captions: Sequence[str]) -> Tensor:
-    """Scores as (B,) float32, where they are that many numbers: a tensor (B,) or (B, 1), an array, a list."""
-    scores = values
-    if not isinstance(values, Tensor):
-        try:
-            scores = torch.as_tensor(values)
-        except (TypeError, ValueError, RuntimeError):
-            scores = None
-    if isinstance(scores, Tensor) and scores.shape == (len(images), 1):
-        scores = scores[:, 0]
-    if scores is None or scores.shape != (len(images),):
-        what = type(values).__name__ if scores is None else tuple(scores.shape)
-        raise UserError(f"{name} must return one score for each of {len(images)} images, not {what}.")
-    broken = ~scores.isfinite()
-    if broken.any():
-        first = int(broken.nonzero()[0])
+    """One finite score for each image as (B,) float32, from a tensor (B,) or (B, 1), an array or a list."""
+    found: Any = type(values).__name__
+    try:
+        scores = torch.as_tensor(values).detach().to(images.device, torch.float32)
+        scores = scores.squeeze(1) if scores.ndim == 2 else scores
+        found = tuple(scores.shape)
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    if found != (len(images),):
+        raise UserError(f"{name} must return one score for each of {len(images)} images, not {found}.")
+    broken = (~scores.isfinite()).nonzero()
+    if len(broken):
+        first = int(broken[0])
         raise UserError(f"{name} returned {scores[first].item()} for the caption {captions[first]!r}.")
-    return scores.detach().to(images.device, torch.float32)
+    return scores

@@ -1,9 +1,9 @@
-"""Verifiable reward on drawn scenes: the exact detector of `simplear.scenes` asks what each prompt's metadata asks.
+"""Verifiable reward on drawn scenes: an exact detector (`simplear.scenes`) checks what each prompt's metadata asks for.
 
-What the prompt's category asks makes the score: the judge's yes or no, and graded, how much of it is there, so that a
-group of images none of which is right still says which are nearer. From that, costs are taken for what the judge lets
-pass and a policy soon exploits: objects that nobody asked for, litter below the detector's threshold, colours and a
-background other than the caption's. A picture scores 1 when the judge says yes and nothing costs, and only then.
+The score is the judge's verdict together with grades of how much of what is asked for is there, so that among wrong
+images the nearer ones score more. Costs are subtracted for what the judge accepts and a policy soon exploits: extra
+objects, litter below the detector's threshold, and colours and a background other than the caption's. An image scores 1
+only if the judge accepts it and nothing costs.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from simplear.rewards.protocol import RewardOfParts
 from simplear.scenes import BACKGROUNDS, MATCH, Detection, background_name, detect, judge, residue
 
 GRADES = ("correct", "objects", "color", "count", "relation")
-"""Parts in [0, 1], 1 for right. A part that an image's category does not ask for is 1, and not counted in its score."""
+"""Parts in [0, 1], 1 for right. A part that the category does not ask for is 1 and does not count in the score."""
 
 COSTS = ("extra", "residue", "looseness", "details")
-"""Parts from 0 for none: extra objects, a number; residue, a share of the area; looseness of the shapes, in [0, 1];
-details that are wrong, a share."""
+"""Parts from 0: number of extra objects, residue as a share of the area, looseness of the shapes in [0, 1], share of
+wrong details."""
 
 GOOD_MATCH = 0.9
-"""Overlap with its mask from which a shape is not loose; drawings reach 0.96, the detector accepts `MATCH`."""
+"""Overlap with its mask from which on a shape is not loose; drawings reach 0.96, the detector accepts `MATCH`."""
 
 WELL_PLACED = 0.8
-"""Largest grade of a relation that does not hold; less the further the direction is from the one asked for."""
+"""Largest grade of a relation that does not hold; the further the direction is off, the lower the grade."""
 
 
 class SceneReward(RewardOfParts):
@@ -97,7 +97,7 @@ class SceneReward(RewardOfParts):
         rows = []
         for picture, caption, prompt in zip(pictures, captions, metadata, strict=True):
             try:
-                rows.append(self._parts(picture, caption, prompt))
+                rows.append(self._image_parts(picture, caption, prompt))
             except ValueError as error:
                 raise UserError(f"SceneReward cannot judge the caption {caption!r}: {error}") from error
         return {
@@ -110,7 +110,7 @@ class SceneReward(RewardOfParts):
         costs = torch.stack([self.weights[name] * parts[name] for name in COSTS]).sum(dim=0)
         return parts["quality"] * torch.exp(-costs)
 
-    def _parts(self, picture: np.ndarray, caption: str, prompt: Mapping[str, Any]) -> dict[str, float]:
+    def _image_parts(self, picture: np.ndarray, caption: str, prompt: Mapping[str, Any]) -> dict[str, float]:
         found = detect(picture)
         correct = judge(prompt, found)
         grades = {"correct": float(correct), **_grades(prompt, found, correct)}
