@@ -140,7 +140,6 @@ serve: $(READY)  ## draw in the browser, and OpenAI's image API: http://127.0.0.
 
 define paper-tokenize
 @for set in $(2) validation; do $(SIMPLEAR) tokenize --config configs/paper/data/$(1).yaml --config configs/paper/data/$$set.yaml $(ARGS) || exit; done
-@$(SIMPLEAR) data merge $(foreach set,$(2),data/paper/tokens-$(1)/$(set)) --out data/paper/tokens-$(1)/all
 endef
 
 paper-tokenize-512: $(READY)  ## the paper's corpora for pretraining into token shards: ARGS="--devices 8"

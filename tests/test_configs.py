@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,7 @@ def test_another_visual_tokenizer(overlay: str, visual_tokenizer: str, codes: in
     composed = compose("paper/pretrain", f"paper/{overlay}", "paper/0.5b")
     assert composed.model.config.codebook_size == composed.model.generation.top_k == codes
     assert composed.model.visual_tokenizer_path == visual_tokenizer
-    assert composed.datamodule.paths == [f"data/paper/tokens-512-{overlay}/all"]
+    assert composed.datamodule.paths == [f"data/paper/tokens-512-{overlay}/train/*"]
 
 
 def paths(stage: str, *overlays: str, arguments: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -212,22 +213,25 @@ def test_every_size_and_variant_has_words_of_its_own() -> None:
 
 
 @pytest.mark.parametrize(("stage", "size"), [("pretrain", "512"), ("sft", "1024")])
-def test_trainings_read_what_is_tokenized_and_merged(monkeypatch: pytest.MonkeyPatch, stage: str, size: str) -> None:
+def test_trainings_read_what_is_tokenized(monkeypatch: pytest.MonkeyPatch, stage: str, size: str) -> None:
     """By configs/paper/data and the Makefile."""
     monkeypatch.setattr(ConfigurationOnly, "instantiate_classes", lambda self: None)
     parser = ArgumentParser(parser_mode=PARSER_MODE)
     parser.add_argument("--config", action="config")
     parser.add_function_arguments(tokenize)
-    files = [str(CONFIGS / f"paper/data/{name}.yaml") for name in (size, "validation")]
-    held_out = parser.parse_args(["--config", files[0], "--config", files[1]]).out
     commands = subprocess.run(
         ["make", "-n", "-s", "-o", ".venv/.ready", f"paper-tokenize-{size}"],
         cwd=CONFIGS.parent,
         capture_output=True,
         text=True,
     ).stdout
-    merged = re.findall(r"--out (\S+)", commands)
-    assert paths(stage, "0.5b")["shards"] == [*merged, held_out]
+    (corpora,) = re.findall(r"for set in ([^;]+);", commands)
+    files = {name: str(CONFIGS / f"paper/data/{name}.yaml") for name in (size, *corpora.split())}
+    shared = files.pop(size)
+    written = [parser.parse_args(["--config", shared, "--config", file]).out for file in files.values()]
+    pattern, held_out = paths(stage, "0.5b")["shards"]
+    assert len(written) > 2 and written[-1] == held_out
+    assert all(fnmatch(directory, pattern) for directory in written[:-1]) and not fnmatch(held_out, pattern)
 
 
 def test_recaptioning_of_the_papers_size() -> None:

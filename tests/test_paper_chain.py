@@ -91,8 +91,6 @@ def test_from_pictures_to_a_report(
         small += ["--num-workers", "0", "--bf16", "false", "--accelerator", "cpu"]
         for each in (*corpora, "validation"):
             main(["tokenize", *config(f"data/{size}", f"data/{each}"), *small])
-        directory = f"data/paper/tokens-{side}"
-        main(["data", "merge", *(f"{directory}/{corpus}" for corpus in corpora), "--out", f"{directory}/all"])
     Path("data/paper/grpo-prompts.jsonl").write_text("".join(f'{{"prompt": "{each}"}}\n' for each in CAPTIONS[:4]))
 
     stages = {
