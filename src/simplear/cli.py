@@ -60,10 +60,9 @@ VERBS: dict[str, Verb | Group] = {
     "demo": Verb("simplear.demo:demo", "the whole story, small, on two cores"),
     "data": Group(
         {
-            "verify": Verb("simplear.data.shards.verify:verify", "compare every shard with what was written"),
-            "repair": Verb("simplear.data.shards.repair:repair", "move damaged shards aside and list what is missing"),
+            "verify": Verb("simplear.data.shards.verify:verify", "compare token shards with their checksums"),
+            "repair": Verb("simplear.data.shards.verify:repair", "move damaged shards aside, to be made again"),
             "show": Verb("simplear.data.shards.show:show", "a page with pictures, captions and counts of token shards"),
-            "merge": Verb("simplear.data.shards.merge:merge", "several sets of token shards → one"),
             "text": Verb("simplear.data.jobs.texts:write_texts", "text files → shards to train on beside images"),
         },
         "token shards",

@@ -9,11 +9,11 @@ from tqdm import tqdm
 SECONDS_BETWEEN_LINES = 10
 
 
-def progress_bar(total: int, title: str, unit: str, shown: bool = True, unit_scale: bool = False) -> tqdm:
+def progress_bar(total: int | None, title: str, unit: str, shown: bool = True, unit_scale: bool = False) -> tqdm:
     """A bar to update and close.
 
     Args:
-        total: units of all the work.
+        total: units of all the work; None where that is unknown.
         title: before it.
         unit: what is counted; a space before it sets a word apart from its number.
         shown: False counts and shows nothing.

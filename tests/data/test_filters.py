@@ -28,7 +28,7 @@ from simplear.data import (
 )
 from simplear.data.sample import Drop, PictureFile
 from simplear.data.shards import MANIFEST_FILE
-from simplear.data.shards.drops import DROPS_FILE, FUNNEL_FILE, funnel
+from simplear.data.shards.drops import DROPS_FILE
 
 from .conftest import MeanTokenizer
 
@@ -41,7 +41,6 @@ def verdict(filter_: Filter, of: Sample) -> str | None:
     try:
         filter_.check(of)
     except Drop as reason:
-        assert str(reason) in filter_.reasons()
         return str(reason)
     return None
 
@@ -142,14 +141,6 @@ def test_every_drop_is_counted_and_listed_by_key(tmp_path: Path) -> None:
     ]
     manifest = json.loads((out / MANIFEST_FILE).read_text())
     assert manifest["filters"][0] == {"class": "ShortEdge", "minimum": 8}
-    assert funnel(manifest, [filter_.reasons() for filter_ in filters()]) == [
-        ("no caption", 1, 6),
-        ("not a picture", 1, 5),
-        ("short edge under 8 pixels", 1, 4),
-        ("score under 5", 1, 3),
-        ("Redness under 0.5", 1, 2),
-    ]
-    assert (out / FUNNEL_FILE).read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match=r"begun with filters\.2\.class = 'MinimumScore', not None: use"):
         tokenize(source=source, filters=filters()[:2], **options)
 

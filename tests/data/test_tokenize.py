@@ -233,7 +233,7 @@ def test_a_second_run_says_that_nothing_was_done(tmp_path: Path, caplog: pytest.
     assert f"9 rows in {tmp_path}" in caplog.text and "already" not in caplog.text
     (tmp_path / "train-seed0-000000004.json").unlink()
     run(ScenesSource(9, 16, rows_per_unit=4), tmp_path)
-    assert "2 of 3 units were there already; remove the directory to tokenize them anew" in caplog.text
+    assert "2 of 3 units were there already; remove the directory to make them again" in caplog.text
 
 
 def test_loader_processes_do_not_change_the_shards(tmp_path: Path) -> None:
@@ -343,7 +343,7 @@ def test_what_cannot_be_encoded_is_refused_before_work(tmp_path: Path) -> None:
 def test_codes_outside_the_codebook_are_refused(tmp_path: Path) -> None:
     small = MeanTokenizer()
     small.codebook_size = 3
-    with pytest.raises(ValueError, match=r"but states a codebook of 3; picture 'train-seed0-000000000' of train"):
+    with pytest.raises(ValueError, match=r"but states a codebook of 3; picture 'train-seed0-000000000' is one"):
         run(ScenesSource(4, 16), tmp_path, tokenizer=small)
 
 

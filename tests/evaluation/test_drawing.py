@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -135,8 +136,9 @@ def test_what_a_stop_left_is_completed_and_what_was_whole_is_left_alone(
         drawn(checkpoint, tmp_path, Stopping(), batch_size=4)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["000", "001", "002", "settings.json"]
     (tmp_path / "000" / "1.png").unlink()  # half a prompt, however it came about
-    (tmp_path / ".003.partial").mkdir()  # what a kill leaves
-    (tmp_path / ".003.partial" / "0.png").write_bytes(b"half")
+    left = tmp_path / f".003.tmp-{socket.gethostname()}-{2**22 + 1}"  # by a process that was killed
+    left.mkdir()
+    (left / "0.png").write_bytes(b"half")
     kept = (tmp_path / "002" / "0.png").stat().st_mtime_ns
     asked = counting(monkeypatch)
     drawn(checkpoint, tmp_path, batch_size=4)

@@ -236,7 +236,7 @@ def test_what_the_source_no_longer_has_is_left_out_of_the_manifest_with_a_line(
     for _ in range(2):
         assert [key[0] for key in keys(corpus / "out")] == ["a"] * 4 + ["c"] * 4
         main(["data", "verify", "out"])
-        assert "0 problems" in capsys.readouterr().out
+        assert "0 damaged files" in capsys.readouterr().out
         main(["data", "repair", "out"])
     tokenize_tars(tiny_visual_tokenizer, "*.tar")
     assert content(corpus / "out") == whole

@@ -1,7 +1,8 @@
 """Write and commit token shards.
 
-Files are written to a temporary name, synced and renamed, the sidecar after its shard: a shard that has its sidecar is
-committed, whatever was killed when. Captions (`simplear.data.sources.recaptioned`) are committed in the same way.
+Files are written to a temporary name, synced and renamed, and the sidecar follows its shard: a shard that has its
+sidecar is committed, whenever the process was killed. Captions (`simplear.data.sources.recaptioned`) are committed in
+the same way.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,10 @@ from typing import Any
 import pyarrow as pa
 
 from simplear import atomic
-from simplear.atomic import temporary_name, whole_file
+from simplear.atomic import whole_file
 from simplear.data.shards.format import (
     FORMAT_VERSION,
     MANIFEST_FILE,
-    OWN_FILES,
-    SCHEMA,
     SETTINGS_FILE,
     TokenRow,
     is_foreign,
@@ -34,19 +34,10 @@ from simplear.errors import UserError
 logger = logging.getLogger(__name__)
 
 
-def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    """The file appears complete or not at all, also when the machine stops; an older one is replaced.
-
-    Raises OSError, naming the file, when the disk takes no more.
-    """
-    temporary = temporary_name(path)
-    with whole_file(path, temporary):
-        temporary.write_bytes(content)
-
-
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """`write_atomically` of indented JSON."""
-    write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    """Write indented JSON; the file appears complete or not at all."""
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_shard(
@@ -62,22 +53,18 @@ def write_shard(
         directory: existing directory.
         name: name of the unit, which names the files.
         rows: the unit's rows in their order; may be empty.
-        drops: pictures that gave no row, counted by reason.
+        drops: pictures without a row, counted by reason.
         identity: of what the unit was read from, see `simplear.data.Unit`.
     """
     table = rows_table(rows)
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, SCHEMA) as writer:
+    with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
-    content = memoryview(sink.getvalue())
-    grids: dict[str, int] = {}
-    for row in rows:
-        grid = "x".join(map(str, row.codes.shape))
-        grids[grid] = grids.get(grid, 0) + 1
+    grids = Counter("x".join(map(str, row.codes.shape)) for row in rows)
     sidecar: dict[str, Any] = {"grids": dict(sorted(grids.items())), "drops": dict(sorted((drops or {}).items()))}
     if (directory / SETTINGS_FILE).exists():
         sidecar["settings"] = settings_digest(read_json(directory / SETTINGS_FILE))
-    commit(directory, f"{name}.arrow", content, len(rows), sidecar, identity)
+    commit(directory, f"{name}.arrow", memoryview(sink.getvalue()), len(rows), sidecar, identity)
 
 
 def commit(
@@ -99,20 +86,21 @@ def commit(
         identity: of what the unit was read from.
     """
     stated = {"file": file, "rows": rows, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    write_atomically(directory / file, content)
+    with whole_file(directory / file) as partial:
+        partial.write_bytes(content)
     origin = {} if identity is None else {"identity": identity}
     write_json(directory / f"{Path(file).stem}.json", {**stated, **sidecar, **origin})
 
 
 def committed_sidecar(directory: Path, name: str, identity: str | None = None) -> dict[str, Any] | None:
-    """The sidecar of a unit whose file is there and has the size that the sidecar states; else None.
+    """The sidecar of a unit whose file exists and has the size that the sidecar states; else None.
 
     Args:
         directory: of shards or captions.
         name: of the unit.
         identity: of what it should have been read from; None: not compared.
 
-    Raises ValueError, naming both, where it was read from something else.
+    Raises ValueError, naming both, if it was read from something else.
     """
     file = directory / f"{name}.json"
     try:
@@ -133,16 +121,17 @@ def committed_sidecar(directory: Path, name: str, identity: str | None = None) -
 
 
 def is_committed(directory: Path, name: str) -> bool:
-    """Whether a unit's shard is there with its sidecar and has the size that the sidecar states."""
+    """Whether a unit's file exists with its sidecar and has the size that the sidecar states."""
     return committed_sidecar(directory, name) is not None
 
 
 def claim_directory(directory: Path, settings: Mapping[str, Any]) -> None:
-    """Make the directory one of these settings, or make sure that it is already.
+    """Reserve the directory for these settings, or check that it was begun with the same ones.
 
     Args:
-        settings: ``visual_tokenizer`` (fingerprint), ``codebook_size``, ``downsample``, and whatever else decides what
-            the shards hold; JSON values.
+        directory: created if missing.
+        settings: ``visual_tokenizer`` (fingerprint), ``codebook_size``, ``downsample``, and everything else that
+            determines what the shards hold; JSON values.
 
     Raises:
         ValueError: the directory holds shards of other settings; names the first that differs.
@@ -153,8 +142,7 @@ def claim_directory(directory: Path, settings: Mapping[str, Any]) -> None:
 def merge_manifest(directory: Path, names: Iterable[str]) -> dict[str, Any]:
     """Write and return ``manifest.json`` from ``settings.json`` and the sidecars of the named units, in their order.
 
-    Other units that are committed there, of a source that had them before, are left out of it, with a line that counts
-    them.
+    Other committed units, which the source had before, are left out, with a line that counts them.
 
     Raises ValueError naming the first unit that is not committed, or that was made for another directory.
     """
@@ -167,11 +155,12 @@ def merge_manifest(directory: Path, names: Iterable[str]) -> dict[str, Any]:
         if is_foreign(sidecar, settings):
             raise UserError(
                 f"{directory / sidecar['file']} was made for another directory, of other settings: run `simplear data "
-                "repair` on this one, which sets it aside, and then the same tokenization again."
+                "repair` on this one, which moves it aside, and then the same tokenization again."
             )
         shards[name] = sidecar
-    others = {file.stem for file in directory.glob("*.json") if file.name not in OWN_FILES} - shards.keys()
-    left_out = sorted(name for name in others if _is_committed_here(directory, name))
+    others = {file.stem for file in directory.iterdir() if file.suffix in (".arrow", ".parquet")} - shards.keys()
+    left_out = sorted(name for name in others if is_committed(directory, name))
+    manifest = {**settings, "rows": sum(shard["rows"] for shard in shards.values()), "shards": list(shards.values())}
     if left_out:
         logger.warning(
             "%d units in %s are not of the source now and are left out of the manifest, the first is %s",
@@ -179,26 +168,6 @@ def merge_manifest(directory: Path, names: Iterable[str]) -> dict[str, Any]:
             directory,
             left_out[0],
         )
-    manifest = manifest_of(settings, list(shards.values()), left_out=left_out)
+        manifest["left_out"] = left_out
     write_json(directory / MANIFEST_FILE, manifest)
     return manifest
-
-
-def _is_committed_here(directory: Path, name: str) -> bool:
-    """Of any JSON file: whether it is a sidecar."""
-    try:
-        return is_committed(directory, name)
-    except (ValueError, TypeError):
-        return False
-
-
-def manifest_of(settings: Mapping[str, Any], shards: Sequence[Mapping[str, Any]], **notes: Any) -> dict[str, Any]:
-    """What ``manifest.json`` holds.
-
-    Args:
-        settings: what ``settings.json`` holds.
-        shards: sidecars, in the order of the rows.
-        notes: ``missing``, ``set_aside`` and ``left_out`` (see `MANIFEST_KEYS`); empty ones are left out.
-    """
-    manifest = {**settings, "rows": sum(shard["rows"] for shard in shards), "shards": list(shards)}
-    return manifest | {name: note for name, note in notes.items() if note}

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import logging
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -27,8 +26,6 @@ from simplear.data.sample import Sample, drop
 from simplear.data.shards import MANIFEST_FILE, commit, settings_digest, settings_of
 from simplear.data.sources.base import Source, Unit, decoded
 from simplear.errors import MissingFileError, UserError
-
-logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 """Of the tables; raised when older code cannot read newer ones or the other way round."""
@@ -103,14 +100,7 @@ class RecaptionedSource(Source):
             ) from error
         if version != FORMAT_VERSION:
             raise UserError(f"{manifest_file} has format version {version}, this code reads {FORMAT_VERSION}.")
-        found = difference({"source": described}, {"source": source.describe()})
-        if found is not None and found.of_another_version:
-            logger.warning(
-                "the captions in %s were written by another version of simplear, so it cannot be seen whether they are "
-                "of this source; pictures whose keys have no caption are dropped and counted",
-                captions,
-            )
-        elif found is not None:
+        if found := difference({"source": described}, {"source": source.describe()}):
             raise UserError(
                 f"the captions in {captions} are of the source {shortened(described)}, not of "
                 f"{shortened(source.describe())} ({found}): name the one that was recaptioned."

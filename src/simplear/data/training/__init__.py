@@ -13,8 +13,7 @@ One picture, row 26,017 of a set, in a pretraining with a global batch of 1,024 
 6. When the step has ended, the DataModule's position is g + 1 (`ordered_data`). It is saved in Lightning's checkpoint,
    so a run that is resumed takes batch g + 1 next, also with another accumulation or world size.
 
-With ``weights`` a batch has rows of several sets in given shares (`mixing`). If the picture's shard was set aside as
-damaged, another row of its set stands in for it, and a line says so.
+With ``weights`` a batch has rows of several sets in given shares (`mixing`).
 
 `ImageDataModule` has the same order and position over pictures in place of codes, for the visual tokenizer and for
 CLIP; it needs no shards. To train in another way on the same order, derive from `OrderedDataModule`.

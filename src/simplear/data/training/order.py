@@ -27,7 +27,7 @@ Epoch = int | Int64
 """Times that rows were passed through before: one number, or one for each row (B,) where sets are mixed."""
 
 # What a random number is for; keeps the numbers of one sample independent of each other.
-ROW_ORDER, BATCH_ORDER, CAPTION, PREFIX, DROPOUT, STAND_IN = range(6)
+ROW_ORDER, BATCH_ORDER, CAPTION, PREFIX, DROPOUT = range(5)
 
 
 def uniforms(seed: int, epoch: Epoch, rows: Int64, purpose: int) -> npt.NDArray[np.float64]:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from simplear.data.shards import Rows, TokenShards
+from simplear.data.shards import RowBatch, TokenShards
 from simplear.data.training.mixing import MixedOrder
-from simplear.data.training.order import DROPOUT, PREFIX, STAND_IN, MicroBatch, Order, choose_captions, uniforms
+from simplear.data.training.order import DROPOUT, PREFIX, MicroBatch, Order, choose_captions, uniforms
 from simplear.data.training.ordered_data import BatchDataset, OrderedDataModule
 from simplear.errors import UserError
 from simplear.language_model import load_text_tokenizer
@@ -42,9 +42,6 @@ logger = logging.getLogger(__name__)
 
 VERIFIED_AT_START = 2**30
 """Bytes of shards up to which they are hashed at each start where nothing is said: some three seconds on one core."""
-
-
-SET_ASIDE = "a row of a shard that was set aside as damaged"
 
 
 class TokenBatches(BatchDataset):
@@ -86,27 +83,15 @@ class TokenBatches(BatchDataset):
         """Of each bucket, the rows of each path."""
         return tuple(tuple(self.shards.rows_by_path(grid)) for grid in self.shards.grids)
 
-    def read(self, micro_batch: MicroBatch) -> tuple[Rows, Tensor, list[str]]:
-        """The rows at these positions, their codes (B, h, w) int64, and the caption that the epoch draws for each.
-
-        In the place of a row that was set aside comes one of its set, drawn for (seed, epoch, position).
-        """
-        bucket, positions, epoch = self.buckets[micro_batch.bucket], micro_batch.positions, micro_batch.epoch
-        if (missing := bucket.are_missing(positions)).any():
-            draws = uniforms(self.seed, epoch, positions, STAND_IN)
-            positions = positions.copy()
-            positions[missing] = bucket.stand_ins(positions[missing], draws[missing])
-        rows = bucket.rows(positions)
+    def read(self, micro_batch: MicroBatch) -> tuple[RowBatch, Tensor, list[str]]:
+        """The rows at these positions, their codes (B, h, w) int64, and the caption that the epoch draws for each."""
+        rows = self.buckets[micro_batch.bucket].rows(micro_batch.positions)
         read = self.shards.read(rows)
         codes = torch.from_numpy(read.codes.astype(np.int64))
-        return read, codes, choose_captions(read.captions, self.seed, epoch, rows)
+        return read, codes, choose_captions(read.captions, self.seed, micro_batch.epoch, rows)
 
     def make_batch(self, micro_batch: MicroBatch) -> dict[str, Any]:
         """See `TokenDataModule`; ``truncated`` (B,) bool comes on top."""
-        missing = self.buckets[micro_batch.bucket].are_missing(micro_batch.positions)
-        return {**self._make_batch(micro_batch), "replaced": [SET_ASIDE] * int(missing.sum())}
-
-    def _make_batch(self, micro_batch: MicroBatch) -> dict[str, Any]:
         read, codes, captions = self.read(micro_batch)
         epoch, rows = micro_batch.epoch, read.numbers
         if self.shards.holds_texts and not codes.numel():
@@ -123,7 +108,7 @@ class TokenBatches(BatchDataset):
 
     def _batch(
         self,
-        read: Rows,
+        read: RowBatch,
         codes: Tensor,
         captions: list[str],
         cut: list[tuple[list[int], bool]],
@@ -235,7 +220,7 @@ class TokenDataModule(OrderedDataModule):
                 written; no codebook size.
         """
         super().setup(stage)
-        training = TokenShards(self.paths, reserve=True) if stage in (None, "fit") else None
+        training = TokenShards(self.paths) if stage in (None, "fit") else None
         validation = TokenShards(self.validation_paths) if self.validation_paths else None
         for shards in (training, validation):
             if shards is None:
@@ -266,7 +251,7 @@ class TokenDataModule(OrderedDataModule):
         self.validation = None if validation is None else self._batches(validation, 0.0)
 
     def teardown(self, stage: str) -> None:
-        """Say how many captions were cut, and samples replaced."""
+        """Say how many captions were cut."""
         super().teardown(stage)
         if self.truncated_captions:
             logger.warning(
