@@ -73,48 +73,44 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     partial = temporary_name(path)
+    replaced = partial.with_name(f"{partial.name}.replaced")
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield partial
             sync(partial)
     except BaseException:
-        partial.unlink(missing_ok=True)
+        _remove(partial)
         raise
+    if partial.is_dir() and path.exists():  # a rename cannot replace a directory
+        path.rename(replaced)
     partial.replace(path)
     sync(path.parent)
+    _remove(replaced)
 
 
 @contextmanager
 def whole_directory(directory: str | Path) -> Iterator[Path]:
     """An empty directory to fill; it is renamed to `directory` if the block succeeds.
 
-    An older directory is removed only then. As a rename cannot replace a directory, the name is missing for a moment.
+    An older directory is removed only then; for a moment none has the name.
 
     Raises OSError, naming the directory, when the disk accepts no more data.
     """
-    directory = Path(directory)
-    partial = temporary_name(directory)
-    replaced = partial.with_name(f"{partial.name}.replaced")
-    try:
-        with writing(directory):
-            directory.parent.mkdir(parents=True, exist_ok=True)
-            remove_abandoned(directory.parent)
-            partial.mkdir()
-            yield partial
-            for file in partial.rglob("*"):
-                if file.is_file():
-                    file.chmod(0o644)  # safetensors makes files that only their owner can read
-                sync(file)
-            sync(partial)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if directory.exists():
-        directory.rename(replaced)
-    partial.rename(directory)
-    sync(directory.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    with whole_file(directory) as partial:
+        remove_abandoned(partial.parent)
+        partial.mkdir()
+        yield partial
+        for file in partial.rglob("*"):
+            if file.is_file():
+                file.chmod(0o644)  # safetensors makes files that only their owner can read
+            sync(file)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):  # it was a directory or missing, or is another user's file
+        path.unlink()
 
 
 def sync(path: Path) -> None:
@@ -136,9 +132,7 @@ def remove_abandoned(directory: Path) -> None:
     for temporary in directory.glob(f".*{TEMPORARY_MARK}*"):
         process = re.fullmatch(rf"{re.escape(_HOST)}-(\d+)(\..*)?", temporary.name.rpartition(TEMPORARY_MARK)[2])
         if process and not is_running(int(process[1])):
-            shutil.rmtree(temporary, ignore_errors=True)
-            with suppress(OSError):  # a directory that is gone now, or another user's file
-                temporary.unlink()
+            _remove(temporary)
 
 
 def is_running(process: int) -> bool:

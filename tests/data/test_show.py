@@ -57,7 +57,7 @@ def sampled(directory: Path, tokenizer: MeanTokenizer | None, pictures: int, row
 def test_what_is_counted(directory: Path) -> None:
     sample, page = sampled(directory, None, 4, 100)
     assert sample.rows == 12 and sample.code_counts[:5].tolist() == [12, 12, 12, 12, 0]
-    assert sample.entropy == 2.0 and sorted(set(sample.words)) == [1, 3, 5]
+    assert sorted(set(sample.words)) == [1, 3, 5]
     assert "4 of 256 occur; entropy 2.00 of 8.00 bits, perplexity 4" in page
     assert "7 no caption, 1 not a picture" in page and "1 × 4: 3, 2 × 2: 9" in page
     assert {len(captions) for _, captions, _ in sample.shown} == {1, 2}

@@ -222,7 +222,7 @@ def test_a_line_says_if_most_were_dropped_and_why(
     source = WebDatasetSource(str(write_webdataset(tmp_path / "x.tar", written)))
     with contextlib.nullcontext() if captions else pytest.raises(UserError, match="no picture was kept"):
         run(source, tmp_path / "out")
-    line = "most pictures were dropped: 3 of 4, 3 as 'no caption'. Note that the first sample"
+    line = "most pictures were dropped: 3 of 4 (3 no caption). Note that the first sample"
     assert (line in caplog.text) is (captions == 1)
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric import Fabric
 from PIL import Image
 
 from simplear.data.jobs.captioners import Answer, Captioner
@@ -168,18 +169,9 @@ def recaption(
         "long": CaptionRequest(long_prompt, long_tokens, long_characters),
         "short": CaptionRequest(short_prompt, short_tokens, short_characters),
     }
-    manifest = run_units(
-        RecaptionJob(captioner, directory, wanted),
-        source,
-        directory,
-        partial(shrunk, max_pixels=max_pixels),
-        batch_size=batch_size,
-        num_workers=num_workers,
-        accelerator=accelerator,
-        devices=devices,
-        num_nodes=num_nodes,
-        strategy=strategy,
-    )
+    job, prepare = RecaptionJob(captioner, directory, wanted), partial(shrunk, max_pixels=max_pixels)
+    fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=strategy)
+    manifest = run_units(job, source, directory, prepare, batch_size, num_workers, fabric)
     if manifest is not None:
         problems = sum((Counter(unit["problems"]) for unit in manifest["shards"]), Counter[str]())
         for problem, count in sorted(problems.items()):

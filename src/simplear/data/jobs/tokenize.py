@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from lightning.fabric import Fabric
 from torch import Tensor
 
 from simplear.data.jobs.units import UnitBatch, UnitJob, run_units
@@ -63,10 +64,9 @@ class TokenizeJob(UnitJob):
                 for place in np.array(places)[~keep.cpu().numpy()]:
                     reasons[place] = score.reason
         places = [place for place, reason in enumerate(reasons) if not reason]
-        codes = self._encoded(images[places], [batch.samples[place].key for place in places]) if places else ()
-        rows = iter(codes)
+        codes = iter(self._encoded(images[places], [batch.samples[place].key for place in places]) if places else ())
         return [
-            Drop(reason) if reason else TokenRow(sample.key, next(rows), sample.captions, sample.metadata, batch.unit)
+            Drop(reason) if reason else TokenRow(sample.key, next(codes), sample.captions, sample.metadata, batch.unit)
             for sample, reason in zip(batch.samples, reasons, strict=True)
         ]
 
@@ -155,19 +155,16 @@ def tokenize(
         settings["encoder"] = {"bf16": bf16, "compile": compile}
     claim_directory(directory, settings)
     scores = [filter_ for filter_ in filters if isinstance(filter_, MinimumScore)]
-    manifest = run_units(
-        TokenizeJob(tokenizer, directory, scores, compile),
-        source,
-        directory,
-        Preparation(size, tokenizer.downsample, tokenizer.codebook_size, crop or CentreCrop(), tuple(filters)),
-        batch_size=batch_size,
-        num_workers=num_workers,
+    job = TokenizeJob(tokenizer, directory, scores, compile)
+    preparation = Preparation(size, tokenizer.downsample, tokenizer.codebook_size, crop or CentreCrop(), tuple(filters))
+    fabric = Fabric(
         accelerator=accelerator,
         devices=devices,
         num_nodes=num_nodes,
         strategy=strategy,
-        bf16=bf16,
+        precision="bf16-mixed" if bf16 else "32-true",
     )
+    manifest = run_units(job, source, directory, preparation, batch_size, num_workers, fabric)
     if manifest is not None:
         logger.info("%d rows in %s", manifest["rows"], directory)
         if any(shard["drops"] for shard in manifest["shards"]):

@@ -9,6 +9,7 @@ another number of processes.
 from __future__ import annotations
 
 import logging
+import re
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,11 +28,12 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from simplear.data.sample import NO_PICTURE, Drop, Dropped, Drops, Sample, as_made, drop, warn_of_drops
 from simplear.data.shards import MANIFEST_FILE, committed_sidecar, is_committed, merge_manifest
 from simplear.data.sources.base import RESERVED_NAMES, Source, Unit
-from simplear.errors import SystemRefusedError, UserError
+from simplear.errors import SystemRefusedError, UserError, first_line
 from simplear.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
+FILE_NAME = re.compile(r"[^/\0]+")
 LONGEST_NAME = 150
 """Bytes of a unit's name: file systems allow 255, and temporary names are longer."""
 TO_CONNECT, NO_LIMIT = timedelta(minutes=5), timedelta(days=365)
@@ -127,20 +129,9 @@ class UnitJob(ABC):
 
 
 def run_units(
-    job: UnitJob,
-    source: Source,
-    out: Path,
-    prepare: Prepare,
-    *,
-    batch_size: int,
-    num_workers: int,
-    accelerator: str,
-    devices: int,
-    num_nodes: int,
-    strategy: str,
-    bf16: bool = False,
+    job: UnitJob, source: Source, out: Path, prepare: Prepare, batch_size: int, num_workers: int, fabric: Fabric
 ) -> dict[str, Any] | None:
-    """Do a job on all units of a source that are not committed in `out` yet.
+    """Do a job on all units of a source that are not committed in `out` yet, on the processes of `fabric`.
 
     Returns the manifest on the first rank and None on the others, when all ranks have finished.
 
@@ -148,33 +139,22 @@ def run_units(
         ValueError: a unit that was made from something else than the source has now, or no picture was kept.
         ChildProcessError: a loader process was killed.
     """
-    fabric = Fabric(
-        accelerator=accelerator,
-        devices=devices,
-        num_nodes=num_nodes,
-        strategy=strategy,
-        precision="bf16-mixed" if bf16 else "32-true",
-    )
     fabric.launch()
-    ranks = RanksTogether()
-    units = checked_units(source)
-    committed = {unit.name for unit in units if is_committed(out, unit.name)}
+    ranks, units = RanksTogether(), checked_units(source)
+    unfinished = [unit for unit in units if not is_committed(out, unit.name)]
     ranks.wait()  # before another rank commits a unit, which would change the shares
-    mine = units[fabric.global_rank :: fabric.world_size]
-    for unit in mine:
-        if unit.name in committed and unit.identity is not None:
-            committed_sidecar(out, unit.name, unit.identity())
-    mine = [unit for unit in units if unit.name not in committed][fabric.global_rank :: fabric.world_size]
+    for unit in units[fabric.global_rank :: fabric.world_size]:
+        committed_sidecar(out, unit.name, None if unit.identity is None else unit.identity())
+    share = unfinished[fabric.global_rank :: fabric.world_size]
     try:
         with torch.inference_mode(), fabric.autocast():
-            drops = _work(job, mine, UnitBatches(source, mine, prepare, batch_size), num_workers, out, fabric)
+            drops = _work(job, UnitBatches(source, share, prepare, batch_size), num_workers, fabric)
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
         raise ChildProcessError(
-            f"a loader process was killed ({str(error).splitlines()[0]}): often memory has run out. Take fewer "
-            "num_workers or a smaller batch_size, or leave out huge pictures by PixelLimit, and run it again: "
-            f"{out} goes on where it stopped."
+            f"a loader process was killed ({first_line(error)}): often memory has run out. Take fewer num_workers or a "
+            "smaller batch_size, or leave out huge pictures by PixelLimit, and run the same again to resume."
         ) from error
     warn_of_drops(drops, f" on rank {fabric.global_rank}")
     ranks.wait()
@@ -183,17 +163,16 @@ def run_units(
     ranks.close()
     if manifest is not None:
         _look_at_drops(manifest, source, out)
-        if committed:
+        if committed := len(units) - len(unfinished):
             # A source is known by its settings: pictures or captions that changed since are not noticed.
-            there = f"{len(committed)} of {len(units)} units were there already"
-            logger.info("%s; remove the directory to make them again", there)
+            text = "%d of %d units were there already; remove the directory to make them again"
+            logger.info(text, committed, len(units))
     return manifest
 
 
-def _work(
-    job: UnitJob, units: Sequence[Unit], batches: UnitBatches, num_workers: int, out: Path, fabric: Fabric
-) -> Counter[str]:
+def _work(job: UnitJob, batches: UnitBatches, num_workers: int, fabric: Fabric) -> Counter[str]:
     """Do a rank's units; returns its drops by reason."""
+    units = batches.units
     workers = min(num_workers, len(units))
     loader = DataLoader(
         batches,
@@ -206,45 +185,38 @@ def _work(
     if units:
         job.load(fabric.device)
     drops: Counter[str] = Counter()
-    made: defaultdict[str, list[tuple[int, str, Any]]] = defaultdict(list)
+    results: defaultdict[str, list[tuple[int, str, Any]]] = defaultdict(list)
     total = sum(unit.count or 0 for unit in units) if all(unit.count is not None for unit in units) else None
     title = job.title if fabric.world_size == 1 else f"{job.title} (1 of {fabric.world_size} processes)"
-    finished = 0
     with progress_bar(total, title, " pictures", shown=bool(units) and fabric.is_global_zero) as bar:
         for batch in loader:
             if batch.failure is not None:
                 raise batch.failure
             if batch.dropped is None:
                 keys = [sample.key for sample in batch.samples]
-                made[batch.unit] += zip(batch.places, keys, job.compute(batch), strict=True)
+                results[batch.unit] += zip(batch.places, keys, job.compute(batch), strict=True)
                 bar.update(len(keys))
                 continue
             # Batches of several shapes overlap, so rows come in another order than the source's.
-            rows = sorted(made.pop(batch.unit, []), key=lambda row: row[0])
-            late = [(key, str(row)) for _, key, row in rows if isinstance(row, Drop)]
-            dropped = [*batch.dropped, *late]
-            job.commit(batch.unit, [row for *_, row in rows if not isinstance(row, Drop)], dropped, batch.identity)
+            ordered = sorted(results.pop(batch.unit, []), key=lambda result: result[0])
+            rows = [row for *_, row in ordered if not isinstance(row, Drop)]
+            dropped = [*batch.dropped, *((key, str(row)) for _, key, row in ordered if isinstance(row, Drop))]
+            job.commit(batch.unit, rows, dropped, batch.identity)
             drops.update(reason for _, reason in dropped)
             bar.update(len(batch.dropped))
-            finished += 1
-            bar.set_postfix_str(f"{finished} of {len(units)} units")
     return drops
 
 
 def checked_units(source: Source) -> list[Unit]:
     """The source's units. Raises ValueError for names that cannot be those of files in one directory."""
-    units, names = source.units(), set[str]()
-    for unit in units:
-        wrong = None
-        if unit.name in RESERVED_NAMES:
-            wrong = "which is the name of one of the directory's own files"
-        elif unit.name in names:
-            wrong = "as another one has"
-        elif not unit.name or "/" in unit.name or "\0" in unit.name or len(unit.name.encode()) > LONGEST_NAME:
-            wrong = f"which cannot be a file's: it takes 1 to {LONGEST_NAME} bytes without '/'"
-        if wrong:
-            raise UserError(f"a unit of {type(source).__name__} has the name {unit.name!r}, {wrong}: rename its file.")
-        names.add(unit.name)
+    units = source.units()
+    for name, count in Counter(unit.name for unit in units).items():
+        is_file_name = FILE_NAME.fullmatch(name) and len(name.encode()) <= LONGEST_NAME
+        if count > 1 or not is_file_name or name in RESERVED_NAMES:
+            raise UserError(
+                f"a unit of {type(source).__name__} has the name {name!r}, which is taken or not a file name of at "
+                f"most {LONGEST_NAME} bytes: rename its file."
+            )
     return units
 
 
@@ -253,17 +225,15 @@ def _look_at_drops(manifest: Mapping[str, Any], source: Source, out: Path) -> No
     drops = sum((Counter(shard["drops"]) for shard in manifest["shards"]), Counter[str]())
     if drops.total() <= manifest["rows"] > 0:
         return
-    hint = source.hint(drops)
-    hint = f" Note that {hint}" if hint else ""
+    reasons = ", ".join(f"{count} {reason}" for reason, count in drops.most_common()) or "the source has none"
+    hint = f" Note that {hint}" if (hint := source.hint(drops)) else ""
     if manifest["rows"]:
-        (reason, count), *_ = drops.most_common()
         total = drops.total() + manifest["rows"]
-        logger.warning("most pictures were dropped: %d of %d, %d as %r.%s", drops.total(), total, count, reason, hint)
+        logger.warning("most pictures were dropped: %d of %d (%s).%s", drops.total(), total, reasons, hint)
         return
     # So that the same command tries again; nothing is lost.
     for file in [out / MANIFEST_FILE, *((out / shard["file"]).with_suffix(".json") for shard in manifest["shards"])]:
         file.unlink(missing_ok=True)
-    reasons = ", ".join(f"{count} {reason}" for reason, count in drops.most_common()) or "the source has none"
     raise UserError(
         f"no picture was kept ({reasons}).{hint} Change that and run the same again; with other options, remove {out} "
         "first."

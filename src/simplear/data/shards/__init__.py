@@ -4,7 +4,7 @@ One picture, which was encoded to a grid of 32 × 32 codes, in unit ``00042``:
 
 1. It is a `TokenRow` (`format`): key, codes (32, 32) uint16, captions, metadata, source. `rows_table` puts the rows of
    a unit into one Arrow table, each with a checksum of what training reads of it.
-2. `write_shard` (`writer`) writes the table as ``00042.arrow``, and then ``00042.json``, the sidecar: rows, bytes,
+2. `write_shard` writes the table as ``00042.arrow``, and then ``00042.json``, the sidecar: rows, bytes,
    SHA-256, grids, drops. Each is written to a temporary name, synced and renamed. A shard with its sidecar is
    committed, whatever was killed when, and a run that goes on later leaves it as it is.
 3. ``settings.json`` says what the codes were made with. A run with other settings is refused (`claim_directory`). When
@@ -20,7 +20,7 @@ Three verbs work on finished sets: `verify` compares every byte with its checksu
 damaged shards aside, so that the command that made them makes exactly those again; `show` writes a page of some rows
 and counts. Files of prompts open as rows with an empty grid.
 
-Format, writer and reader know nothing of pictures, of text tokenizers or of the order of training.
+Format and reader know nothing of pictures, of text tokenizers or of the order of training.
 """
 
 from simplear.data.shards.format import (
@@ -29,20 +29,18 @@ from simplear.data.shards.format import (
     SETTINGS_FILE,
     Grid,
     TokenRow,
-    read_json,
-    settings_digest,
-    settings_of,
-)
-from simplear.data.shards.reader import Bucket, RowBatch, TokenShards, read_manifest
-from simplear.data.shards.writer import (
     claim_directory,
     commit,
     committed_sidecar,
     is_committed,
     merge_manifest,
+    read_json,
+    settings_digest,
+    settings_of,
     write_json,
     write_shard,
 )
+from simplear.data.shards.reader import Bucket, RowBatch, TokenShards, read_manifest
 
 __all__ = [
     "MANIFEST_FILE",

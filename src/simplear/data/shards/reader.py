@@ -298,12 +298,9 @@ def _mapped(path: Path, rows: int) -> pa.Table:
             table = stream.read_all()
         table.validate(full=True)  # or damaged offsets would lead out of the file
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        if number := getattr(error, "errno", None):
-            raise SystemRefusedError(
-                number,
-                f"{path} could not be mapped ({error}): make it readable; with more shards than vm.max_map_count, "
-                "raise that limit of the system.",
-            ) from error
+        if code := getattr(error, "errno", None):
+            remedy = "make it readable, or raise vm.max_map_count above the number of shards"
+            raise SystemRefusedError(code, f"{path} could not be mapped ({error}): {remedy}.") from error
         raise UserError(f"{path} is no readable Arrow stream ({error}): {REMEDY}.") from error
     if table.schema != SCHEMA or table.num_rows != rows or any(column.null_count for column in table.columns):
         raise _damaged(path, f"{table.num_rows} rows instead of {rows}, or other columns")

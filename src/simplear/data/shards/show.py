@@ -45,19 +45,13 @@ figure { margin: 0; overflow-wrap: anywhere } figure img { width: 100% } pre { o
 class RowSample:
     """What was counted in a sample of rows, and the rows to show."""
 
-    rows: int = 0
-    code_counts: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    code_counts: npt.NDArray[np.int64]
     """(codebook_size,)"""
+    rows: int = 0
     words: list[int] = field(default_factory=list)
     """Of each caption."""
     shown: list[tuple[str, list[str], Image.Image | None]] = field(default_factory=list)
     """Key, captions and, if a visual tokenizer was given, picture."""
-
-    @property
-    def entropy(self) -> float:
-        """Of the codes' frequencies, in bits; 0 without codes."""
-        shares = self.code_counts[self.code_counts > 0] / max(self.code_counts.sum(), 1)
-        return float(-(shares * np.log2(shares)).sum()) + 0.0
 
 
 def show(
@@ -105,7 +99,7 @@ def sample_rows(
     shards: TokenShards, tokenizer: VisualTokenizer | None, pictures: int, rows: int, seed: int = 0
 ) -> RowSample:
     """Read a sample of rows and decode some of them; each grid has its share. Arguments as those of `show`."""
-    sample = RowSample(code_counts=np.zeros(shards.codebook_size or 0, np.int64))
+    sample = RowSample(np.zeros(shards.codebook_size or 0, np.int64))
     for grid, count in shards.grids.items():
         chosen, shown = (math.ceil(min(limit / len(shards), 1) * count) for limit in (max(rows, pictures), pictures))
         numbers = shards.bucket(grid).rows(permutation(count, seed)(np.arange(chosen)))
@@ -136,10 +130,11 @@ def facts_of(shards: TokenShards, manifest: Mapping[str, Any], sample: RowSample
         "visual tokenizer": str(manifest["visual_tokenizer"] or "none: texts alone"),
     }
     if sample.code_counts.any():
-        used, codebook = int((sample.code_counts > 0).sum()), len(sample.code_counts)
+        shares = torch.from_numpy(sample.code_counts / sample.code_counts.sum())
+        bits = float(torch.special.entr(shares).sum()) / math.log(2)
         facts["codes"] = (
-            f"{used:,} of {codebook:,} occur; entropy {sample.entropy:.2f} of {math.log2(codebook):.2f} bits, "
-            f"perplexity {2**sample.entropy:,.0f}"
+            f"{int((shares > 0).sum()):,} of {len(shares):,} occur; entropy {bits:.2f} of {math.log2(len(shares)):.2f} "
+            f"bits, perplexity {2**bits:,.0f}"
         )
     if sample.words:
         low, middle, high = np.percentile(sample.words, [5, 50, 95])

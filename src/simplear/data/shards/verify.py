@@ -18,7 +18,6 @@ from simplear.data.shards.format import (
     MANIFEST_FILE,
     OWN_FILES,
     SETTINGS_FILE,
-    VersionError,
     is_foreign,
     read_json,
     read_versioned,
@@ -113,14 +112,14 @@ def find_damage(directory: Path, workers: int = 1, progress: bool = False) -> di
     damaged: dict[str, str] = {}
     own: dict[str, dict[str, Any]] = {MANIFEST_FILE: {}, SETTINGS_FILE: {}}
     for name in OWN_FILES:
-        try:
-            own[name] = read_versioned(directory / name)
-        except FileNotFoundError:
+        if not (directory / name).exists():
             continue  # the next run of the command that made the directory writes it
-        except VersionError:
-            raise
+        try:
+            read_json(directory / name)
         except UserError:
             damaged[name] = "is not a JSON object"
+        else:
+            own[name] = read_versioned(directory / name)
     stated = {entry["file"]: entry["sha256"] for entry in own[MANIFEST_FILE].get("shards", [])}
     sidecars = {f"{file.stem}.arrow": file for file in directory.glob("*.json") if file.name not in OWN_FILES}
 
