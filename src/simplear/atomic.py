@@ -57,8 +57,8 @@ def _refusal(error: BaseException | None) -> int | None:
     """The number of the system error behind an exception, if it is one of `REFUSALS`."""
     while error is not None:
         code = error.errno if isinstance(error, OSError) else None
-        if code is None and (said := re.search(r"\(os error (\d+)\)|\[Errno (\d+)\]", str(error))):
-            code = int(said[1] or said[2])
+        if code is None and (quoted := re.search(r"\(os error (\d+)\)|\[Errno (\d+)\]", str(error))):
+            code = int(quoted[1] or quoted[2])
         if code in REFUSALS:
             return code
         error = error.__cause__ or error.__context__
@@ -169,8 +169,8 @@ def claim_directory(file: Path, settings: Mapping[str, Any]) -> None:
         before = read_object(file)
     except UserError as error:
         raise UserError(f"{file} holds no settings ({error}): name another directory, or remove this one.") from error
-    if found := difference(before, settings):
-        raise UserError(f"{file.parent} was begun with {found}: use the same setting, or another directory.")
+    if change := difference(before, settings):
+        raise UserError(f"{file.parent} was begun with {change}: use the same setting, or another directory.")
 
 
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:

@@ -33,13 +33,13 @@ class Described:
     _arguments: Mapping[str, Any] = MappingProxyType({})
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        made = super().__new__(cls)
+        instance = super().__new__(cls)
         if cls.__init__ is not object.__init__:
             # Copies and unpickled objects are made without arguments; theirs come with the other attributes.
             # Arguments that do not fit are refused by __init__, whose message is the better one.
             with suppress(TypeError):
-                made.__dict__["_arguments"] = _bound(cls, args, kwargs)
-        return made
+                instance.__dict__["_arguments"] = _bound(cls, args, kwargs)
+        return instance
 
     def describe(self) -> dict[str, Any]:
         """Class and arguments as JSON values, for settings and manifests; secrets are left out."""
@@ -54,11 +54,11 @@ def _bound(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str
     signature = inspect.signature(cls.__init__)  # type: ignore[misc]
     bound = signature.bind(None, *args, **kwargs)
     bound.apply_defaults()
-    named = dict(list(bound.arguments.items())[1:])  # without self
+    arguments = dict(list(bound.arguments.items())[1:])  # without self
     for parameter in signature.parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:
-            named |= named.pop(parameter.name)
-    return named
+            arguments |= arguments.pop(parameter.name)
+    return arguments
 
 
 def class_name(kind: Any) -> str:
@@ -75,8 +75,8 @@ def description(value: Any, nested: bool = False) -> Any:
         nested: it is an attribute of such an object, and gives its class alone.
     """
     if isinstance(value, str):
-        shown = CREDENTIALS.sub("", value)
-        return shown.encode("utf-8", "backslashreplace").decode()  # names of files may be in another encoding
+        text = CREDENTIALS.sub("", value)
+        return text.encode("utf-8", "backslashreplace").decode()  # names of files may be in another encoding
     if value is None or isinstance(value, int | float):
         return value
     if isinstance(value, Described):

@@ -60,7 +60,7 @@ def test_what_is_counted(directory: Path) -> None:
     assert sorted(set(sample.words)) == [1, 3, 5]
     assert "4 of 256 occur; entropy 2.00 of 8.00 bits, perplexity 4" in page
     assert "7 no caption, 1 not a picture" in page and "1 × 4: 3, 2 × 2: 9" in page
-    assert {len(captions) for _, captions, _ in sample.shown} == {1, 2}
+    assert {len(captions) for _, captions, _ in sample.examples} == {1, 2}
 
 
 def test_the_page_is_complete_and_shows_the_decoded_codes(directory: Path) -> None:
@@ -69,7 +69,7 @@ def test_the_page_is_complete_and_shows_the_decoded_codes(directory: Path) -> No
     assert "<script" not in page
     images = re.findall(r'<img[^>]*src="([^"]*)"', page)
     assert len(images) == 12 + 1 and all(image.startswith("data:image/png;base64,") for image in images)
-    keys = [key for key, *_ in sample.shown]
+    keys = [key for key, *_ in sample.examples]
     image = Image.open(io.BytesIO(base64.b64decode(images[keys.index("k0")].partition(",")[2])))
     assert image.size == (8, 8) and np.asarray(image)[::4, ::4, 0].tolist() == [[0, 1], [2, 3]]
 
@@ -77,7 +77,7 @@ def test_the_page_is_complete_and_shows_the_decoded_codes(directory: Path) -> No
 def test_a_sample_is_spread_over_the_set(tmp_path: Path) -> None:
     write_rows(tmp_path, {"a": make_rows(900, (2, 2))})
     sample, _ = sampled(tmp_path, None, 3, 100)
-    numbers = [int(key.removeprefix("row")) for key, *_ in sample.shown]
+    numbers = [int(key.removeprefix("row")) for key, *_ in sample.examples]
     assert sample.rows == 100 and sample.code_counts.sum() == 400 and max(numbers) - min(numbers) > 100
 
 

@@ -176,17 +176,16 @@ class ServerCaptioner(Captioner):
         """Check that the server answers and has the model. Raises ValueError if it has not."""
         client = self._client
         with self._errors():
-            listed = [model.id for model in client.models.list()]
-        if self.model_name not in listed:
-            raise UserError(f"the server at {self.url} has no model {self.model_name!r}, but {listed}.")
+            models = [model.id for model in client.models.list()]
+        if self.model_name not in models:
+            raise UserError(f"the server at {self.url} has no model {self.model_name!r}, but {models}.")
 
     def answer(self, images: Sequence[Image.Image], prompt: str, max_tokens: int) -> list[Answer]:
         """Answers in the order of the pictures."""
-        client = self._client
         with ThreadPoolExecutor(self.concurrency) as pool:
-            return list(pool.map(lambda image: self._ask(client, image, prompt, max_tokens), images))
+            return list(pool.map(lambda image: self._ask(image, prompt, max_tokens), images))
 
-    def _ask(self, client: Any, image: Image.Image, prompt: str, max_tokens: int) -> Answer:
+    def _ask(self, image: Image.Image, prompt: str, max_tokens: int) -> Answer:
         from openai import APIStatusError
 
         encoded = io.BytesIO()
@@ -196,7 +195,7 @@ class ServerCaptioner(Captioner):
         message = {"role": "user", "content": content}
         with self._errors():
             try:
-                completion = client.chat.completions.create(
+                completion = self._client.chat.completions.create(
                     model=self.model_name, messages=[message], max_tokens=max_tokens, temperature=0, seed=0
                 )
             except APIStatusError as error:

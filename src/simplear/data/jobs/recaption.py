@@ -89,8 +89,8 @@ class RecaptionJob(UnitJob):
 
     title = "recaption"
 
-    def __init__(self, captioner: Captioner, out: Path, wanted: Mapping[str, CaptionRequest]) -> None:
-        self.captioner, self.out, self.wanted = captioner, out, wanted
+    def __init__(self, captioner: Captioner, out: Path, requests: Mapping[str, CaptionRequest]) -> None:
+        self.captioner, self.out, self.requests = captioner, out, requests
 
     def load(self, device: torch.device) -> None:
         self.captioner.prepare(device)
@@ -100,7 +100,7 @@ class RecaptionJob(UnitJob):
         rows: list[dict[str, Any]] = [
             {"key": sample.key, "captions": list(sample.captions)} for sample in batch.samples
         ]
-        for kind, request in self.wanted.items():
+        for kind, request in self.requests.items():
             answers = self.captioner.answer(batch.images, request.prompt, request.tokens)
             for row, answer in zip(rows, answers, strict=True):
                 row[kind], row[f"{kind}_problem"] = caption_of(answer, request)
@@ -165,11 +165,11 @@ def recaption(
         "source": source.describe(),
     }
     claim_directory(directory, settings)
-    wanted = {
+    requests = {
         "long": CaptionRequest(long_prompt, long_tokens, long_characters),
         "short": CaptionRequest(short_prompt, short_tokens, short_characters),
     }
-    job, prepare = RecaptionJob(captioner, directory, wanted), partial(shrunk, max_pixels=max_pixels)
+    job, prepare = RecaptionJob(captioner, directory, requests), partial(shrunk, max_pixels=max_pixels)
     fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=strategy)
     manifest = run_units(job, source, directory, prepare, batch_size, num_workers, fabric)
     if manifest is not None:

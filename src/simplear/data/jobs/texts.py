@@ -75,12 +75,7 @@ def write_texts(
         if path.suffix.lower() == ".parquet":
             _require_column(path, column)
     target = Path(out)
-    source = {
-        "class": "texts",
-        "column": column,
-        "max_characters": max_characters,
-        "rows_per_shard": rows_per_shard,
-    }
+    source = {"class": "texts", "column": column, "max_characters": max_characters, "rows_per_shard": rows_per_shard}
     settings = {"visual_tokenizer": None, "codebook_size": None, "downsample": None, "made_by": "simplear data text"}
     claim_directory(target, {**settings, "source": source})
     names: list[str] = []
@@ -92,8 +87,8 @@ def write_texts(
             for number, rows in enumerate(iter(lambda: list(islice(texts, rows_per_shard)), [])):  # noqa: B023
                 names.append(f"{unit}-{number:06d}")
                 if committed_sidecar(target, names[-1], identity) is None:
-                    made = [TokenRow(key, np.empty((0, 0), np.uint16), [text], {}, names[-1]) for key, text in rows]
-                    write_shard(target, names[-1], made, identity=identity)
+                    shard = [TokenRow(key, np.empty((0, 0), np.uint16), [text], {}, names[-1]) for key, text in rows]
+                    write_shard(target, names[-1], shard, identity=identity)
                 bar.update(len(rows))
             for reason, count in sorted(drops.items()):
                 logger.warning("%s: %d texts left out: %s", path, count, reason)

@@ -93,7 +93,7 @@ def rows_table(rows: Sequence[TokenRow]) -> pa.Table:
 
     Raises ValueError, naming the row, for one without a caption, or with text that is not valid Unicode.
     """
-    made = []
+    records = []
     for row in rows:
         if not row.captions:
             raise UserError(f"row {row.key!r} of {row.source!r} has no caption; an empty string would be one.")
@@ -103,8 +103,8 @@ def rows_table(rows: Sequence[TokenRow]) -> pa.Table:
             checksum = row_checksum(codes, (height, width), [row.key, *row.captions, metadata])
         except UnicodeEncodeError as error:
             raise UserError(f"row {row.key!r} of {row.source!r} has text that is no valid Unicode: {error}.") from error
-        made.append((row.key, codes.reshape(-1), height, width, list(row.captions), metadata, row.source, checksum))
-    columns = list(zip(*made, strict=True)) or [()] * len(SCHEMA)
+        records.append((row.key, codes.reshape(-1), height, width, list(row.captions), metadata, row.source, checksum))
+    columns = list(zip(*records, strict=True)) or [()] * len(SCHEMA)
     return pa.table([pa.array(column, kind.type) for column, kind in zip(columns, SCHEMA, strict=True)], SCHEMA)
 
 
@@ -192,11 +192,11 @@ def commit(
         sidecar: what the sidecar states beside rows, bytes and SHA-256.
         identity: of what the unit was read from.
     """
-    stated = {"file": file, "rows": rows, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    entry = {"file": file, "rows": rows, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     with whole_file(directory / file) as partial:
         partial.write_bytes(content)
     origin = {} if identity is None else {"identity": identity}
-    write_json(directory / f"{Path(file).stem}.json", {**stated, **sidecar, **origin})
+    write_json(directory / f"{Path(file).stem}.json", {**entry, **sidecar, **origin})
 
 
 def committed_sidecar(directory: Path, name: str, identity: str | None = None) -> dict[str, Any] | None:

@@ -230,25 +230,25 @@ class TokenShards:
         """Grid, codes in raster order, key, captions and metadata."""
         table, where = self._table(shard), f"{self._shards[shard].path}, row {row}"
         try:
-            height, width, key, captions, metadata, stated = (
+            height, width, key, captions, metadata, expected = (
                 table[name][row].as_py() for name in ("height", "width", "key", "captions", "metadata", "checksum")
             )
             codes = table["tokens"][row].values.to_numpy()
             checksum = row_checksum(codes, (height, width), [key, *captions, metadata])
         except (ValueError, TypeError) as error:  # a value is null
             raise _damaged(where, error) from error
-        if checksum != stated:
+        if checksum != expected:
             raise _damaged(
-                f"{self._shards[shard].path}, row {row}", f"checksum {checksum:016x} instead of {stated:016x}"
+                f"{self._shards[shard].path}, row {row}", f"checksum {checksum:016x} instead of {expected:016x}"
             )
         return (height, width), codes, key, captions, metadata
 
     def _table(self, shard: int) -> pa.Table:
-        stated = self._shards[shard]
-        if stated.table is not None:
-            return stated.table
+        entry = self._shards[shard]
+        if entry.table is not None:
+            return entry.table
         if shard not in self._tables:
-            self._tables[shard] = _mapped(stated.path, stated.rows)
+            self._tables[shard] = _mapped(entry.path, entry.rows)
         return self._tables[shard]
 
     @property

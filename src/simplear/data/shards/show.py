@@ -50,7 +50,7 @@ class RowSample:
     rows: int = 0
     words: list[int] = field(default_factory=list)
     """Of each caption."""
-    shown: list[tuple[str, list[str], Image.Image | None]] = field(default_factory=list)
+    examples: list[tuple[str, list[str], Image.Image | None]] = field(default_factory=list)
     """Key, captions and, if a visual tokenizer was given, picture."""
 
 
@@ -101,9 +101,9 @@ def sample_rows(
     """Read a sample of rows and decode some of them; each grid has its share. Arguments as those of `show`."""
     sample = RowSample(np.zeros(shards.codebook_size or 0, np.int64))
     for grid, count in shards.grids.items():
-        chosen, shown = (math.ceil(min(limit / len(shards), 1) * count) for limit in (max(rows, pictures), pictures))
-        numbers = shards.bucket(grid).rows(permutation(count, seed)(np.arange(chosen)))
-        for first in range(0, chosen, ROWS_AT_ONCE):
+        counted, shown = (math.ceil(min(limit / len(shards), 1) * count) for limit in (max(rows, pictures), pictures))
+        numbers = shards.bucket(grid).rows(permutation(count, seed)(np.arange(counted)))
+        for first in range(0, counted, ROWS_AT_ONCE):
             read = shards.read(numbers[first : first + ROWS_AT_ONCE])
             if read.codes.size:
                 sample.code_counts += np.bincount(read.codes.reshape(-1), minlength=len(sample.code_counts))
@@ -114,8 +114,8 @@ def sample_rows(
                     codes = torch.from_numpy(read.codes[number : number + 1].astype(np.int64))
                     pixels = ((tokenizer.decode(codes)[0].float() + 1) * 127.5).round().clamp(0, 255)
                     image = Image.fromarray(pixels.permute(1, 2, 0).to(torch.uint8).cpu().numpy())
-                sample.shown.append((read.keys[number], read.captions[number], image))
-        sample.rows += chosen
+                sample.examples.append((read.keys[number], read.captions[number], image))
+        sample.rows += counted
     return sample
 
 
@@ -146,7 +146,7 @@ def page_html(directory: str, manifest: Mapping[str, Any], facts: Mapping[str, s
     """The page, complete in itself."""
     lines = [f"<tr><th>{html.escape(name)}</th><td>{html.escape(fact)}</td></tr>" for name, fact in facts.items()]
     figures = []
-    for key, captions, image in sample.shown:
+    for key, captions, image in sample.examples:
         picture = "" if image is None else _embedded(partial(image.save, format="PNG"), captions[0])
         texts = "".join(f"<p>{html.escape(caption)}</p>" for caption in captions)
         figures.append(f"<figure>{picture}<figcaption>{texts}<small>{html.escape(key)}</small></figcaption></figure>")

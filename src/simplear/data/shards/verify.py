@@ -51,11 +51,11 @@ def verify(directory: str, *, visual_tokenizer: str | None = None, workers: int 
     settings = _settings(path)
     again = f"run the same `{settings.get('made_by', DEFAULT_MAKER)}` again"
     if visual_tokenizer is not None:
-        named, made_by = load_visual_tokenizer(visual_tokenizer).fingerprint, str(settings.get("visual_tokenizer"))
-        if named != made_by:
+        fingerprint = load_visual_tokenizer(visual_tokenizer).fingerprint
+        if fingerprint != (expected := str(settings.get("visual_tokenizer"))):
             raise UserError(
-                f"{directory} was made by visual tokenizer {made_by[:12]}…, {visual_tokenizer} is {named[:12]}…: name "
-                "the other one, or tokenize again into another directory."
+                f"{directory} was made by visual tokenizer {expected[:12]}…, {visual_tokenizer} is "
+                f"{fingerprint[:12]}…: name the other one, or tokenize again into another directory."
             )
     for name, why in damaged.items():
         print(f"{path / name} {why}")
@@ -120,15 +120,15 @@ def find_damage(directory: Path, workers: int = 1, progress: bool = False) -> di
             damaged[name] = "is not a JSON object"
         else:
             own[name] = read_versioned(directory / name)
-    stated = {entry["file"]: entry["sha256"] for entry in own[MANIFEST_FILE].get("shards", [])}
+    hashes = {entry["file"]: entry["sha256"] for entry in own[MANIFEST_FILE].get("shards", [])}
     sidecars = {f"{file.stem}.arrow": file for file in directory.glob("*.json") if file.name not in OWN_FILES}
 
     def check(shard: str) -> str:
         if shard not in sidecars:
             return "has lost its sidecar"
-        return _damage(directory / shard, sidecars[shard], own[SETTINGS_FILE], stated.get(shard))
+        return _damage(directory / shard, sidecars[shard], own[SETTINGS_FILE], hashes.get(shard))
 
-    names = sorted({*sidecars, *stated})
+    names = sorted({*sidecars, *hashes})
     with (
         progress_bar(len(names), f"verify {directory}", " shards", shown=progress) as bar,
         ThreadPoolExecutor(workers) as pool,
@@ -162,10 +162,10 @@ def _damage(shard: Path, sidecar_file: Path, settings: Mapping[str, Any], sha256
         return "and its sidecar are another shard than the manifest states"
     if not shard.exists():
         return "is missing"
-    if (found := shard.stat().st_size) != size:
-        return f"has {found} bytes instead of {size}: it is cut short or changed"
-    if (found_digest := sha256_of(shard)) != digest:
-        return f"has SHA-256 {found_digest[:12]}…, its sidecar says {digest[:12]}…"
+    if (actual_size := shard.stat().st_size) != size:
+        return f"has {actual_size} bytes instead of {size}: it is cut short or changed"
+    if (actual_digest := sha256_of(shard)) != digest:
+        return f"has SHA-256 {actual_digest[:12]}…, its sidecar says {digest[:12]}…"
     return ""
 
 
