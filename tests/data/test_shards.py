@@ -72,6 +72,16 @@ def test_buckets_divide_all_rows_by_grid(shard_directory: Path) -> None:
     assert sorted(seen) == list(range(61))
 
 
+def test_a_pattern_is_one_path_with_the_rows_of_all_its_directories(tmp_path: Path) -> None:
+    for name, count in (("train-b", 2), ("train-a", 3), ("validation", 4)):
+        write_rows(tmp_path / name, {"unit": make_rows(count, (2, 2), name)})
+    shards = TokenShards([tmp_path / "train-*", tmp_path / "validation"])
+    assert shards.rows_by_path((2, 2)) == [5, 4]
+    assert shards.read(np.arange(4)).keys == ["train-a0", "train-a1", "train-a2", "train-b0"]
+    with pytest.raises(FileNotFoundError, match=r"no token shards at .*other-\*"):
+        TokenShards(tmp_path / "other-*")
+
+
 def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
     for name in ("one", "two"):
         write_rows(tmp_path / name, {"a": make_rows(9, (2, 2))})

@@ -96,7 +96,8 @@ class TokenShards:
     def __init__(self, paths: str | Path | Sequence[str | Path]) -> None:
         """
         Args:
-            paths: directories that `simplear tokenize` wrote, and ``.jsonl`` files of prompts.
+            paths: directories that `simplear tokenize` wrote, and ``.jsonl`` files of prompts. A pattern such as
+                ``tokens/train-*`` counts as one path, with the rows of all directories that it matches.
 
         Raises:
             FileNotFoundError: a path, manifest or shard is missing.
@@ -121,7 +122,9 @@ class TokenShards:
             if path.is_file() or path.suffix.lower() in filter(None, PROMPT_SUFFIXES):
                 self._add_prompts(path, number)
             else:
-                self._add_directory(path, number)
+                directories = sorted(path.parent.glob(path.name)) if "*" in path.name else []
+                for directory in directories or [path]:
+                    self._add_directory(directory, number)
         self._shards = [shard for shard in self._shards if shard.rows]
         self._starts = np.cumsum([0, *(shard.rows for shard in self._shards)])
 

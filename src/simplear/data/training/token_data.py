@@ -166,7 +166,7 @@ class TokenDataModule(OrderedDataModule):
         """
         Args:
             paths: Directories of token shards, of images or of texts, or files of prompts: .txt with a prompt a line,
-                .jsonl or .json with objects that have a "prompt".
+                .jsonl or .json with objects that have a "prompt". A pattern such as tokens/train-* is one path.
             global_batch_size: Images of one optimizer step, over all ranks and accumulated micro-batches.
             tokenizer: Directory or hub id of the text tokenizer; missing special tokens are appended in memory.
             weights: Share of each of the paths among the training samples, as numbers in any unit; by default all
