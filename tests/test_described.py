@@ -108,15 +108,11 @@ ALIKE: dict[str, tuple[Callable[[], Described], Callable[[], Described]]] = {
         lambda: rows(data_files=str(Path().resolve() / "*.parquet")),
     ),
     "path of a model": (lambda: CLIPReward("clip"), lambda: CLIPReward(str(Path("clip").resolve()))),
-    "path after a prefix": (
-        lambda: CLIPReward("local-dir:clip"),
-        lambda: CLIPReward(f"local-dir:{Path('clip').resolve()}"),
-    ),
     "how much at once": (lambda: CLIPReward("A"), lambda: CLIPReward("A", batch_size=1)),
     "where tars lie": (lambda: WebDatasetSource("tars/0.tar"), lambda: WebDatasetSource(["tars/*.tar"])),
     "machine of a server": (
         lambda: ServerCaptioner("http://a:1/v1", "m"),
-        lambda: ServerCaptioner("http://b:2/v1", "m", timeout=1, tries=9, wait=0, concurrency=1),
+        lambda: ServerCaptioner("http://b:2/v1", "m", timeout=1, tries=9, concurrency=1),
     ),
     "by place or by name": (lambda: AspectBuckets(2.0, 4), lambda: AspectBuckets(step=4)),
 }

@@ -57,6 +57,7 @@ def caption_server() -> Iterator[CaptionServer]:
             self.send_response(state)
             if told.redirect is not None:
                 self.send_header("Location", told.redirect[1])
+            self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             with suppress(ConnectionError):  # the client has stopped and closed
@@ -73,7 +74,7 @@ def caption_server() -> Iterator[CaptionServer]:
             picture = Image.open(io.BytesIO(base64.b64decode(address.removeprefix("data:image/jpeg;base64,"))))
             answer = told.answer(picture, body)
             if isinstance(answer, int):
-                self.reply(answer, b'{"error": "as told"}')
+                self.reply(answer, b'{"error": {"message": "as told"}}')
             elif isinstance(answer, bytes):
                 self.reply(200, answer)
             else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ import torch
 from PIL import Image, ImageChops
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from simplear.data import ServerCaptioner, TransformersCaptioner
+from simplear.data import Sample, ServerCaptioner, TransformersCaptioner
 from simplear.data.jobs.captioners import Answer
-from simplear.data.jobs.recaption import Wanted, caption_of, shrunk
+from simplear.data.jobs.recaption import CaptionRequest, caption_of, shrunk
 
 from .caption_server import MODEL, CaptionServer, caption_server
 from .vision_language import write_vision_language_model
@@ -45,7 +46,7 @@ def server() -> Iterator[CaptionServer]:
 
 
 def ask(server: CaptionServer, **options: Any) -> ServerCaptioner:
-    return ServerCaptioner(server.url, MODEL, **{"wait": 0.01, "timeout": 5.0, **options})
+    return ServerCaptioner(server.url, MODEL, **{"timeout": 5.0, **options})
 
 
 @torch.no_grad()
@@ -79,7 +80,7 @@ def test_a_model_is_known_by_its_files(model: str, tmp_path: Path) -> None:
     assert TransformersCaptioner(other).describe()["revision"] != described["revision"]
     with pytest.raises(FileNotFoundError, match=r"no vision-language model at .*nowhere"):
         TransformersCaptioner(str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match=r"dtype 'float17' is none"):
+    with pytest.raises(ValueError, match=r"dtype 'float17' is unknown"):
         TransformersCaptioner(model, dtype="float17")
 
 
@@ -96,17 +97,6 @@ def test_a_server_sees_the_picture_and_the_prompt(server: CaptionServer, monkeyp
     assert captioner.describe() == {"class": "ServerCaptioner", "model": MODEL}
 
 
-def test_a_picture_is_encoded_once_for_all_questions(server: CaptionServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    save, saved = Image.Image.save, []
-    monkeypatch.setattr(Image.Image, "save", lambda *given, **options: saved.append(1) or save(*given, **options))
-    captioner = ask(server)
-    answers = [captioner.answer(PICTURES, prompt, 40) for prompt in ("a long one?", "a short one?")]
-    assert len(saved) == len(PICTURES) and len(server.requests) == 2 * len(PICTURES)
-    assert [a.text.replace("long", "short") for a in answers[0]] == [a.text for a in answers[1]]
-    other = captioner.answer(PICTURES[::-1], "a short one?", 40)
-    assert other == answers[1][::-1] and len(saved) == 2 * len(PICTURES)
-
-
 @pytest.mark.parametrize("mode", ["RGB", "L", "P"])
 def test_what_is_sent_is_nearly_the_picture(server: CaptionServer, mode: str) -> None:
     smooth = Image.radial_gradient("L").resize((64, 64)).convert("RGB").convert(mode)
@@ -118,47 +108,42 @@ def test_what_is_sent_is_nearly_the_picture(server: CaptionServer, mode: str) ->
     assert max(high for _, high in difference.getextrema()) <= 20
 
 
-@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
-@pytest.mark.parametrize("asked", ["models", "captions"])
-def test_the_key_does_not_follow_a_redirect(
-    server: CaptionServer, monkeypatch: pytest.MonkeyPatch, asked: str, code: int
-) -> None:
-    """Python's own opener takes the Authorization header to whatever host is named."""
+def test_the_key_does_not_follow_a_redirect(server: CaptionServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "a key")
     with caption_server() as other:
-        server.redirect = code, other.url + ("/models" if asked == "models" else "/chat/completions")
-        captioner = ask(server)
-        with pytest.raises(ValueError, match=rf"answered {code}, a redirect to {other.url}.*: give the server's own"):
-            captioner.prepare(CPU) if asked == "models" else captioner.answer(PICTURES[:1], "?", 9)
-        assert other.authorizations == [] and server.authorizations == ["Bearer a key"]
+        server.redirect = 307, other.url + "/models"
+        ask(server).prepare(CPU)
+        assert server.authorizations == ["Bearer a key"] and other.authorizations == [None]
 
 
-@pytest.mark.parametrize("failure", [503, 429, b"<html>", b""])
-def test_what_may_pass_is_tried_again_and_counted(server: CaptionServer, failure: int | bytes) -> None:
-    left = [failure, failure]
+@pytest.mark.parametrize("failure", [503, 429])
+def test_what_may_pass_is_tried_again(server: CaptionServer, failure: int) -> None:
+    left = [failure]
     answer = server.answer
     server.answer = lambda picture, body: left.pop() if left else answer(picture, body)
-    captioner = ask(server, concurrency=1)
-    assert captioner.answer(PICTURES[:2], "describe it", 40)[0].text.startswith("a long caption")
-    assert captioner.retries.total() == 2 and len(server.requests) == 4
+    assert ask(server).answer(PICTURES[:1], "describe it", 40)[0].text.startswith("a long caption")
+    assert len(server.requests) == 2
 
 
 def test_a_timeout_is_tried_again_and_ends_with_what_is_kept(server: CaptionServer) -> None:
     server.slow = 60
-    captioner = ask(server, timeout=0.1, tries=2)
-    with pytest.raises(ConnectionError, match=r"no answer in 2 tries, the last time: timeout. Units .* are kept"):
-        captioner.answer(PICTURES[:1], "describe it", 40)
-    assert captioner.retries == {"timeout": 1}
+    with pytest.raises(ConnectionError, match=r"no answer in 2 tries, the last time: .*timed out.* finished are kept"):
+        ask(server, timeout=0.1, tries=2).answer(PICTURES[:1], "describe it", 40)
+    assert len(server.requests) == 2
 
 
 def test_no_server_is_found_before_any_picture() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    captioner = ServerCaptioner(f"http://127.0.0.1:{port}/v1", MODEL, tries=2, wait=0.01)
-    with pytest.raises(ConnectionError, match="the last time: no connection"):
-        captioner.prepare(CPU)
-    assert captioner.retries == {"no connection": 1}
+    with pytest.raises(ConnectionError, match="in 1 tries, the last time: Connection error"):
+        ServerCaptioner(f"http://127.0.0.1:{port}/v1", MODEL, tries=1).prepare(CPU)
+
+
+def test_without_the_client_the_message_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ValueError, match=r"needs the package openai: pip install 'simplear\[recaption\]'"):
+        ServerCaptioner("http://localhost/v1", MODEL).prepare(CPU)
 
 
 def test_a_refused_picture_is_a_reason_and_the_others_are_described(server: CaptionServer) -> None:
@@ -173,10 +158,10 @@ def test_what_will_not_pass_stops_the_work(server: CaptionServer) -> None:
     with pytest.raises(ValueError, match=r"has no model 'other', but \['tiny'\]"):
         ServerCaptioner(server.url, "other").prepare(CPU)
     server.answer = lambda picture, body: 401
-    with pytest.raises(ValueError, match=r"answered 401 .*as told.*OPENAI_API_KEY"):
+    with pytest.raises(ValueError, match=r"answered: .*401 .*as told.*OPENAI_API_KEY"):
         ask(server).answer(PICTURES, "describe it", 40)
     listed = b'{"choices": [{"message": {"content": ["a list"]}, "finish_reason": "stop"}]}'
-    for foreign in (b'{"error": "none"}', listed):
+    for foreign in (b'{"error": "none"}', listed, b"<html>", b""):
         server.answer = lambda picture, body, foreign=foreign: foreign
         with pytest.raises(ValueError, match="does not speak OpenAI's chat protocol"):
             ask(server).answer(PICTURES, "describe it", 40)
@@ -200,7 +185,7 @@ def test_what_will_not_pass_stops_the_work(server: CaptionServer) -> None:
     ],
 )
 def test_what_is_no_caption_has_a_reason(answer: Answer, problem: str | None) -> None:
-    caption, found = caption_of(answer, Wanted("?", tokens=9, characters=12))
+    caption, found = caption_of(answer, CaptionRequest("?", tokens=9, characters=12))
     assert found == problem and (caption is None) == (problem is not None)
     if caption:
         assert caption in ("a red circle", "été, 图", "👩\u200d🎨")
@@ -208,7 +193,7 @@ def test_what_is_no_caption_has_a_reason(answer: Answer, problem: str | None) ->
 
 def test_large_pictures_are_shrunk_and_small_ones_are_not_touched() -> None:
     picture = Image.new("RGB", (400, 100))
-    small = shrunk(picture, 10_000)
+    small = shrunk(Sample("k", picture, ["x"]), 10_000)
     assert small.size == (200, 50)
-    assert shrunk(small, 10_000) is small
-    assert shrunk(Image.new("RGB", (10_000, 1)), 100).size == (1000, 1)
+    assert shrunk(Sample("k", small, ["x"]), 10_000) is small
+    assert shrunk(Sample("k", Image.new("RGB", (10_000, 1)), ["x"]), 100).size == (1000, 1)

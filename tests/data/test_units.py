@@ -89,6 +89,7 @@ def test_ranks_wait_longer_than_their_group_would_and_end_with_one_that_dies(
     """Whichever is the last, for the first has another part in the wait."""
     # Not forked from here: a lock that one of PyTorch's threads holds meanwhile would stay locked in the child.
     context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["simplear.data.jobs.units"])
     processes = [context.Process(target=rank, args=(number, last, dies, tmp_path), daemon=True) for number in range(3)]
     for process in processes:
         process.start()

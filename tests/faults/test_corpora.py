@@ -62,8 +62,8 @@ def run(source: Source, out: Path, tokenizer: str, **options: Any) -> None:
 
 
 def content(directory: Path) -> dict[str, bytes]:
-    """Everything that a finished run leaves but the picture of the funnel."""
-    files = (file for file in directory.rglob("*") if file.is_file() and file.suffix != ".png")
+    """Everything that a finished run leaves."""
+    files = (file for file in directory.rglob("*") if file.is_file())
     return {str(file.relative_to(directory)): file.read_bytes() for file in files}
 
 
@@ -235,7 +235,7 @@ def test_what_the_source_no_longer_has_is_left_out_of_the_manifest_with_a_line(
     for _ in range(2):
         assert [key[0] for key in keys(corpus / "out")] == ["a"] * 4 + ["c"] * 4
         main(["data", "verify", "out"])
-        assert "0 problems" in capsys.readouterr().out
+        assert "0 damaged files" in capsys.readouterr().out
         main(["data", "repair", "out"])
     tokenize_tars(tiny_visual_tokenizer, "*.tar")
     assert content(corpus / "out") == whole
@@ -478,7 +478,7 @@ def test_a_loader_process_that_is_killed_is_told_and_the_rest_goes_on(
 
     out = tmp_path / "out"
     with pytest.raises(
-        ChildProcessError, match=r"a loader process was killed .*num_workers.* goes on where it stopped"
+        ChildProcessError, match=r"a loader process was killed .*num_workers.* run the same again to resume"
     ):
         run(Meddling(tars, die), out, tiny_visual_tokenizer, num_workers=1)
     assert is_committed(out, "0") and not is_committed(out, "2")

@@ -142,7 +142,10 @@ def test_ranks_divide_the_hashing(tmp_path: Path) -> None:
     [
         (lambda d: (d / "unit.arrow").write_bytes((d / "unit.arrow").read_bytes()[:-9]), "cut short or changed; run"),
         (lambda d: (d / "unit.arrow").unlink(), "unit.arrow is missing: run the same"),
-        (lambda d: (d / MANIFEST_FILE).write_text((d / MANIFEST_FILE).read_text()[:99]), "manifest.json is no JSON"),
+        (
+            lambda d: (d / MANIFEST_FILE).write_text((d / MANIFEST_FILE).read_text()[:99]),
+            "manifest.json is not JSON",
+        ),
         (lambda d: edit(d, format_version=99), "manifest.json has format version 99, this code reads 3: update"),
         (lambda d: edit(d, format_version=1), "format version 1, this code reads 3: remove the directory and tokenize"),
         (lambda d: edit(d, visual_tokenizer="f" * 64), "the token shards: ffffffffffff…"),

@@ -8,7 +8,7 @@ picture passes through it; together they are the whole way.
 | `sources/`  | it is found in a folder, tar, table or drawing, and becomes a `Sample`, not decoded yet      |
 | `prepare/`  | filters keep or drop it; it is decoded and cropped to pixels                                 |
 | `jobs/`     | `tokenize` has it encoded, `recaption` has it described; also texts and the text tokenizer   |
-| `shards/`   | its codes and captions are a row on disk, which can be verified, repaired, merged and shown  |
+| `shards/`   | its codes and captions are a row on disk, which can be verified, repaired and shown          |
 | `training/` | it is in global batch g of epoch e, with one of its captions, as a token sequence            |
 
 `jobs` and `training` are on top and do not know of each other, since all that passes between them is on disk. Below

@@ -1,38 +1,31 @@
-"""Pictures to long and short captions by a vision-language model, as a Lightning prediction: ``simplear recaption``.
+"""Pictures to long and short captions by a vision-language model: ``simplear recaption``.
 
-As in `simplear.data.jobs.tokenize`, each rank takes its share of the units that are not finished, and a prediction
-writer commits a unit when its last batch has come. Batches never reach over the end of a unit and decoding is greedy,
-so a run that was killed, or ran on more processes, gives the same bytes. An answer that is no caption (empty, cut off,
-too long, broken) is never used: its reason is counted and stands in its row. `RecaptionedSource` reads the result.
+`units` divides the work and commits it; here a batch is described. Batches never reach over the end of a unit and
+decoding is greedy, so a run that was killed, or ran on more processes, gives the same bytes. An answer that is not a
+caption (empty, cut off, too long, broken) is never used: its reason is counted and stored in its row.
+`RecaptionedSource` reads the result.
 """
 
 from __future__ import annotations
 
 import logging
 import unicodedata
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning
+import torch
+from lightning.fabric import Fabric
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from simplear.data.jobs.captioners import Answer, Captioner
-from simplear.data.jobs.units import (
-    UnitBatch,
-    UnitDataset,
-    UnitEnd,
-    UnitModule,
-    UnitWriter,
-    make_trainer,
-    predict_units,
-)
-from simplear.data.sample import NO_PICTURE, Drop, Dropped, Sample
+from simplear.data.jobs.units import UnitBatch, UnitJob, run_units
+from simplear.data.sample import Dropped, Sample
 from simplear.data.shards import claim_directory
-from simplear.data.sources.base import Source, Unit
+from simplear.data.sources.base import Source
 from simplear.data.sources.recaptioned import FORMAT_VERSION, write_captions
 from simplear.errors import UserError
 
@@ -51,64 +44,38 @@ NO_TEXT = ("Cc", "Cs")
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """One kind of caption."""
+class CaptionRequest:
+    """What is asked for one kind of caption."""
 
     prompt: str
     tokens: int
     """An answer that has not ended by then is cut off."""
     characters: int
-    """Longer ones are no captions."""
+    """A longer answer is not used."""
 
 
-def caption_of(answer: Answer, wanted: Wanted) -> tuple[str | None, str | None]:
+def caption_of(answer: Answer, request: CaptionRequest) -> tuple[str | None, str | None]:
     """The caption of an answer, with single spaces, and None; or None and what is wrong with the answer."""
     text = " ".join(answer.text.split())
     if answer.refusal:
         return None, answer.refusal
     if not answer.finished:
-        return None, f"cut off after {wanted.tokens} tokens"
+        return None, f"cut off after {request.tokens} tokens"
     if not text:
         return None, "empty"
-    if len(text) > wanted.characters:
-        return None, f"longer than {wanted.characters} characters"
+    if len(text) > request.characters:
+        return None, f"longer than {request.characters} characters"
     if REPLACEMENT in text or any(unicodedata.category(character) in NO_TEXT for character in text):
         return None, "characters that are no text"
     return text, None
 
 
-class PictureBatches(UnitDataset):
-    """Batches of pictures to look at."""
+def shrunk(sample: Sample, max_pixels: int) -> Image.Image:
+    """The sample's picture with at most `max_pixels` pixels, of the same aspect; smaller ones stay as they are.
 
-    def __init__(self, source: Source, units: Sequence[Unit], batch_size: int, max_pixels: int) -> None:
-        super().__init__(units)
-        self.source, self.batch_size, self.max_pixels = source, batch_size, max_pixels
-
-    def batches(self, unit: Unit, dropped: list[Dropped]) -> Iterator[UnitBatch]:
-        """Images are lists of Pillow's."""
-        rows = list[tuple[int, Sample, Image.Image]]()
-        for index, sample in enumerate(self.source.read(unit, dropped)):
-            try:
-                image = shrunk(sample.image, self.max_pixels)
-            except Drop as reason:
-                dropped.append((sample.key, str(reason)))
-                continue
-            rows.append((index, Sample(sample.key, NO_PICTURE, sample.captions), image))
-            if len(rows) == self.batch_size:
-                yield _batch(unit, rows)
-                rows = []
-        if rows:
-            yield _batch(unit, rows)
-
-
-def _batch(unit: Unit, rows: list[tuple[int, Sample, Image.Image]]) -> UnitBatch:
-    indices, samples, images = zip(*rows, strict=True)
-    return UnitBatch(unit.name, samples, list(images), indices)
-
-
-def shrunk(image: Any, max_pixels: int) -> Image.Image:
-    """The picture, with the same aspect and at most `max_pixels` pixels; smaller ones stay as they are."""
-    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    Raises `Drop` if it cannot be decoded.
+    """
+    picture = sample.image
     scale = (max_pixels / (picture.width * picture.height)) ** 0.5
     if scale >= 1:
         return picture
@@ -116,74 +83,30 @@ def shrunk(image: Any, max_pixels: int) -> Image.Image:
     return picture.resize(size, Image.Resampling.LANCZOS)
 
 
-class RecaptionModule(UnitModule):
-    """Asks the captioner."""
+class RecaptionJob(UnitJob):
+    """Asks the captioner for each kind of caption."""
 
-    def __init__(
-        self,
-        source: Source,
-        captioner: Captioner,
-        out: Path,
-        wanted: Mapping[str, Wanted],
-        batch_size: int,
-        num_workers: int,
-        max_pixels: int,
-    ) -> None:
-        super().__init__(source, out)
-        self.captioner, self.wanted = captioner, wanted
-        self.batch_size, self.num_workers, self.max_pixels = batch_size, num_workers, max_pixels
+    title = "recaption"
 
-    def predict_dataloader(self) -> DataLoader[UnitBatch]:
-        """Batches of this rank's units."""
-        self.take_share()
-        return self.loader(PictureBatches(self.source, self.units, self.batch_size, self.max_pixels), self.num_workers)
+    def __init__(self, captioner: Captioner, out: Path, requests: Mapping[str, CaptionRequest]) -> None:
+        self.captioner, self.out, self.requests = captioner, out, requests
 
-    def on_predict_start(self) -> None:
-        """Load the model, if there is anything to do."""
-        if self.units:
-            self.captioner.prepare(self.device)
+    def load(self, device: torch.device) -> None:
+        self.captioner.prepare(device)
 
-    def predict_step(self, batch: UnitBatch) -> list[dict[str, Any]]:
-        """A row of `SCHEMA` for each picture."""
-        rows = [{"key": sample.key, "captions": list(sample.captions)} for sample in batch.samples]
-        for kind, wanted in self.wanted.items() if rows else ():
-            answers = self.captioner.answer(batch.images, wanted.prompt, wanted.tokens)
+    def compute(self, batch: UnitBatch) -> list[dict[str, Any]]:
+        """A row of `simplear.data.sources.recaptioned.SCHEMA` for each picture."""
+        rows: list[dict[str, Any]] = [
+            {"key": sample.key, "captions": list(sample.captions)} for sample in batch.samples
+        ]
+        for kind, request in self.requests.items():
+            answers = self.captioner.answer(batch.images, request.prompt, request.tokens)
             for row, answer in zip(rows, answers, strict=True):
-                row[kind], row[f"{kind}_problem"] = caption_of(answer, wanted)  # type: ignore[assignment]
+                row[kind], row[f"{kind}_problem"] = caption_of(answer, request)
         return rows
 
-
-class CaptionWriter(UnitWriter):
-    """Gathers rows by unit, and commits a unit's table."""
-
-    def __init__(self, out: Path) -> None:
-        super().__init__(out, "recaption")
-        self._rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
-
-    def keep(self, batch: UnitBatch, prediction: list[dict[str, Any]]) -> None:
-        """The rows; batches of a unit come in their order."""
-        self._rows[batch.unit] += prediction
-
-    def commit(self, unit: str, end: UnitEnd) -> None:
-        """A table."""
-        drops = Counter(reason for _, reason in end.dropped)
-        write_captions(self.out, unit, self._rows.pop(unit, []), drops, end.identity)
-
-    def on_predict_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Say what had to be asked again, then as all writers."""
-        assert isinstance(pl_module, RecaptionModule)
-        for reason, count in sorted(pl_module.captioner.retries.items()):
-            logger.warning("%d requests tried again on rank %d: %s", count, trainer.global_rank, reason)
-        super().on_predict_end(trainer, pl_module)
-
-    def conclude(self, module: RecaptionModule, manifest: dict[str, Any]) -> None:
-        """Count what is no caption."""
-        problems: Counter[str] = Counter()
-        for unit in manifest["shards"]:
-            problems.update(unit["problems"])
-        for problem, count in sorted(problems.items()):
-            logger.warning("%d of %d captions not usable: %s", count, manifest["rows"], problem)
-        logger.info("captions of %d pictures in %s", manifest["rows"], self.out)
+    def commit(self, unit: str, rows: list[dict[str, Any]], dropped: list[Dropped], identity: str | None) -> None:
+        write_captions(self.out, unit, rows, Counter(reason for _, reason in dropped), identity)
 
 
 def recaption(
@@ -205,7 +128,7 @@ def recaption(
     num_nodes: int = 1,
     strategy: str = "auto",
 ) -> None:
-    """Write a long and a short caption of every picture; run again after a stop, it goes on where it was.
+    """Write a long and a short caption of every picture. You can stop it at any time; run it again to resume.
 
     Args:
         source: Pictures and captions: ScenesSource, ImageFolderSource, WebDatasetSource, or a class path.
@@ -213,12 +136,12 @@ def recaption(
         out: Directory for the captions; RecaptionedSource reads it.
         long_prompt: What is asked for the long caption.
         short_prompt: What is asked for the short caption.
-        long_tokens: A long answer that has not ended by then is cut off, and no caption.
+        long_tokens: A long answer that has not ended by then is cut off, and not used.
         short_tokens: Likewise for short ones.
-        long_characters: A longer answer is no caption.
+        long_characters: A longer answer is not used.
         short_characters: Likewise for short ones.
-        max_pixels: Larger pictures are shrunk before they are looked at.
-        batch_size: Pictures looked at at once.
+        max_pixels: Larger pictures are shrunk before they are described.
+        batch_size: Pictures described at once.
         num_workers: Loader processes on each rank that read pictures; 0 reads in the same process.
         accelerator: "cpu", "gpu" or "auto".
         devices: Processes on each machine.
@@ -241,10 +164,15 @@ def recaption(
         "source": source.describe(),
     }
     claim_directory(directory, settings)
-    trainer = make_trainer(accelerator, devices, num_nodes, strategy, callbacks=[CaptionWriter(directory)])
-    wanted = {
-        "long": Wanted(long_prompt, long_tokens, long_characters),
-        "short": Wanted(short_prompt, short_tokens, short_characters),
+    requests = {
+        "long": CaptionRequest(long_prompt, long_tokens, long_characters),
+        "short": CaptionRequest(short_prompt, short_tokens, short_characters),
     }
-    module = RecaptionModule(source, captioner, directory, wanted, batch_size, num_workers, max_pixels)
-    predict_units(trainer, module)
+    job, prepare = RecaptionJob(captioner, directory, requests), partial(shrunk, max_pixels=max_pixels)
+    fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=strategy)
+    manifest = run_units(job, source, directory, prepare, batch_size, num_workers, fabric)
+    if manifest is not None:
+        problems = sum((Counter(unit["problems"]) for unit in manifest["shards"]), Counter[str]())
+        for problem, count in sorted(problems.items()):
+            logger.warning("%d of %d captions not usable: %s", count, manifest["rows"], problem)
+        logger.info("captions of %d pictures in %s", manifest["rows"], directory)

@@ -1,16 +1,22 @@
-"""What a directory of token shards consists of: names, schema, checksums, settings and manifest.
+"""What a directory of token shards consists of, and how it is written.
 
 A directory holds one Arrow stream for each unit of work (``NAME.arrow``, which `datasets.Dataset.from_file` opens
-too), its sidecar (``NAME.json``: rows, bytes, SHA-256, grids, drops), ``settings.json`` (what the codes were made with
-and how), and ``manifest.json``, which merges them once all units are there. Each row carries a checksum of what
-training takes from it.
+too), its sidecar (``NAME.json``: rows, bytes, SHA-256, grids, drops), ``settings.json`` (how the codes were made), and
+``manifest.json``, which merges the sidecars once all units are there. Each row has a checksum of what training reads of
+it.
+
+Files are written to a temporary name, synced and renamed, and the sidecar follows its shard: a shard that has its
+sidecar is committed, whenever the process was killed. Captions (`simplear.data.sources.recaptioned`) are committed in
+the same way.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,17 +26,20 @@ import numpy.typing as npt
 import pyarrow as pa
 from xxhash import xxh3_64_intdigest
 
+from simplear import atomic
+from simplear.atomic import whole_file
 from simplear.errors import UserError
+from simplear.text_files import read_object
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 3
-"""Raised when a shard, sidecar or manifest changes so that older code cannot read it or this code not the older."""
+"""Raised when a change makes shards, sidecars or manifests unreadable for older code, or older ones for this code."""
 MANIFEST_FILE = "manifest.json"
 SETTINGS_FILE = "settings.json"
 OWN_FILES = (MANIFEST_FILE, SETTINGS_FILE)
-MANIFEST_KEYS = ("rows", "shards", "missing", "set_aside", "left_out", "drops")
-"""What a manifest has beside the settings: ``missing`` names units of the set that have no whole shard, ``set_aside``
-has the places, rows and grids of those of them that had one, and ``left_out`` names units that are there but no longer
-in the source."""
+MANIFEST_KEYS = ("rows", "shards", "left_out", "missing", "set_aside", "drops")
+"""What a manifest has beside the settings; older versions wrote all but the first two."""
 SCHEMA = pa.schema(
     {
         "key": pa.string(),
@@ -45,12 +54,8 @@ SCHEMA = pa.schema(
 )
 MAX_CODEBOOK_SIZE = 2**16
 """Codes are stored as uint16."""
-TEXT_END = "\0"
-"""Between the texts of a row where they are read as one; a text may still have one inside."""
-DAMAGED = "delete it and run the same `simplear tokenize` again"
-"""What to do about a damaged shard; `simplear data repair` sets all that are damaged aside."""
 SETTINGS_DIGITS = 16
-"""Of the SHA-256 of a directory's settings, as each sidecar holds it."""
+"""Of the SHA-256 of a directory's settings, which each sidecar holds."""
 Grid = tuple[int, int]
 
 
@@ -65,58 +70,46 @@ class TokenRow:
     captions: Sequence[str]
     """At least one."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    """Anything that JSON holds."""
+    """JSON values."""
     source: str = ""
     """The unit of work that the row comes from."""
 
 
-def row_checksum(codes: memoryview, grid: Grid, texts: bytes) -> int:
+def row_checksum(codes: npt.NDArray[np.uint16], grid: Grid, texts: Sequence[str]) -> int:
     """XXH3 (64 bits, in [0, 2**64)) of what training reads of a row.
 
     Args:
-        codes: uint16, in raster order, contiguous.
+        codes: in raster order, contiguous.
         grid: (h, w).
-        texts: key, captions and metadata, as UTF-8 with `TEXT_END` between them.
+        texts: key, captions and metadata.
     """
     height, width = grid
     shape = (height & 0xFFFFFFFF) << 32 | width & 0xFFFFFFFF
-    return xxh3_64_intdigest(texts, xxh3_64_intdigest(codes, shape))
+    return xxh3_64_intdigest("\0".join(texts).encode(), xxh3_64_intdigest(codes.data, shape))
 
 
 def rows_table(rows: Sequence[TokenRow]) -> pa.Table:
     """Rows as an Arrow table of one chunk.
 
-    Raises ValueError, naming the row, for one without a caption, or with text that is no valid Unicode.
+    Raises ValueError, naming the row, for one without a caption, or with text that is not valid Unicode.
     """
-    metadata, checksums = [], []
+    records = []
     for row in rows:
         if not row.captions:
             raise UserError(f"row {row.key!r} of {row.source!r} has no caption; an empty string would be one.")
-        metadata.append(json.dumps(row.metadata, ensure_ascii=False))
+        codes, (height, width) = np.ascontiguousarray(row.codes), row.codes.shape
+        metadata = json.dumps(row.metadata, ensure_ascii=False)
         try:
-            texts = TEXT_END.join((row.key, *row.captions, metadata[-1])).encode()
+            checksum = row_checksum(codes, (height, width), [row.key, *row.captions, metadata])
         except UnicodeEncodeError as error:
             raise UserError(f"row {row.key!r} of {row.source!r} has text that is no valid Unicode: {error}.") from error
-        checksums.append(
-            row_checksum(np.ascontiguousarray(row.codes).data, (row.codes.shape[0], row.codes.shape[1]), texts)
-        )
-    ends = np.cumsum([0, *(row.codes.size for row in rows)], dtype=np.int32)
-    values = np.concatenate([np.empty(0, np.uint16), *(row.codes.reshape(-1) for row in rows)])
-    columns = {
-        "key": [row.key for row in rows],
-        "tokens": pa.ListArray.from_arrays(pa.array(ends), pa.array(values, pa.uint16())),
-        "height": [row.codes.shape[0] for row in rows],
-        "width": [row.codes.shape[1] for row in rows],
-        "captions": [list(row.captions) for row in rows],
-        "metadata": metadata,
-        "source": [row.source for row in rows],
-        "checksum": checksums,
-    }
-    return pa.table(columns, schema=SCHEMA)
+        records.append((row.key, codes.reshape(-1), height, width, list(row.captions), metadata, row.source, checksum))
+    columns = list(zip(*records, strict=True)) or [()] * len(SCHEMA)
+    return pa.table([pa.array(column, kind.type) for column, kind in zip(columns, SCHEMA, strict=True)], SCHEMA)
 
 
 def settings_digest(settings: Mapping[str, Any]) -> str:
-    """Names the settings of a directory; a shard whose sidecar has another one was made for another directory."""
+    """Identifies the settings of a directory; a sidecar with another digest belongs to a shard of another directory."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:SETTINGS_DIGITS]
 
 
@@ -125,33 +118,158 @@ def settings_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in manifest.items() if key not in MANIFEST_KEYS}
 
 
-def all_entries(manifest: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Sidecars of a manifest by the names of their units, and in their places what is known of shards set aside."""
-    entries = [(Path(entry["file"]).stem, entry) for entry in manifest.get("shards", [])]
-    for name, note in sorted(manifest.get("set_aside", {}).items(), key=lambda item: item[1]["place"]):
-        entries.insert(note["place"], (name, note))
-    return dict(entries)
-
-
 def is_foreign(sidecar: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
-    """Whether a sidecar says that its shard was made under other settings; those written before it said so do not."""
+    """Whether a shard was made under other settings; sidecars of older versions do not say so."""
     return sidecar.get("settings") not in (None, settings_digest(settings))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """An object of JSON. Raises ValueError, naming the file, for one that is cut short or no object."""
+    """A JSON object. Raises ValueError, naming the file, for one that is cut short, and FileNotFoundError."""
     try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:  # no JSON, or no UTF-8
-        raise UserError(f"{path} is no JSON ({error}): delete it and tokenize again.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is no JSON object: delete it and tokenize again.")
-    return content
+        return read_object(path)
+    except UserError as error:
+        raise UserError(f"{error} Delete it and run the same `simplear tokenize` again.") from error
 
 
-def require_version(path: Path, content: Mapping[str, Any]) -> None:
-    """Raises ValueError, naming the file, for settings or a manifest of another format version."""
+def read_versioned(path: Path) -> dict[str, Any]:
+    """`read_json` of settings or a manifest. Raises ValueError, naming the file, for another format version."""
+    content = read_json(path)
     if (version := content.get("format_version")) != FORMAT_VERSION:
         newer = isinstance(version, int) and version > FORMAT_VERSION
         remedy = "update simplear" if newer else "remove the directory and tokenize again"
         raise UserError(f"{path} has format version {version}, this code reads {FORMAT_VERSION}: {remedy}.")
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write indented JSON; the file appears complete or not at all."""
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_shard(
+    directory: Path,
+    name: str,
+    rows: Sequence[TokenRow],
+    drops: Mapping[str, int] | None = None,
+    identity: str | None = None,
+) -> None:
+    """Write and commit the shard of one unit.
+
+    Args:
+        directory: existing directory.
+        name: name of the unit, which names the files.
+        rows: the unit's rows in their order; may be empty.
+        drops: pictures without a row, counted by reason.
+        identity: of what the unit was read from, see `simplear.data.Unit`.
+    """
+    table = rows_table(rows)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    grids = Counter("x".join(map(str, row.codes.shape)) for row in rows)
+    sidecar: dict[str, Any] = {"grids": dict(sorted(grids.items())), "drops": dict(sorted((drops or {}).items()))}
+    if (directory / SETTINGS_FILE).exists():
+        sidecar["settings"] = settings_digest(read_json(directory / SETTINGS_FILE))
+    commit(directory, f"{name}.arrow", memoryview(sink.getvalue()), len(rows), sidecar, identity)
+
+
+def commit(
+    directory: Path,
+    file: str,
+    content: bytes | memoryview,
+    rows: int,
+    sidecar: Mapping[str, Any],
+    identity: str | None = None,
+) -> None:
+    """Write a unit's file, and then the sidecar that commits it.
+
+    Args:
+        directory: existing directory.
+        file: the file's name.
+        content: of the file.
+        rows: in it.
+        sidecar: what the sidecar states beside rows, bytes and SHA-256.
+        identity: of what the unit was read from.
+    """
+    entry = {"file": file, "rows": rows, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    with whole_file(directory / file) as partial:
+        partial.write_bytes(content)
+    origin = {} if identity is None else {"identity": identity}
+    write_json(directory / f"{Path(file).stem}.json", {**entry, **sidecar, **origin})
+
+
+def committed_sidecar(directory: Path, name: str, identity: str | None = None) -> dict[str, Any] | None:
+    """The sidecar of a unit whose file exists and has the size that the sidecar states; else None.
+
+    Args:
+        directory: of shards or captions.
+        name: of the unit.
+        identity: of what it should have been read from; None: not compared.
+
+    Raises ValueError, naming both, if it was read from something else.
+    """
+    file = directory / f"{name}.json"
+    try:
+        sidecar = read_json(file)
+        if (directory / sidecar["file"]).stat().st_size != sidecar["bytes"]:
+            return None
+    except FileNotFoundError:
+        return None
+    except KeyError as error:
+        raise UserError(f"{file} states no {error}: delete it and run the same again.") from error
+    if identity is not None and sidecar.get("identity", identity) != identity:
+        raise UserError(
+            f"{directory / sidecar['file']} was made from {name} of {sidecar['identity']}; the source's {name} has "
+            f"{identity}: take another directory for another corpus, or, where the file was fetched again, delete "
+            f"{file} and run the same again."
+        )
+    return sidecar
+
+
+def is_committed(directory: Path, name: str) -> bool:
+    """Whether a unit's file exists with its sidecar and has the size that the sidecar states."""
+    return committed_sidecar(directory, name) is not None
+
+
+def claim_directory(directory: Path, settings: Mapping[str, Any]) -> None:
+    """Reserve the directory for these settings, or check that it was begun with the same ones.
+
+    Args:
+        directory: created if missing.
+        settings: ``visual_tokenizer`` (fingerprint), ``codebook_size``, ``downsample``, and everything else that
+            determines what the shards hold; JSON values.
+
+    Raises:
+        ValueError: the directory holds shards of other settings; names the first that differs.
+    """
+    atomic.claim_directory(directory / SETTINGS_FILE, {"format_version": FORMAT_VERSION, **settings})
+
+
+def merge_manifest(directory: Path, names: Iterable[str]) -> dict[str, Any]:
+    """Write and return ``manifest.json`` from ``settings.json`` and the sidecars of the named units, in their order.
+
+    Other committed units, which the source had before, are left out, with a line that counts them.
+
+    Raises ValueError naming the first unit that is not committed, or that was made for another directory.
+    """
+    settings = read_json(directory / SETTINGS_FILE)
+    shards: dict[str, Mapping[str, Any]] = {}
+    for name in names:
+        sidecar = committed_sidecar(directory, name)
+        if sidecar is None:
+            raise UserError(f"unit {name} in {directory} is not finished: run the same command again.")
+        if is_foreign(sidecar, settings):
+            raise UserError(
+                f"{directory / sidecar['file']} was made for another directory, of other settings: run `simplear data "
+                "repair` on this one, which moves it aside, and then the same tokenization again."
+            )
+        shards[name] = sidecar
+    others = {file.stem for file in directory.iterdir() if file.suffix in (".arrow", ".parquet")} - shards.keys()
+    left_out = sorted(name for name in others if is_committed(directory, name))
+    if left_out:
+        text = "%d units in %s are not of the source now and are left out of the manifest, the first is %s"
+        logger.warning(text, len(left_out), directory, left_out[0])
+    manifest = {**settings, "rows": sum(shard["rows"] for shard in shards.values()), "shards": list(shards.values())}
+    write_json(directory / MANIFEST_FILE, manifest)
+    return manifest

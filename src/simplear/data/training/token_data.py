@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from simplear.data.shards import Rows, TokenShards
+from simplear.data.shards import RowBatch, TokenShards
 from simplear.data.training.order import DROPOUT, PREFIX, Batch, choose_captions, uniforms
 from simplear.data.training.ordered_data import BatchDataset, OrderedDataModule
 from simplear.errors import UserError
@@ -65,7 +65,7 @@ class TokenBatches(BatchDataset):
         self.set_sizes = tuple(tuple(shards.rows_by_path(grid)) for grid in shards.grids)
         self.weights = None if weights is None or len(weights) == 1 else tuple(map(float, weights))
 
-    def read(self, micro_batch: Batch) -> tuple[Rows, Tensor, list[str]]:
+    def read(self, micro_batch: Batch) -> tuple[RowBatch, Tensor, list[str]]:
         """The rows at these positions, their codes (B, h, w) int64, and the caption that the epoch draws for each."""
         rows = self.buckets[micro_batch.bucket].rows(micro_batch.positions)
         read = self.shards.read(rows)
@@ -136,7 +136,7 @@ class TokenDataModule(OrderedDataModule):
         """
         Args:
             paths: Directories of token shards, of images or of texts, or files of prompts: .txt with a prompt a line,
-                .jsonl or .json with objects that have a "prompt".
+                .jsonl or .json with objects that have a "prompt". A pattern such as tokens/train-* is one path.
             global_batch_size: Images of one optimizer step, over all ranks and accumulated micro-batches.
             tokenizer: Directory or hub id of the text tokenizer; missing special tokens are appended in memory.
             weights: Share of each of the paths among the training samples, as numbers in any unit; by default all
