@@ -17,7 +17,7 @@ second judge that rejects everything that could not have been drawn.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,12 +69,12 @@ def verdict(prompt: Mapping[str, Any], detections: Sequence[Detection]) -> Verdi
         ValueError: the prompt lacks a key, or a value is unknown.
     """
     where = "prompt metadata"
-    tag = known(prompt, "tag", CATEGORIES, where)
+    tag = _value(prompt, "tag", where, CATEGORIES)
     best: list[Detection] = []
-    for number, item in enumerate(entry(prompt, "include", where)):
+    for number, item in enumerate(_value(prompt, "include", where)):
         place = f"{where}, include {number}"
-        shape, count = known(item, "class", SHAPES, place), entry(item, "count", place)
-        color = known(item, "color", COLORS, place) if tag in _WITH_COLOR else None
+        shape, count = _value(item, "class", place, SHAPES), _value(item, "count", place)
+        color = _value(item, "color", place, COLORS) if tag in _WITH_COLOR else None
         name = f"{color} {shape}" if color else shape
         matching = [found for found in detections if found.shape == shape and color in (None, found.color)]
         if tag == "counting" and len(matching) != count:
@@ -83,7 +83,7 @@ def verdict(prompt: Mapping[str, Any], detections: Sequence[Detection]) -> Verdi
             return Verdict(False, f"no {name}" if count == 1 else f"{len(matching)} × {name}, fewer than {count}")
         best.append(matching[0])
     if tag == "position":
-        relation = known(prompt, "relation", RELATIONS, where)
+        relation = _value(prompt, "relation", where, RELATIONS)
         if len(best) != 2:
             raise UserError(f"{where}: include has {len(best)} entries, a relation needs two.")
         first, second = best
@@ -130,16 +130,10 @@ def _flaw(image: NDArray[np.uint8], found: Sequence[Detection], count: int) -> s
     return f"litter of {round(litter * image[..., 0].size)} pixels" if litter > LITTER else ""
 
 
-def entry(row: Mapping[str, Any], key: str, where: str) -> Any:
-    """``row[key]``, or a ValueError that says where it is missing."""
+def _value(row: Mapping[str, Any], key: str, where: str, options: Collection[Any] | None = None) -> Any:
+    """``row[key]``, or a ValueError if it is missing or not among ``options``."""
     if key not in row:
         raise UserError(f"{where}: no key {key!r}, only {sorted(row)}; simplear.scenes.metadata writes it.")
+    if options is not None and row[key] not in options:
+        raise UserError(f"{where}: {key} is {row[key]!r}, known are {list(options)}.")
     return row[key]
-
-
-def known(row: Mapping[str, Any], key: str, options: Any, where: str) -> Any:
-    """``row[key]``, or a ValueError if it is missing or not among ``options``."""
-    value = entry(row, key, where)
-    if value not in options:
-        raise UserError(f"{where}: {key} is {value!r}, known are {list(options)}.")
-    return value
