@@ -28,7 +28,7 @@ def test_presets_parse(corpus: str, size: str) -> None:
     parser.add_function_arguments(tokenize)
     files = [str(DIRECTORY / f"{name}.yaml") for name in (size, corpus)]
     parsed = parser.parse_args(["--config", files[0], "--config", files[1]])
-    assert parsed.out == f"data/paper/tokens-{size}/{corpus}"
+    assert parsed.out == f"data/paper/tokens-{size}/train/{corpus}"
     assert parsed.source.class_path.startswith("simplear.data.")
     edges = [entry.init_args.minimum for entry in parsed.filters if entry.class_path.endswith("ShortEdge")]
     assert edges == ([1024] if size == "1024" else [])
