@@ -250,8 +250,8 @@ def _require_readable(directory: Path, config: dict[str, Any]) -> None:
         )
     if not any(directory.glob("*.safetensors")):
         raise CheckpointError(
-            f"{directory} has no weights (model.safetensors or its parts): export or download it again. Pickles (*.bin, "
-            "*.pt) are not read, since they can run code. Convert one where you trust its source: from transformers "
+            f"{directory} has no weights (model.safetensors or its parts): export or download it again. Pickles (*.bin "
+            "and *.pt) are not read, since they can run code. Convert one that you trust: from transformers "
             "import AutoModelForCausalLM as Model; "
             f'Model.from_pretrained("{directory}").save_pretrained("{directory}")'
         )
