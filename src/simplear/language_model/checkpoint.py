@@ -250,9 +250,10 @@ def _require_readable(directory: Path, config: dict[str, Any]) -> None:
         )
     if not any(directory.glob("*.safetensors")):
         raise CheckpointError(
-            f"{directory} has no weights (*.safetensors): export or download it again. Pickles (*.bin, *.pt) are not "
-            "read, since they can run code. Convert one where you trust its source: from transformers import "
-            f'AutoModelForCausalLM as Model; Model.from_pretrained("{directory}").save_pretrained("{directory}")'
+            f"{directory} has no weights (model.safetensors or its parts): export or download it again. Pickles (*.bin "
+            "and *.pt) are not read, since they can run code. Convert one that you trust: from transformers "
+            "import AutoModelForCausalLM as Model; "
+            f'Model.from_pretrained("{directory}").save_pretrained("{directory}")'
         )
 
 
@@ -265,7 +266,7 @@ def find_checkpoint(path: str | Path) -> Path:
     if (directory / "config.json").exists():
         return directory
     if directory.exists():
-        raise CheckpointError(f"{path} has no config.json: it is not a checkpoint directory but {what_is(directory)}.")
+        raise CheckpointError(f"{path} is not a checkpoint directory but {what_is(directory)} (no config.json).")
     if not is_hub_id(path):
         raise CheckpointError(
             f"no checkpoint at {path}: there is no directory {directory.absolute()}. Train one (the demo's: make "
