@@ -61,8 +61,9 @@ class SuggestingParser:
                 for parameter in inspect.signature(pkgutil.resolve_name(path)).parameters
             }
             if nearest := nearest_option(found[1], classes.keys() | parameters):
-                typed = next((name for name in map(option_name, self.typed) if name.endswith(found[1])), found[1])
-                message += f". Did you mean '--{typed.removesuffix(found[1])}{nearest}'?"
+                typed = [name for name in map(option_name, self.typed) if f".{name}".endswith(f".{found[1]}")]
+                prefix = typed[0].removesuffix(found[1]) if typed else ""
+                message += f". Did you mean '--{prefix}{nearest}'?"
         elif (found := BAD_VALUE.search(message)) and classes.get(found[1]):
             names = sorted(path.rpartition(".")[2] for path in classes[found[1]])
             message += f"\n--{found[1]} takes one of {', '.join(names)}, or the import path of your own class"

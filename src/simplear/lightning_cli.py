@@ -192,6 +192,6 @@ def run(arguments: Sequence[str]) -> None:
         raise
     except SystemExit as ended:
         if isinstance(ended.__context__, KeyboardInterrupt):  # Lightning exits without a message
-            raise KeyboardInterrupt("stopped; --ckpt_path last goes on from the last state that was saved") from None
+            raise KeyboardInterrupt("stopped; --ckpt_path last resumes from the last state that was saved") from None
         raise
     leave_ranks()

@@ -87,7 +87,7 @@ def test_a_damaged_last_state_gives_way_to_the_one_before(
     harm(last)
     fit(config, 7, broken, "--ckpt_path", "last")
     (line,) = [record.getMessage() for record in caplog.records if "damaged" in record.getMessage()]
-    assert str(last) in line and f"going on from {previous}" in line
+    assert str(last) in line and f"resuming from {previous}" in line
     one, other = weights(whole), weights(broken)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     # The damaged state never took the place of the whole one.
@@ -123,7 +123,7 @@ def test_without_a_whole_state_nothing_is_trained(
         fit(config, 6, root, "--ckpt_path", "last")
     printed = capsys.readouterr().err
     assert f"no state in {root / 'states'} is whole" in printed and "last.ckpt: " in printed
-    assert "begin anew" in printed and "Traceback" not in printed
+    assert "start over" in printed and "Traceback" not in printed
     assert {path: path.stat().st_mtime_ns for path in (root / "states").iterdir()} == before
 
 
@@ -248,7 +248,7 @@ def test_the_demo_goes_on_from_the_state_before(
         (cut if damaged else Path.unlink)(root / "states" / "last.ckpt")
         caplog.clear()
         demo.demo()
-        assert ("going on from" in caplog.text) == damaged
+        assert ("resuming from" in caplog.text) == damaged
         one, other = weights(tmp_path / "whole"), weights(root)
         assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -276,8 +276,8 @@ def test_a_damaged_sharded_state_gives_way_to_the_one_before(
             fit(config, 7, broken, *sharded, "--ckpt_path", str(last))
         assert f"{last} is damaged" in capsys.readouterr().err
     fit(config, 7, broken, *sharded, "--ckpt_path", "last")
-    (line,) = [record.getMessage() for record in caplog.records if "going on from" in record.getMessage()]
-    assert f"{last} is damaged" in line and "__0_0.distcp" in line and f"going on from {previous}" in line
+    (line,) = [record.getMessage() for record in caplog.records if "resuming from" in record.getMessage()]
+    assert f"{last} is damaged" in line and "__0_0.distcp" in line and f"resuming from {previous}" in line
     assert content(last) == content(whole / "states" / "last.ckpt") and len(content(last)) == 1
     assert [torch.load(state / "meta.pt")["global_step"] for state in (previous, last)] == [6, 7]
 

@@ -206,7 +206,7 @@ def test_ctrl_c_ends_with_a_word_and_a_state(
         signal.signal(signal.SIGINT, before)  # Lightning ignores a third one while it shuts down
     assert signal.getsignal(signal.SIGINT) is before
     assert code == 130 and "Traceback" not in printed and "once more stops at once" in printed
-    assert ("stopped; --ckpt_path last goes on from" in printed) == (presses == 2)
+    assert ("stopped; --ckpt_path last resumes from" in printed) == (presses == 2)
     updates = 2 if stage == "grpo" else 1
     assert weights(tmp_path)["global_step"] == (3 - presses) * updates
     assert run("--ckpt_path last", stage=stage)[0] == 0

@@ -56,10 +56,8 @@ class StateIO(TorchCheckpointIO):
         if state.exists() and (reason := damage(state)) is not None:
             raise UserError(DAMAGED.format(path, reason))
         if state.is_dir():
-            raise UserError(
-                f"{path} is a state of sharded training: go on with it under --trainer.strategy {FSDP2_NAME}."
-            )
-        # By itself Lightning unpickles whatever an address on the web gives.
+            raise UserError(f"{path} is a state of sharded training: resume it with --trainer.strategy {FSDP2_NAME}.")
+        # By itself Lightning unpickles anything from an address on the web.
         loaded = super().load_checkpoint(path, *arguments, **{**options, "weights_only": True})
         if not isinstance(loaded, dict) or not {"pytorch-lightning_version", WEIGHTS} <= loaded.keys():
             raise UserError(f"{path} was not written by a training: it has no {WEIGHTS!r} beside Lightning's version.")
@@ -95,11 +93,11 @@ def require_state(named: str, places: Iterable[str]) -> None:
 class AtomicCheckpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint for any stage, whose files are complete or absent, the last step's among them.
 
-    The state after the last step is saved as ``last.ckpt`` whatever the interval, so that a longer training goes on
-    from there. The state that it replaces stays as ``previous.ckpt``: a damaged ``last.ckpt`` costs one interval.
+    The state after the last step is saved as ``last.ckpt`` at any interval, so that a longer training resumes from
+    it. The state that it replaces stays as ``previous.ckpt``: a damaged ``last.ckpt`` costs one interval.
 
     Args:
-        save_last: keep ``last.ckpt``, from which ``--ckpt_path last`` goes on, and the one before.
+        save_last: keep ``last.ckpt``, from which ``--ckpt_path last`` resumes, and the one before.
         save_top_k: how many further states to keep, as ModelCheckpoint does.
         kwargs: the other arguments of ModelCheckpoint.
 
@@ -143,7 +141,7 @@ class AtomicCheckpoint(ModelCheckpoint):
             if (reason := damage(state)) is None:
                 self._last_is_whole = not damaged
                 for each, why in damaged.items():
-                    message = "%s is damaged (%s): going on from %s, the newest state that is whole"
+                    message = "%s is damaged (%s): resuming from %s, the newest whole state"
                     rank_zero_only(logger.warning)(message, each, why, state)
                 return {str(state)}
             damaged[state] = reason
@@ -151,7 +149,7 @@ class AtomicCheckpoint(ModelCheckpoint):
             found = "; ".join(f"{state.name}: {why}" for state, why in damaged.items())
             raise UserError(
                 f"no state in {self.dirpath} is whole ({found}): fetch one from where it was copied, or remove them to "
-                "begin anew."
+                "start over."
             )
         return set()
 

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 RESUME_ME = 75
-"""EX_TEMPFAIL of sysexits.h: the same command with ``--ckpt_path last`` goes on where this one stopped."""
+"""EX_TEMPFAIL of sysexits.h: the same command with ``--ckpt_path last`` resumes."""
 STANDARD_ERROR = 2
 AFTER_THIS_STEP = b"\nCtrl-C: stopping after this step, with its state saved; once more stops at once\n"
 
@@ -111,7 +111,7 @@ class Preemption(Callback):
             name = self.received.name if self.received else "a signal on another rank"
             meaning = "" if code == STOPPED else f"; exit code {code} says resume me"
             logger.warning(
-                "%s: the state of step %d is saved%s: --ckpt_path last goes on from it",
+                "%s: the state of step %d is saved%s: --ckpt_path last resumes from it",
                 name,
                 trainer.global_step,
                 meaning,

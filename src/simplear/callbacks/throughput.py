@@ -89,7 +89,7 @@ class TrainingMonitor(Callback):
         self._paused = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let the clock go on."""
+        """Continue the clock."""
         _synchronize(trainer)
         self._began += time.perf_counter() - self._paused
 
