@@ -112,7 +112,7 @@ def test_publishing(place: Path, trained: Path, monkeypatch: pytest.MonkeyPatch)
         exec(code, {})
     assert Image.open("circle.png").size == (24, 16)
     card = Path("shapes-64px/README.md").read_text()
-    assert "50.0%" in card and "apache-2.0" in card
+    assert "50.0%" in card and "license: apache-2.0" in card
 
 
 @pytest.mark.long
