@@ -24,6 +24,7 @@ from simplear.generation.sampling import SamplingSettings
 from simplear.language_model import CheckpointError, CheckpointSettings, LanguageModel, load_checkpoint
 from simplear.pictures import as_mask, as_rgb
 from simplear.sequence import encode_captions, prompt_sequence
+from simplear.text_files import valid_unicode
 from simplear.visual_tokenizer import VisualTokenizer, load_visual_tokenizer, to_pixels
 
 OutputType = Literal["pil", "pt", "codes"]
@@ -329,10 +330,9 @@ class SimpleARPipeline:
         # The empty caption is what condition dropout trains, and that has no prefix either.
         texts = [prefix + caption if caption else "" for caption in captions]
         for number, text in enumerate(texts):
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise UserError(f"{noun} {number} is not valid text: {error}.") from error
+            if not valid_unicode(text):
+                wrong = f"{noun} {number}" if valid_unicode(prefix) else "the prefix"
+                raise UserError(f"{wrong} is not valid text: it has half of a surrogate pair, which UTF-8 cannot hold.")
         encoded = encode_captions(self.tokenizer, texts)
         for number, (caption, ids) in enumerate(zip(captions, encoded, strict=True)):
             if len(ids) > room:
