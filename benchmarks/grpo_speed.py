@@ -65,7 +65,7 @@ class FullVocabulary(LanguageModel):
         logits = self.image_logits(hidden)[:, :-1] / options["temperature"]
         log_probs = logits.log_softmax(dim=-1)[is_code[:, 1:]].view(len(input_ids), grid[0] * grid[1], -1)
         codes = self.layout.codes_of_ids(input_ids[is_code]).view(len(input_ids), -1, 1)
-        entropies = -(log_probs.exp() * log_probs).sum(dim=-1).detach() if options["with_entropies"] else None
+        entropies = -(log_probs.exp() * log_probs).sum(dim=-1).detach() if options.get("with_entropies", True) else None
         return log_probs.gather(-1, codes)[..., 0], entropies
 
 
