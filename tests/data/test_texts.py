@@ -118,7 +118,7 @@ def test_what_is_no_text_is_left_out_and_counted(tmp_path: Path, caplog: pytest.
         ("a.parquet", b"PAR1 no", r"a\.parquet is no readable parquet file"),
         ("a.jsonl", b"{}", r"hold no text"),
         ("a.txt", b" \n\n", r"hold no text"),
-        ("a.jsonl", b'{"text": "x"}\n'.decode().encode("utf-16"), r"a\.jsonl is UTF-16, not UTF-8"),
+        ("a.jsonl", b'{"text": "x"}\n'.decode().encode("utf-16"), r"a\.jsonl is .*not UTF-8"),
         ("a.jsonl", b'{"text": "x"}\nno json', r"a\.jsonl, line 2 is not JSON"),
         ("a.jsonl", b"[1]", r"a\.jsonl, line 1 is not a JSON object"),
         ("a.jsonl", b'{"text": "caf\xe9"}', r"a\.jsonl is not UTF-8 \(line 1\)"),
