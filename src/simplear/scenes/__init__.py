@@ -5,13 +5,13 @@
     short, long = captions(scene, seed=0, index=7)
     judge(metadata(scene), detect(picture))  # True
 
-It has GenEval's categories, with an exact detector in place of a neural one. Needs numpy and scipy alone.
+It has GenEval's categories, with an exact detector in place of a neural one. Needs only NumPy and SciPy.
 """
 
 from simplear.scenes.captions import captions, evaluation_prompts, perturb
 from simplear.scenes.detection import MATCH, Detection, background_name, detect, residue
 from simplear.scenes.drawing import draw
-from simplear.scenes.judgement import Verdict, judge, strict_verdict, verdict
+from simplear.scenes.judgement import Verdict, judge, verdict
 from simplear.scenes.scene import (
     BACKGROUNDS,
     CATEGORIES,
@@ -23,6 +23,7 @@ from simplear.scenes.scene import (
     metadata,
     sample_scene,
 )
+from simplear.scenes.strict import strict_verdict
 
 __all__ = [
     "BACKGROUNDS",

@@ -76,7 +76,7 @@ def detect(image: NDArray[np.uint8]) -> list[Detection]:
     background = background_of(pixels)
     foreground = _differs(pixels, background, CONTRAST)
     smallest = SMALLEST * height * width
-    found, pieces = [], _connected(foreground, smallest)
+    found, pieces = [], connected(foreground, smallest)
     while pieces:
         piece = pieces.pop()
         rows, columns = np.nonzero(piece)
@@ -92,8 +92,8 @@ def detect(image: NDArray[np.uint8]) -> list[Detection]:
         if foreign.any() and not foreign.all():
             others = np.zeros_like(piece)
             others[rows[foreign], columns[foreign]] = True
-            if rest := _connected(others, smallest):
-                pieces += [*rest, *_connected(piece & ~others, smallest)]
+            if rest := connected(others, smallest):
+                pieces += [*rest, *connected(piece & ~others, smallest)]
                 continue
         shape, x, y, size, match = _fit(rows, columns, share)
         if match >= MATCH:
@@ -135,7 +135,7 @@ def _fit(
     return shape, x, y, size, match
 
 
-def _connected(mask: NDArray[np.bool_], smallest: float) -> list[NDArray[np.bool_]]:
+def connected(mask: NDArray[np.bool_], smallest: float) -> list[NDArray[np.bool_]]:
     """A mask of each connected piece (pixels that share a side) of at least ``smallest`` pixels."""
     labels, _ = ndimage.label(mask)
     sizes = np.bincount(labels.ravel())

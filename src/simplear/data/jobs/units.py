@@ -260,7 +260,8 @@ class RanksTogether:
         """Raises OSError when the machines cannot reach each other."""
         self._group: Any = None
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-            distributed.destroy_process_group(_connected(TO_CONNECT))
+            # Kept until the end: closed at once by one rank, it would break the connecting of a slower one.
+            self._first_group = _connected(TO_CONNECT)
             self._group = _connected(NO_LIMIT)
 
     def wait(self) -> None:
@@ -279,6 +280,7 @@ class RanksTogether:
         """Close the connections."""
         if self._group is not None:
             distributed.destroy_process_group(self._group)
+            distributed.destroy_process_group(self._first_group)
 
 
 def _connected(timeout: timedelta) -> Any:
