@@ -98,7 +98,7 @@ def write_inputs(directory: Path, steps: int, batch_size: int) -> Inputs:
             "default_root_dir": str(directory),
             "max_steps": steps,
             "limit_val_batches": 0,
-            "callbacks": [*config["trainer"]["callbacks"], clock],
+            "callbacks+": [clock],
         },
     }
     return Inputs(directory, overlay)

@@ -59,12 +59,11 @@ def test_resuming_by_last_is_bit_identical(config: list[str], tmp_path: Path) ->
 
 def test_what_lightning_says_of_a_training_is_shown_once_and_its_noise_is_not(config: list[str]) -> None:
     """In a process of its own, where the command line sets up logging before Lightning does."""
-    words = [*config, "--trainer.profiler", "simple", "--trainer.callbacks+=LearningRateFinder"]
-    words += ["--trainer.callbacks.num_training_steps", "20"]
+    words = [*config, "--trainer.profiler", "simple"]
     finished = subprocess.run([sys.executable, "-m", "simplear.cli", *words], capture_output=True, text=True)
     printed = finished.stdout + finished.stderr
     assert finished.returncode == 0, printed
-    for shown in ("FIT Profiler Report", "|  run_training_epoch", "max_steps=6` reached", "Learning rate set to"):
+    for shown in ("FIT Profiler Report", "|  run_training_epoch", "max_steps=6` reached"):
         assert printed.count(shown) == 1, shown
     for noise in ("available", "Seed set", "defaulting", "Restor", "Tip"):
         assert noise not in printed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -26,42 +27,24 @@ ROWS = [
 SAMPLES = 2
 
 
-class Folders:
+def write_folder(path: Path, row: Mapping[str, Any], images: Sequence[Image.Image]) -> None:
     """A directory a prompt: the images and the row."""
-
-    is_folder = True
-
-    def name(self, number: int, row: Mapping[str, Any]) -> str:
-        return f"{number:03d}"
-
-    def write(self, path: Path, row: Mapping[str, Any], images: Sequence[Image.Image]) -> None:
-        (path / "row.json").write_text(json.dumps(row))
-        for sample, image in enumerate(images):
-            image.save(path / f"{sample}.png")
-
-    def is_whole(self, path: Path, samples: int) -> bool:
-        return all((path / f"{sample}.png").exists() for sample in range(samples))
+    (path / "row.json").write_text(json.dumps(row))
+    for sample, image in enumerate(images):
+        image.save(path / f"{sample}.png")
 
 
-class Strips:
+def write_strip(path: Path, row: Mapping[str, Any], images: Sequence[Image.Image]) -> None:
     """One file a prompt: its images side by side."""
-
-    is_folder = False
-
-    def name(self, number: int, row: Mapping[str, Any]) -> str:
-        return f"item{row['item']}-{number}.png"
-
-    def write(self, path: Path, row: Mapping[str, Any], images: Sequence[Image.Image]) -> None:
-        Image.fromarray(np.concatenate([np.asarray(image) for image in images], axis=1)).save(path, "PNG")
-
-    def is_whole(self, path: Path, samples: int) -> bool:
-        return path.exists()
+    Image.fromarray(np.concatenate([np.asarray(image) for image in images], axis=1)).save(path, "PNG")
 
 
-def drawn(checkpoint: Path, out: Path, layout: Any = None, rows: Any = ROWS, **options: Any) -> DrawnPrompts:
-    return draw_prompts(
-        str(checkpoint), rows, out, layout or Folders(), samples=SAMPLES, **{"accelerator": "cpu", **options}
-    )
+def drawn(
+    checkpoint: Path, out: Path, write: Any = write_folder, rows: Any = ROWS, suffix: str = "", **options: Any
+) -> DrawnPrompts:
+    names = [f"{number:03d}{suffix}" for number in range(len(rows))]
+    given = {"accelerator": "cpu", **options}
+    return draw_prompts(str(checkpoint), rows, out, names, write, samples=SAMPLES, **given)
 
 
 def files(directory: Path) -> dict[str, bytes]:
@@ -126,16 +109,15 @@ def test_what_a_stop_left_is_completed_and_what_was_whole_is_left_alone(
 ) -> None:
     """Stopped while the fourth prompt is written: nothing of it shows, and its batch is drawn again as it was."""
 
-    class Stopping(Folders):
-        def write(self, path: Path, row: Mapping[str, Any], images: Sequence[Image.Image]) -> None:
-            super().write(path, row, images[: 1 if row is ROWS[3] else None])
-            if row is ROWS[3]:
-                raise KeyboardInterrupt
+    def stopping(path: Path, row: Mapping[str, Any], images: Sequence[Image.Image]) -> None:
+        write_folder(path, row, images[: 1 if row is ROWS[3] else None])
+        if row is ROWS[3]:
+            raise KeyboardInterrupt
 
     with pytest.raises((KeyboardInterrupt, SystemExit)):
-        drawn(checkpoint, tmp_path, Stopping(), batch_size=4)
+        drawn(checkpoint, tmp_path, stopping, batch_size=4)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["000", "001", "002", "settings.json"]
-    (tmp_path / "000" / "1.png").unlink()  # half a prompt, however it came about
+    shutil.rmtree(tmp_path / "000")
     left = tmp_path / f".003.tmp-{socket.gethostname()}-{2**22 + 1}"  # by a process that was killed
     left.mkdir()
     (left / "0.png").write_bytes(b"half")
@@ -148,7 +130,7 @@ def test_what_a_stop_left_is_completed_and_what_was_whole_is_left_alone(
 
 
 def test_files_in_place_of_folders(checkpoint: Path, whole: Path, tmp_path: Path) -> None:
-    paths = drawn(checkpoint, tmp_path, Strips(), batch_size=4).paths
+    paths = drawn(checkpoint, tmp_path, write_strip, suffix=".png", batch_size=4).paths
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*(path.name for path in paths), "settings.json"])
     strip = np.asarray(Image.open(paths[5]))
     assert (strip[:, 32:] == np.asarray(Image.open(whole / "005" / "1.png"))).all()
