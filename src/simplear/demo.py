@@ -52,8 +52,7 @@ class Step:
 
 
 def _fit(stage: str, title: str, seconds: int, config: str) -> Step:
-    command = f"fit --config configs/demo/{config}.yaml --ckpt_path last"
-    return Step(title, command, CHECKPOINTS / stage, seconds)
+    return Step(title, f"fit --config configs/demo/{config}.yaml", CHECKPOINTS / stage, seconds)
 
 
 def _tokenize(part: str, title: str, seconds: int) -> Step:
@@ -105,7 +104,8 @@ def demo() -> None:
     for number, step in enumerate(left):
         remaining = _duration(sum(later.seconds for later in left[number:]))
         print(f"\n[{STEPS.index(step) + 1}/{len(STEPS)}] {step.title} (about {remaining} left in all)", flush=True)
-        main(step.command.split())
+        has_state = any((CHECKPOINTS / "states" / step.result.name).glob("*.ckpt"))
+        main([*step.command.split(), *(["--ckpt_path", "last"] if has_state else [])])
     if left:
         print(f"\nThe demo took {_duration(time.monotonic() - begin)}.")
     print(f"\n{markdown_table(read_report(REPORT))}\n{WHERE_TO_LOOK}")
