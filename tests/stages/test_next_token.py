@@ -22,7 +22,7 @@ from simplear.stages import (
     SFTModule,
     activation_checkpointing,
 )
-from simplear.stages.activation_checkpointing import MODES
+from simplear.stages.decoder_layers import MODES
 from simplear.visual_tokenizer import load_visual_tokenizer
 from toys import CODEBOOK, DOWNSAMPLE, make_shards, make_trainer, make_visual_tokenizer, model_config
 

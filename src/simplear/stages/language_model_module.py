@@ -31,8 +31,7 @@ from simplear.language_model import (
     trained_names,
 )
 from simplear.sequence import MAX_TEXT_TOKENS
-from simplear.stages.activation_checkpointing import ActivationCheckpointing, checkpoint_activations
-from simplear.stages.compilation import compile_decoder_layers
+from simplear.stages.decoder_layers import ActivationCheckpointing, checkpoint_activations, compile_decoder_layers
 from simplear.stages.optimized import OptimizedModule
 from simplear.stages.sharding import refuse_fsdp1, shard_language_model
 from simplear.visual_tokenizer import VisualTokenizer, load_visual_tokenizer
