@@ -49,8 +49,7 @@ from measure import Runs, alternate, claim, median, parser, publish, ratios
 from simplear.language_model import Architecture, LanguageModel, Normalizer, next_token_losses, train_text_tokenizer
 from simplear.language_model.model import load_text_tokenizer
 from simplear.sequence import TokenLayout, encode_captions, image_target_mask, training_batch
-from simplear.stages.activation_checkpointing import ActivationCheckpointing, checkpoint_activations
-from simplear.stages.compilation import compile_decoder_layers
+from simplear.stages.decoder_layers import ActivationCheckpointing, checkpoint_activations, compile_decoder_layers
 from simplear.stages.optimizers import parameter_groups
 
 ROOT = Path(__file__).parents[1]

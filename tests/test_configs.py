@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 from jsonargparse import ArgumentParser
-from lightning.pytorch import LightningDataModule, LightningModule
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -49,17 +48,7 @@ class ConfigurationOnly(ConfigurationCLI):
 
 def compose(*names: str, arguments: tuple[str, ...] = ()) -> ConfigurationOnly:
     files = [part for name in names for part in ("--config", str(CONFIGS / f"{name}.yaml"))]
-    return ConfigurationOnly(
-        LightningModule,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        parser_kwargs={"parser_mode": PARSER_MODE},
-        save_config_callback=None,
-        load_from_checkpoint_support=False,
-        run=False,
-        args=[*files, *arguments],
-    )
+    return ConfigurationOnly([*files, *arguments], save_config_callback=None, run=False)
 
 
 def test_vocabulary_of_the_paper() -> None:

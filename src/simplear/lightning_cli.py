@@ -110,7 +110,26 @@ def _base(file: Path) -> str:
 
 
 class ConfigurationCLI(LightningCLI):
-    """Lightning's command line, as the project's verbs read theirs."""
+    """Lightning's command line, as the project's verbs read theirs.
+
+    Args:
+        arguments: what was typed.
+        program: name in the help text.
+        options: other arguments of LightningCLI.
+    """
+
+    def __init__(self, arguments: Sequence[str], program: str = "simplear", **options: Any) -> None:
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            parser_class=StageParser,
+            parser_kwargs={**PARSER_OPTIONS, "prog": program},
+            load_from_checkpoint_support=False,
+            args=list(arguments),
+            **options,
+        )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_class_arguments(RunSettings, "run", instantiate=False)
@@ -175,18 +194,7 @@ def run(arguments: Sequence[str]) -> None:
     register_type(torch.device)
     yaml.SafeDumper.add_multi_representer(enum.Enum, lambda dumper, member: dumper.represent_data(member.value))
     try:
-        CommandLine(
-            LightningModule,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            parser_class=StageParser,
-            parser_kwargs={**PARSER_OPTIONS, "prog": "simplear"},
-            save_config_callback=ConfigurationOfTraining,
-            save_config_kwargs={"overwrite": True},
-            load_from_checkpoint_support=False,
-            args=list(arguments),
-        )
+        CommandLine(arguments, save_config_callback=ConfigurationOfTraining, save_config_kwargs={"overwrite": True})
     except Preempted:
         leave_ranks()
         raise

@@ -14,17 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser
 from transformers import Qwen2Config
 
-from simplear.command_line import PARSER_OPTIONS
 from simplear.data import TokenShards
 from simplear.errors import UserError
 from simplear.language_model import Adapter, Architecture, load_checkpoint, load_text_tokenizer
-from simplear.lightning_cli import ConfigurationCLI, StageParser
+from simplear.lightning_cli import ConfigurationCLI
 from simplear.sequence import MAX_TEXT_TOKENS, SPECIAL_TOKENS, add_special_tokens
-from simplear.stages.activation_checkpointing import MODES
+from simplear.stages.decoder_layers import MODES
 from simplear.stages.memory import (
     A100,
     BANDWIDTH_UTILISATION,
@@ -80,18 +78,7 @@ def plan(arguments: Sequence[str]) -> None:
     Args:
         arguments: the verb and its options.
     """
-    composed: Any = _Configuration(
-        LightningModule,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        parser_class=StageParser,
-        parser_kwargs={**PARSER_OPTIONS, "prog": "simplear plan"},
-        save_config_callback=None,
-        load_from_checkpoint_support=False,
-        run=False,
-        args=list(arguments[1:]),
-    )
+    composed: Any = _Configuration(arguments[1:], "simplear plan", save_config_callback=None, run=False)
     settings = PlanSettings(**composed.config.plan.as_dict())
     run = read_run(composed.config, settings)
     print(report(run, settings))

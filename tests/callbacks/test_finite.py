@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from simplear.callbacks import FiniteGradients
 from simplear.stages import MuonWithAdamW, parameter_groups
-from simplear.stages.gradient_norm import GradientNorm
+from simplear.stages.optimized import GradientNorm
 from toys import make_trainer
 
 SCRIPT = Path(__file__).with_name("fit_not_finite.py")
@@ -79,8 +79,9 @@ def test_a_skipped_step_changes_nothing(tmp_path: Path, optimizer: str) -> None:
     assert torch.equal(line.layer.weight, without.layer.weight)
 
 
-def test_too_many_in_turn_stop(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, max_steps=12, callbacks=[FiniteGradients("skip", most_skipped=2)])
+def test_too_many_in_turn_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("simplear.callbacks.finite.MOST_SKIPPED", 2)
+    trainer = make_trainer(tmp_path, max_steps=12, callbacks=[FiniteGradients("skip")])
     with pytest.raises(ValueError, match="step 5 is not finite"):
         trainer.fit(Line(), rows({6, 8, 10}))
 

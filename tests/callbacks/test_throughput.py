@@ -20,14 +20,13 @@ WAIT = 0.05
 
 
 def test_rates_by_hand() -> None:
-    counts = {"images": 20, "tokens": 1000, "flops": 600, "recomputed_flops": 150}
+    counts = {"images": 20, "tokens": 1000, "flops": 600}
     values = rates(counts, seconds=10.0, peak=10.0, devices=2)
     assert values == pytest.approx(
         {
             "images_per_second": 2.0,
             "tokens_per_second": 100.0,
             "mfu": 3.0,  # 60 a second of 20
-            "hfu": 3.75,
         }
     )
     assert "mfu" not in rates(counts, 10.0, None, 2), "where the peak is not known there is no share of it"
@@ -86,7 +85,7 @@ def test_logged_over_all_steps_without_validation(
     logged = trainer.logged_metrics
     assert {f"throughput/{name}" for name in ("images_per_second", "tokens_per_second", "mfu")} <= set(logged)
     assert 0 < logged["throughput/data_wait"] < 1
-    assert "throughput/hfu" not in logged and "throughput/memory_gib" not in logged
+    assert "throughput/memory_gib" not in logged
 
 
 def test_waiting_for_data_is_seen(tmp_path: Any, stage: ToyStage) -> None:

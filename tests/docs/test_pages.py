@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import yaml
-from lightning.pytorch import LightningDataModule, LightningModule
 
 from docs.pages import PAGES, ROOT, blocks, commands, simplear_arguments
 from simplear import cli, command_line, plan
@@ -85,17 +84,7 @@ def parse(arguments: list[str]) -> None:
     if function in cli.CONFIGURED:
         rest = [word for index, word in enumerate(rest) if "--ckpt_path" not in rest[max(0, index - 1) : index + 1]]
         configuration = plan._Configuration if verb == "plan" else ParsedAlone
-        configuration(
-            LightningModule,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            parser_kwargs=command_line.PARSER_OPTIONS,
-            save_config_callback=None,
-            load_from_checkpoint_support=False,
-            run=False,
-            args=rest,
-        )
+        configuration(rest, save_config_callback=None, run=False)
         return
     module, _, name = function.partition(":")
     command_line.parse(getattr(importlib.import_module(module), name), rest, f"simplear {verb}")

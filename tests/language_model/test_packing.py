@@ -17,7 +17,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from simplear.language_model import CheckpointSettings, LanguageModel, save_checkpoint
 from simplear.language_model.packing import PACKED_ATTENTION, Packing, packed_attention
 from simplear.sequence import encode_captions, labelled_lengths, text_batch
-from simplear.stages.activation_checkpointing import checkpoint_activations
+from simplear.stages.decoder_layers import checkpoint_activations
 from toys import ARCHITECTURE, CAPTIONS, make_batch, model_config
 
 GRID = (2, 3)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from simplear.language_model import LanguageModel
-from simplear.stages.activation_checkpointing import (
+from simplear.stages.decoder_layers import (
     MODES,
     SAVED_OPERATIONS,
     ActivationCheckpointing,

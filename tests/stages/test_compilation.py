@@ -15,8 +15,12 @@ from torch.distributed.tensor import DTensor
 
 from simplear.generation import SamplingSettings, make_engine
 from simplear.language_model import LanguageModel
-from simplear.stages.activation_checkpointing import MODES, ActivationCheckpointing, checkpoint_activations
-from simplear.stages.compilation import compile_decoder_layers
+from simplear.stages.decoder_layers import (
+    MODES,
+    ActivationCheckpointing,
+    checkpoint_activations,
+    compile_decoder_layers,
+)
 from simplear.stages.sharding import shard_language_model
 from toys import CAPTIONS, make_batch, model_config
 

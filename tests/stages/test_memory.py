@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from simplear.language_model import Adapter, Architecture, add_adapter
-from simplear.stages.activation_checkpointing import MODES, ActivationCheckpointing, checkpoint_activations
+from simplear.stages.decoder_layers import MODES, ActivationCheckpointing, checkpoint_activations
 from simplear.stages.memory import (
     A100,
     BANDWIDTH_UTILISATION,

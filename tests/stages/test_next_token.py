@@ -20,9 +20,9 @@ from simplear.stages import (
     NextTokenObjective,
     PretrainModule,
     SFTModule,
-    activation_checkpointing,
+    decoder_layers,
 )
-from simplear.stages.activation_checkpointing import MODES
+from simplear.stages.decoder_layers import MODES
 from simplear.visual_tokenizer import load_visual_tokenizer
 from toys import CODEBOOK, DOWNSAMPLE, make_shards, make_trainer, make_visual_tokenizer, model_config
 
@@ -260,7 +260,7 @@ def test_activation_checkpointing_changes_nothing(
     pretrain: Any, make_data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = []
-    monkeypatch.setattr(activation_checkpointing, "checkpoint", spy := Mock(side_effect=checkpoint))
+    monkeypatch.setattr(decoder_layers, "checkpoint", spy := Mock(side_effect=checkpoint))
     for mode in MODES:
         module = pretrain(activation_checkpointing=mode)
         fit(module, make_data(), tmp_path, max_steps=2)

@@ -17,8 +17,7 @@ from torch.utils.data import DataLoader
 
 from simplear.errors import UserError
 from simplear.stages import CosineWithWarmup
-from simplear.stages.optimized import OptimizedModule
-from simplear.stages.schedules import make_schedule
+from simplear.stages.optimized import OptimizedModule, make_schedule
 from toys import make_trainer
 
 Factory = Callable[[Optimizer], Any]

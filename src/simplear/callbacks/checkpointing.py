@@ -100,14 +100,9 @@ class AtomicCheckpoint(ModelCheckpoint):
         save_last: keep ``last.ckpt``, from which ``--ckpt_path last`` resumes, and the one before.
         save_top_k: how many further states to keep, as ModelCheckpoint does.
         kwargs: the other arguments of ModelCheckpoint.
-
-    Raises:
-        ValueError: ``save_last="link"``; a link is replaced in two steps and can be found missing.
     """
 
     def __init__(self, save_last: bool = True, save_top_k: int = 0, **kwargs: Any) -> None:
-        if save_last not in (True, False):
-            raise UserError(f"save_last {save_last!r} must be true or false: last.ckpt is not a link.")
         super().__init__(save_last=save_last, save_top_k=save_top_k, **kwargs)
         # With it Lightning writes last-v1.ckpt beside a last.ckpt of a directory that was moved.
         self._enable_version_counter = False

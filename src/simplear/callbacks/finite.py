@@ -15,9 +15,12 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from simplear.errors import UserError
-from simplear.stages.gradient_norm import GradientNorm, gradient_norm
+from simplear.stages.optimized import GradientNorm, gradient_norm
 
 logger = logging.getLogger(__name__)
+
+MOST_SKIPPED = 10
+"""Consecutive steps that may be skipped; one more stops."""
 
 
 class FiniteGradients(GradientNorm):
@@ -25,16 +28,12 @@ class FiniteGradients(GradientNorm):
 
     Args:
         on_failure: ``stop`` raises, naming keys; ``skip`` leaves the optimizer step out, counts it in the curve
-            ``train/skipped_steps``, and goes on. A skipped step counts as a step, and its schedule moves on.
-        most_skipped: consecutive steps that may be skipped; one more stops.
+            ``train/skipped_steps``, and continues, up to `MOST_SKIPPED` times in a row. A skipped step counts as a
+            step, and its schedule moves on.
     """
 
-    def __init__(self, on_failure: Literal["stop", "skip"] = "stop", most_skipped: int = 10) -> None:
-        if on_failure not in ("stop", "skip") or most_skipped < 1:
-            raise UserError(
-                f"on_failure {on_failure!r} must be 'stop' or 'skip', and most_skipped {most_skipped} at least 1."
-            )
-        self.on_failure, self.most_skipped = on_failure, most_skipped
+    def __init__(self, on_failure: Literal["stop", "skip"] = "stop") -> None:
+        self.on_failure = on_failure
         self.skipped = 0
         """Steps left out since this process began."""
         self._consecutive = 0
@@ -80,7 +79,7 @@ class FiniteGradients(GradientNorm):
         self.skipped += 1
         self._consecutive += 1
         message = f"the loss or gradient of step {trainer.global_step} is not finite, {where}"
-        if self.on_failure == "stop" or self._consecutive > self.most_skipped:
+        if self.on_failure == "stop" or self._consecutive > MOST_SKIPPED:
             raise UserError(
                 f"{message}. Look at these rows, lower the learning rate and resume from the last state, or leave such "
                 "steps out (on_failure: skip of simplear.callbacks.FiniteGradients)."

@@ -27,7 +27,7 @@ FETCH = ".train_dataloader_next"
 H200_FLOPS = 989.4e12
 """bfloat16, dense: the chip of the H100 SXM (NVIDIA H200 datasheet: 1,979 with sparsity). Lightning does not know it by
 the name that PyTorch reports."""
-COUNTS = ("images", "tokens", "flops", "recomputed_flops")
+COUNTS = ("images", "tokens", "flops")
 GIB = 2**30
 
 
@@ -51,8 +51,7 @@ class TrainingMonitor(Callback):
 
     ``images_per_second``; ``data_wait``, share of the time, unless the Trainer has another profiler, which shows it;
     ``memory_gib``, peak on a GPU; and for stages that say what a step takes (``step_work``): ``tokens_per_second``,
-    without padding, ``mfu``, and ``hfu``, which counts recomputed layers too. If the peak of the device is unknown, as
-    on CPUs, MFU is left out.
+    without padding, and ``mfu``. If the peak of the device is unknown, as on CPUs, MFU is left out.
 
     Args:
         peak_flops: FLOP/s of one device in the training's precision, dense; None looks the device up.
@@ -133,8 +132,6 @@ def rates(counts: Mapping[str, int], seconds: float, peak: float | None, devices
         values["tokens_per_second"] = counts["tokens"] / seconds
     if peak is not None and counts["flops"]:
         values["mfu"] = counts["flops"] / seconds / (peak * devices)
-        if counts["recomputed_flops"]:
-            values["hfu"] = values["mfu"] * (1 + counts["recomputed_flops"] / counts["flops"])
     return values
 
 

@@ -156,11 +156,9 @@ class StepWork:
     Args:
         images: sequences with an image, or images drawn.
         tokens: without padding.
-        flops: those that the model needs, forward and backward.
-        recomputed_flops: on top, of layers computed again under full activation checkpointing.
+        flops: those that the model needs, forward and backward; recomputed layers are not counted.
     """
 
     images: int
     tokens: int | Tensor
     flops: int | Tensor
-    recomputed_flops: int | Tensor = 0

@@ -19,7 +19,8 @@ import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -202,7 +203,8 @@ def load_checkpoint(path: str | Path, *, dtype: torch.dtype | None = None, with_
         CheckpointError: missing or damaged files, or parts that do not fit together; the message says which.
     """
     directory = find_checkpoint(path)
-    content = _read_json(directory / "config.json")
+    with _reading(str(directory / "config.json")):
+        content = read_object(directory / "config.json")
     _require_readable(directory, content)
     tokenizer = _read_tokenizer(directory)
     settings = _read_settings(directory, tokenizer, content)
@@ -215,7 +217,7 @@ def load_checkpoint(path: str | Path, *, dtype: torch.dtype | None = None, with_
         )
     config_class, model_class = _CLASSES[settings.rope]
     fields = {key: value for key, value in content.items() if key not in NOT_READ}
-    try:
+    with _reading(f"the weights (model.safetensors or its parts, config.json) in {directory}"):
         if with_weights:
             decoder = load_decoder(model_class, directory, config_class(**fields), dtype or "auto")
             if rows != layout.vocab_size:
@@ -227,12 +229,16 @@ def load_checkpoint(path: str | Path, *, dtype: torch.dtype | None = None, with_
                 decoder = model_class(config).type(dtype or config.dtype or torch.float32)
             if (directory / "generation_config.json").is_file():
                 decoder.generation_config = GenerationConfig.from_pretrained(str(directory))
-    except Exception as error:  # damaged JSON and safetensors make transformers raise a dozen kinds
-        raise CheckpointError(
-            f"cannot read the weights (model.safetensors or its parts, config.json) in {directory}: {error} Export or "
-            "download the checkpoint again."
-        ) from error
     return Checkpoint(LanguageModel(decoder, layout).eval(), tokenizer, settings, directory)
+
+
+@contextmanager
+def _reading(files: str) -> Iterator[None]:
+    """Inside, any error means that the files are damaged: the libraries raise a dozen kinds."""
+    try:
+        yield
+    except Exception as error:
+        raise CheckpointError(f"cannot read {files}: {error} Export or download the checkpoint again.") from error
 
 
 def _is_padded(rows: Any, used: int) -> bool:
@@ -292,13 +298,6 @@ def checkpoint_hash(directory: str | Path) -> str:
     return sha256_of_all(file for file in (*files, Path(directory) / SETTINGS_FILE) if file.exists())
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return read_object(path)
-    except (OSError, UserError) as error:
-        raise CheckpointError(f"cannot read {path}: {error} Export or download the checkpoint again.") from error
-
-
 def _read_settings(directory: Path, tokenizer: PreTrainedTokenizerBase, config: dict[str, Any]) -> CheckpointSettings:
     """``simplear.json``, or what the release implies; checked against the text tokenizer and config.json."""
     file = directory / SETTINGS_FILE
@@ -311,7 +310,9 @@ def _read_settings(directory: Path, tokenizer: PreTrainedTokenizerBase, config: 
             f"{VISUAL_TOKENIZER_FOLDER}/ from the original. A plain language model is a start for pretraining "
             "(--model.init_args.language_model.pretrained)."
         )
-    settings = _parse_settings(_read_json(file), file)
+    with _reading(str(file)):
+        content = read_object(file)
+    settings = _parse_settings(content, file)
     if config.get("model_type") != _CLASSES[settings.rope][0].model_type:
         raise CheckpointError(
             f"{file} says {settings.rope} RoPE, but config.json has model type {config.get('model_type')}: the files "
@@ -368,14 +369,9 @@ def _read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """The text tokenizer. Those of the seven tokens that it has are marked special, so that captions cannot type them;
     no token is added.
     """
-    try:
+    with _reading(f"the text tokenizer (tokenizer.json, tokenizer_config.json) in {directory}"):
         tokenizer = load_text_tokenizer(str(directory))
         tokens = [token for token in SPECIAL_TOKENS if token in tokenizer.get_vocab()]
         tokenizer.add_tokens(tokens, special_tokens=True)
         token_layout(tokenizer, codebook_size=1)
-    except Exception as error:  # the tokenizers library raises nothing narrower
-        raise CheckpointError(
-            f"cannot read the text tokenizer (tokenizer.json, tokenizer_config.json) in {directory}: {error} Export or "
-            "download the checkpoint again."
-        ) from error
     return tokenizer

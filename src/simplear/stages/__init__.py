@@ -5,9 +5,9 @@ from simplear.stages.grpo import GRPOModule
 from simplear.stages.grpo_objective import group_advantages, grpo_loss
 from simplear.stages.language_model_module import LanguageModelModule
 from simplear.stages.next_token import NextTokenModule, NextTokenObjective, PretrainModule, SFTModule
+from simplear.stages.optimized import CosineWithWarmup
 from simplear.stages.optimizers import MuonWithAdamW, parameter_groups
 from simplear.stages.reference import ReferenceSettings
-from simplear.stages.schedules import CosineWithWarmup
 from simplear.stages.sharding import FSDP2
 from simplear.stages.visual_tokenizer import VisualTokenizerModule
 

@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from simplear.data import TokenDataModule
 from simplear.errors import UserError
 from simplear.generation import Engine, SamplingSettings, make_engine
-from simplear.language_model import Architecture, Checkpoint, LanguageModel, StepWork
+from simplear.language_model import Architecture, LanguageModel, StepWork
 from simplear.rewards import Reward, move, score
 from simplear.sequence import text_lengths, training_batch
 from simplear.stages.grpo_objective import group_advantages, grpo_loss
@@ -297,14 +297,13 @@ class GRPOModule(LanguageModelModule):
             self.log(f"policy/{name}", mean, sync_dist=True)
         self.log("policy/gradient_norm", norm)
 
-    def load_checkpoint(self, checkpoint: str) -> Checkpoint:
-        """As every stage; the grid to draw is the checkpoint's where none is given."""
-        loaded = super().load_checkpoint(checkpoint)
-        self.grid = self.grid or loaded.settings.grid
-        return loaded
-
     def on_model_built(self, model: LanguageModel) -> None:
-        """Copy the reference before the policy is trained; with an adapter it is the policy without."""
+        """Copy the reference before the policy is trained; with an adapter it is the policy without.
+
+        The grid to draw is the checkpoint's where none is given.
+        """
+        if self.grid is None and self.start_settings is not None:
+            self.grid = self.start_settings.grid
         if self.beta > 0:
             mesh, shared = self.sharding_mesh, self.adapter is not None
             precision = "32-true" if mesh is None else self.trainer.precision
@@ -343,8 +342,7 @@ class GRPOModule(LanguageModelModule):
     def step_work(self, batch: dict[str, Any]) -> StepWork:
         """What a rollout and its updates take: a forward pass to draw, those of reference and old policy, the updates.
 
-        With full activation checkpointing the layers once more for each update. Reward and visual tokenizer are not
-        counted.
+        Reward and visual tokenizer are not counted.
         """
         assert self.grid is not None
         architecture, layout = Architecture.of(self.language_model.decoder.config), self.language_model.layout
@@ -356,9 +354,7 @@ class GRPOModule(LanguageModelModule):
         forward = architecture.layer_flops(*sums) + architecture.head_flops(choices)
         passes = 1 + (self.beta > 0) + (self.inner_updates > 1)
         updates = self.inner_updates * architecture.training_flops(*sums, choices, self.adapter)
-        again = self.inner_updates if self.activation_checkpointing == "full" else 0
-        recomputed = again * architecture.recomputed_flops(*sums, self.adapter)
-        return StepWork(images, sums[0], passes * forward + updates, recomputed)
+        return StepWork(images, sums[0], passes * forward + updates)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Also keep the number of rollouts, from which their seeds follow."""

@@ -22,7 +22,6 @@ from simplear.data import TokenDataModule
 from simplear.errors import UserError
 from simplear.language_model import (
     Adapter,
-    Checkpoint,
     CheckpointSettings,
     GenerationDefaults,
     LanguageModel,
@@ -32,8 +31,7 @@ from simplear.language_model import (
     trained_names,
 )
 from simplear.sequence import MAX_TEXT_TOKENS
-from simplear.stages.activation_checkpointing import ActivationCheckpointing, checkpoint_activations
-from simplear.stages.compilation import compile_decoder_layers
+from simplear.stages.decoder_layers import ActivationCheckpointing, checkpoint_activations, compile_decoder_layers
 from simplear.stages.optimized import OptimizedModule
 from simplear.stages.sharding import refuse_fsdp1, shard_language_model
 from simplear.visual_tokenizer import VisualTokenizer, load_visual_tokenizer
@@ -94,22 +92,16 @@ class LanguageModelModule(OptimizedModule):
         """Of that checkpoint."""
 
     def load_language_model(self) -> tuple[LanguageModel, PreTrainedTokenizerBase]:
-        """The model to train and its text tokenizer, whole, on CPU; by default those of ``checkpoint``, in float32."""
-        loaded = self.load_checkpoint(self.checkpoint)
-        return loaded.model, loaded.tokenizer
+        """The model to train and its text tokenizer, whole, on CPU, in float32.
 
-    def load_checkpoint(self, checkpoint: str) -> Checkpoint:
-        """A checkpoint to start from, in float32; its own settings hold where the configuration says nothing.
-
-        Args:
-            checkpoint: directory or hub id of a checkpoint of this project or one released with the paper.
+        By default those of ``checkpoint``, whose settings also apply where the configuration has none.
         """
-        loaded = load_checkpoint(checkpoint, dtype=torch.float32)
+        loaded = load_checkpoint(self.checkpoint, dtype=torch.float32)
         self.start_directory, self.start_settings = loaded.directory, loaded.settings
         self.generation = self.generation or loaded.settings.generation
         if self.visual_tokenizer_path is None and loaded.visual_tokenizer_path is not None:
             self.visual_tokenizer_path = str(loaded.visual_tokenizer_path)
-        return loaded
+        return loaded.model, loaded.tokenizer
 
     def configure_model(self) -> None:
         """Build the model on CPU, and shard it under FSDP2."""
@@ -222,9 +214,7 @@ class LanguageModelModule(OptimizedModule):
         """Keep the grid, so that a finished run that is started again can still export."""
         checkpoint["grid"] = self.grid
         if self.adapter is not None:
-            dtype = next(weight.dtype for weight in self.parameters() if not weight.requires_grad)
-            start = {"dtype": str(dtype).removeprefix("torch."), "directory": str(self.start_directory)}
-            checkpoint["adapter"] = {**self._adapter_record, **start}
+            checkpoint["adapter"] = self._adapter_record
             trained = trained_names(self)
             for key in checkpoint.keys() & MODEL_STATES:
                 checkpoint[key] = {name: weight for name, weight in checkpoint[key].items() if name in trained}

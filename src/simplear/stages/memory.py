@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from simplear.language_model import Adapter, Architecture
-from simplear.stages.activation_checkpointing import ActivationCheckpointing
+from simplear.stages.decoder_layers import ActivationCheckpointing
 
 GIB = 2**30
 RESERVED_GIB = 4.0

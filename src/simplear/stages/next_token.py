@@ -113,12 +113,10 @@ class NextTokenModule(LanguageModelModule):
             ids = layout.image_token_offset if by_modality else layout.vocab_size
             choices = choices + text_target_mask(batch["labels"][:, 1:], layout).sum() * ids
         sums = lengths.sum(), lengths.square().sum()
-        full = self.activation_checkpointing == "full"
         return StepWork(
             images=0 if without_images else len(batch["codes"]),
             tokens=sums[0],
             flops=architecture.training_flops(*sums, choices, self.adapter),
-            recomputed_flops=architecture.recomputed_flops(*sums, self.adapter) if full else 0,
         )
 
 

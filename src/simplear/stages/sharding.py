@@ -28,20 +28,13 @@ MIXED = "bf16-mixed"
 class FSDP2(ModelParallelStrategy):
     """Lightning's ModelParallelStrategy over all processes, however many there are; ``--trainer.strategy fsdp2``.
 
-    Args:
-        kwargs: the arguments of ModelParallelStrategy but its two sizes.
+    Takes the arguments of ModelParallelStrategy; its two sizes follow from the number of processes.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.whole: set[Path] = set()
-        """States that are known to be so."""
-
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Raises ValueError, naming it, for a state that is not what was written, of which PyTorch would load much."""
+        """Raises UserError, naming it, for a damaged state, which PyTorch would load in part without noticing."""
         state = Path(checkpoint_path)
-        look = self.global_rank == 0 and state.exists() and state.absolute() not in self.whole
-        reason = self.broadcast(damage(state) if look else None)
+        reason = self.broadcast(damage(state) if self.global_rank == 0 and state.exists() else None)
         if reason is not None:
             raise UserError(DAMAGED.format(state, reason))
         return super().load_checkpoint(checkpoint_path, weights_only)

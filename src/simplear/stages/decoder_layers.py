@@ -1,10 +1,16 @@
-"""Activation checkpointing: what a decoder layer keeps for its backward pass, and what it computes again.
+"""How decoder layers run in training: what they keep for the backward pass, and under `torch.compile`.
 
-``none`` keeps everything that autograd saves. ``full`` keeps each layer's input and computes the layer again, a third
-more arithmetic. ``selective`` also keeps what is expensive to compute, the outputs of matrix products and of attention,
-and computes again what is cheap but large: norms, rotations, the activation and the products of the MLP, and the casts
-of mixed precision. The MLP's last product, the layer's output, is not kept either: nothing in the layer needs it.
-Gradients are the same in all three, for the same operations run on the same numbers.
+Activation checkpointing says what a layer keeps and what it computes again. ``none`` keeps everything that autograd
+saves. ``full`` keeps each layer's input and computes the layer again, a third more arithmetic. ``selective`` also
+keeps what is expensive to compute, the outputs of matrix products and of attention, and computes again what is cheap
+but large: norms, rotations, the activation and the products of the MLP, and the casts of mixed precision. The MLP's
+last product, the layer's output, is not kept either: nothing in the layer needs it. Gradients are the same in all
+three, for the same operations run on the same numbers.
+
+Layers are compiled in place: names of parameters, states and exports stay as they are. Each layer is a graph, and all
+layers share one: it is compiled once, with sizes left open, so that another length or batch size compiles nothing
+again. FSDP2's and DDP's own work stays between the graphs, where gathering the next layer overlaps with computing this
+one. A copy of a compiled model runs uncompiled.
 """
 
 from __future__ import annotations
@@ -83,3 +89,15 @@ def _policy_of(inner: int, outer: int, rank: int | None) -> Callable[..., Checkp
         return CheckpointPolicy.PREFER_RECOMPUTE if last or rank in shape else CheckpointPolicy.MUST_SAVE
 
     return policy
+
+
+def compile_decoder_layers(decoder: Qwen2ForCausalLM, backend: str = "inductor") -> None:
+    """Have each layer compiled at its first call; after activation checkpointing is set, before sharding.
+
+    Args:
+        backend: of `torch.compile`; the others are for debugging.
+    """
+    # DDP's own splitting of graphs refuses checkpointed layers, and a graph of one layer is about a bucket anyway.
+    torch._dynamo.config.optimize_ddp = False
+    for layer in decoder.model.layers:
+        layer.compile(dynamic=True, fullgraph=True, backend=backend)
