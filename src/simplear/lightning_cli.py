@@ -81,32 +81,31 @@ def with_bases(arguments: Sequence[str]) -> list[str]:
     A base may have a base itself. Raises UserError, naming both files, for one that is missing.
     """
     words: list[str] = []
-    for word in arguments:
-        words += ["--config", word.removeprefix("--config=")] if word.startswith("--config=") else [word]
     read: set[Path] = set()
-    place = 0
-    while "--config" in words[place:-1]:
-        place = words.index("--config", place)
-        file = Path(words[place + 1])
-        base = file.parent / _base(file)
-        if base == file.parent or base.resolve() in read:
-            read.add(file.resolve())
-            place += 2
-        elif base.is_file():
-            read.add(base.resolve())
-            words[place:place] = ["--config", str(base)]
+    for word in arguments:
+        if word.startswith("--config="):
+            words += _with_base(Path(word.removeprefix("--config=")), read)
+        elif words[-1:] == ["--config"]:
+            words[-1:] = _with_base(Path(word), read)
         else:
-            raise UserError(f"{file} names {base} as its base, which does not exist: correct the path, or remove it.")
+            words.append(word)
     return words
 
 
-def _base(file: Path) -> str:
-    """The base that a configuration file names; empty without one. The parser refuses what is not YAML."""
+def _with_base(file: Path, read: set[Path]) -> list[str]:
+    """``--config FILE``, after its base unless that was read; adds both to ``read``."""
+    words = ["--config", str(file)]
+    read.add(file.resolve())
     try:
         content = yaml.safe_load(file.read_bytes())
-    except (OSError, yaml.YAMLError):
-        return ""
-    return str(content.get(BASE) or "") if isinstance(content, dict) else ""
+    except (OSError, yaml.YAMLError):  # the parser refuses the file
+        return words
+    base = file.parent / str((isinstance(content, dict) and content.get(BASE)) or "")
+    if base == file.parent or base.resolve() in read:
+        return words
+    if not base.is_file():
+        raise UserError(f"{file} names {base} as its base, which does not exist: correct the path, or remove it.")
+    return _with_base(base, read) + words
 
 
 class ConfigurationCLI(LightningCLI):

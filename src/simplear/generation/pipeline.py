@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import operator
 import secrets
@@ -206,7 +207,9 @@ class SimpleARPipeline:
         if output_type not in ("pil", "pt", "codes"):
             raise UserError(f'output_type {output_type!r} is unknown: "pil", "pt" or "codes".')
         defaults = self.settings.generation
-        sampling = self.sampling_settings(guidance_scale, do_sample, temperature, top_k, top_p)
+        sampling = self.sampling_settings(
+            do_sample, guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p
+        )
         negative = defaults.negative_prompt if negative_prompt is None else negative_prompt
         pictures, masks = _pictures_and_masks(image, mask, len(prompts), height, width)
         if pictures:
@@ -245,26 +248,18 @@ class SimpleARPipeline:
         shown = pil_images(images) if output_type == "pil" and images is not None else images
         return PipelineOutput(shown, all_codes, stats, seeds, sampling)
 
-    def sampling_settings(
-        self,
-        guidance_scale: float | None = None,
-        do_sample: bool = True,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-    ) -> SamplingSettings:
-        """The settings of a call with these arguments; None is the checkpoint's default.
+    def sampling_settings(self, do_sample: bool = True, **numbers: float | None) -> SamplingSettings:
+        """The settings of a call with these arguments.
+
+        Args:
+            do_sample: as for a call.
+            numbers: guidance_scale, temperature, top_k and top_p; None is the checkpoint's default.
 
         Raises ValueError for a number outside its range.
         """
-        defaults = self.settings.generation
-        return SamplingSettings(
-            guidance_scale=defaults.guidance_scale if guidance_scale is None else guidance_scale,
-            do_sample=do_sample,
-            temperature=defaults.temperature if temperature is None else temperature,
-            top_k=defaults.top_k if top_k is None else top_k,
-            top_p=defaults.top_p if top_p is None else top_p,
-        )
+        defaults = dataclasses.asdict(self.settings.generation)
+        chosen: dict[str, Any] = {name: defaults[name] if value is None else value for name, value in numbers.items()}
+        return SamplingSettings(do_sample=do_sample, **chosen)
 
     def check_prompts(
         self,

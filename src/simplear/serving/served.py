@@ -52,9 +52,8 @@ class ServedModel:
         if codes > self.max_codes:
             largest = f"at most {self.max_codes} are drawn, {self.size} by default"
             raise APIError(400, f"size {size} takes {codes} codes; {largest}.", "size")
-        sampling = self.pipeline.sampling_settings(
-            request.guidance_scale, temperature=request.temperature, top_k=request.top_k, top_p=request.top_p
-        )
+        numbers = request.model_dump(include={"guidance_scale", "temperature", "top_k", "top_p"})
+        sampling = self.pipeline.sampling_settings(**numbers)
         negative_prompt = request.negative_prompt
         if negative_prompt is None:
             negative_prompt = self.settings.generation.negative_prompt
