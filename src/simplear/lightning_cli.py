@@ -84,17 +84,17 @@ def with_bases(arguments: Sequence[str]) -> list[str]:
     read: set[Path] = set()
     for word in arguments:
         if word.startswith("--config="):
-            words += _with_base(Path(word.removeprefix("--config=")), read)
+            words += _with_base(word.removeprefix("--config="), read)
         elif words[-1:] == ["--config"]:
-            words[-1:] = _with_base(Path(word), read)
+            words[-1:] = _with_base(word, read)
         else:
             words.append(word)
     return words
 
 
-def _with_base(file: Path, read: set[Path]) -> list[str]:
-    """``--config FILE``, after its base unless that was read; adds both to ``read``."""
-    words = ["--config", str(file)]
+def _with_base(config: str, read: set[Path]) -> list[str]:
+    """``--config FILE``, after its base unless that was read; adds both to ``read``. A text of YAML stays as it is."""
+    words, file = ["--config", config], Path(config)
     read.add(file.resolve())
     try:
         content = yaml.safe_load(file.read_bytes())
@@ -105,7 +105,7 @@ def _with_base(file: Path, read: set[Path]) -> list[str]:
         return words
     if not base.is_file():
         raise UserError(f"{file} names {base} as its base, which does not exist: correct the path, or remove it.")
-    return _with_base(base, read) + words
+    return _with_base(str(base), read) + words
 
 
 class ConfigurationCLI(LightningCLI):
