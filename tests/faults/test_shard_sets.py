@@ -28,6 +28,7 @@ from simplear.data.shards import (
     settings_digest,
     write_shard,
 )
+from simplear.data.shards.format import how_to_remake
 from simplear.data.shards.verify import find_damage, repair
 
 CODEBOOK = 27
@@ -154,6 +155,11 @@ def test_all_that_is_damaged_is_listed(shards: Path) -> None:
     (shards / "c.arrow").unlink()
     (shards / "b.json").unlink()
     assert list(find_damage(shards, workers=2)) == ["a.arrow", "b.arrow", "c.arrow"]
+
+
+def test_a_set_that_an_earlier_version_merged_names_a_remedy_that_there_is() -> None:
+    assert how_to_remake({"made_by": "simplear data text"}) == "run the same `simplear data text` again"
+    assert how_to_remake({"made_by": "simplear data merge"}).startswith("train on the sets that it was merged from")
 
 
 def test_another_tokenizer_than_named(

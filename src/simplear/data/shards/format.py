@@ -108,6 +108,14 @@ def rows_table(rows: Sequence[TokenRow]) -> pa.Table:
     return pa.table([pa.array(column, kind.type) for column, kind in zip(columns, SCHEMA, strict=True)], SCHEMA)
 
 
+def how_to_remake(settings: Mapping[str, Any]) -> str:
+    """What to do to have the missing shards of a directory made again; from its settings or its manifest."""
+    maker = settings.get("made_by", "simplear tokenize")
+    if maker == "simplear data merge":  # a verb of an earlier version
+        return "train on the sets that it was merged from, as several `paths`"
+    return f"run the same `{maker}` again"
+
+
 def settings_digest(settings: Mapping[str, Any]) -> str:
     """Identifies the settings of a directory; a sidecar with another digest belongs to a shard of another directory."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:SETTINGS_DIGITS]

@@ -24,6 +24,7 @@ from simplear.data.shards.format import (
     SCHEMA,
     Grid,
     TokenRow,
+    how_to_remake,
     read_versioned,
     row_checksum,
     rows_table,
@@ -139,8 +140,7 @@ class TokenShards:
     def _add_directory(self, directory: Path, path_number: int) -> None:
         manifest = read_manifest(directory)
         if missing := manifest.get("missing"):  # of an older version
-            again = manifest.get("made_by", "simplear tokenize")
-            logger.warning("%s lacks %d damaged shards: run the same `%s` again", directory, len(missing), again)
+            logger.warning("%s lacks %d damaged shards: %s", directory, len(missing), how_to_remake(manifest))
         if manifest["visual_tokenizer"] is None:
             self.holds_texts = True
         elif self.fingerprint not in (None, manifest["visual_tokenizer"]):

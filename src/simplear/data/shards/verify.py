@@ -18,6 +18,7 @@ from simplear.data.shards.format import (
     MANIFEST_FILE,
     OWN_FILES,
     SETTINGS_FILE,
+    how_to_remake,
     is_foreign,
     read_json,
     read_versioned,
@@ -28,8 +29,6 @@ from simplear.progress import progress_bar
 from simplear.visual_tokenizer import load_visual_tokenizer
 
 DAMAGED_DIRECTORY = "damaged"
-DEFAULT_MAKER = "simplear tokenize"
-"""The command that makes a directory whose settings name no other."""
 
 
 def verify(directory: str, *, visual_tokenizer: str | None = None, workers: int = 1) -> None:
@@ -49,7 +48,7 @@ def verify(directory: str, *, visual_tokenizer: str | None = None, workers: int 
     path = Path(directory)
     damaged = find_damage(path, workers, progress=True)
     settings = _settings(path)
-    again = f"run the same `{settings.get('made_by', DEFAULT_MAKER)}` again"
+    again = how_to_remake(settings)
     if visual_tokenizer is not None:
         fingerprint = load_visual_tokenizer(visual_tokenizer).fingerprint
         if fingerprint != (expected := str(settings.get("visual_tokenizer"))):
@@ -63,7 +62,7 @@ def verify(directory: str, *, visual_tokenizer: str | None = None, workers: int 
     if not (path / MANIFEST_FILE).exists():
         print(f"{MANIFEST_FILE} is missing, so not all shards are written: {again}")
     if damaged:
-        print(f"`simplear data repair {directory}` moves them aside; then {again}, which makes those and no others.")
+        print(f"`simplear data repair {directory}` moves them aside; then {again}.")
         raise SystemExit(1)
 
 
@@ -82,7 +81,7 @@ def repair(directory: str, *, workers: int = 1) -> None:
     """
     path = Path(directory)
     damaged = find_damage(path, workers, progress=True)
-    again = f"run the same `{_settings(path).get('made_by', DEFAULT_MAKER)}` again"
+    again = how_to_remake(_settings(path))
     if not damaged:
         print(f"{directory}: nothing is damaged")
         return
@@ -95,7 +94,7 @@ def repair(directory: str, *, workers: int = 1) -> None:
             if file.exists():
                 file.rename(aside / file.name)
     (path / MANIFEST_FILE).unlink(missing_ok=True)
-    print(f"{directory}: {len(damaged)} damaged files moved to {aside}; {again}, which makes them")
+    print(f"{directory}: {len(damaged)} damaged files moved to {aside}; {again}")
 
 
 def find_damage(directory: Path, workers: int = 1, progress: bool = False) -> dict[str, str]:
